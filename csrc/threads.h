@@ -1,0 +1,16 @@
+// A small pool of worker threads of our own: torch's OpenMP runtime is not ours to link against, and a second OpenMP
+// runtime in one process oversubscribes the cores.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace acpo {
+
+// Calls body(begin, end) over disjoint ranges of at most `grain` items that together cover [0, count), on at most
+// `threads` threads, the caller among them. The first exception that body throws is rethrown here. Which thread gets
+// which range is not fixed, so body's results must not depend on it. Concurrent callers are safe: while one has the
+// workers, the others run in their own thread. A forked child starts its own workers.
+void parallel_for(int64_t count, int64_t grain, int threads, const std::function<void(int64_t, int64_t)>& body);
+
+}  // namespace acpo
