@@ -1,0 +1,80 @@
+"""Argument checks shared by all operations: each error names the argument, what was wanted and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+FLOAT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGER = (torch.int64, torch.int32)
+BOOL = (torch.bool,)
+
+
+def _short(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def tensor(
+    name: str,
+    value: object,
+    dtypes: tuple[torch.dtype, ...] | None,
+    *,
+    ndim: int | None = None,
+    shape: tuple[int, ...] | None = None,
+    shape_name: str = "",
+    device: torch.device | None = None,
+) -> None:
+    """value is a tensor of one of dtypes (None: any), of this rank or shape, on this device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if dtypes is not None and value.dtype not in dtypes:
+        hint = " (fp8 is not supported)" if "float8" in str(value.dtype) else ""
+        raise ValueError(f"{name} must have dtype {_short(dtypes)}, got {_short([value.dtype])}{hint}")
+    if ndim is not None and value.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimension{'s' if ndim != 1 else ''}, got shape {tuple(value.shape)}")
+    if shape is not None and tuple(value.shape) != tuple(shape):
+        wanted = f"{shape_name} = {tuple(shape)}" if shape_name else f"{tuple(shape)}"
+        raise ValueError(f"{name} must have shape {wanted}, got {tuple(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on {device}, got {value.device}")
+
+
+def number(name: str, value: object, *, low: float | None = None, above: float | None = None, high: float | None = None) -> None:
+    """value is a finite number inside [low, high], or above a bound."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if above is not None and not value > above:
+        raise ValueError(f"{name} must be greater than {above}, got {value}")
+    if low is not None and value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+    if high is not None and value > high:
+        raise ValueError(f"{name} must be at most {high}, got {value}")
+
+
+def choice(name: str, value: object, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def temperature(value: float | Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """A positive number, or a floating tensor of the shape of ids (its values are the caller's promise)."""
+    if isinstance(value, Tensor):
+        tensor("temperature", value, FLOAT, shape=shape, shape_name="the shape of ids", device=device)
+    else:
+        number("temperature", value, above=0)
+
+
+def implementation(value: str | None) -> None:
+    choice("impl", value, (None, "reference"))
+
+
+def ids_in_range(ids: Tensor, active: Tensor, vocab_size: int) -> None:
+    """On the host, every active id lies in [0, V): one pass, one error that names the first that does not."""
+    bad = active & ((ids < 0) | (ids >= vocab_size))
+    if bool(bad.any()):
+        at = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"ids must lie in [0, V) with V = {vocab_size}, or be -100, got {int(ids[at])} at index {at[0] if len(at) == 1 else at}")

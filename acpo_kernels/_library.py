@@ -1,0 +1,41 @@
+"""Registration with the PyTorch dispatcher: one schema an operation, a CPU and a CUDA implementation, a fake, a backward.
+
+The dispatcher chooses the implementation, torch.compile sees one node, and autograd sees the backward that is written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+NAMESPACE = "acpo_kernels"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def define(
+    schema: str,
+    *,
+    cpu: Callable,
+    cuda: Callable,
+    fake: Callable,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> Callable:
+    """Defines `NAMESPACE::name` from its schema `name(arguments) -> results` and returns its callable overload.
+
+    An operation without `backward` is not differentiable: gradients that reach it raise instead of being dropped.
+    """
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, cpu, "CPU")
+    _LIBRARY.impl(name, cuda, "CUDA")
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    if backward is None:
+
+        def backward(ctx, *grads):
+            raise RuntimeError(f"{qualified} has no derivative: second derivatives and gradients through detached results are not supported")
+
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default

@@ -1,0 +1,38 @@
+"""The named tuples that operations return."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LogprobEntropy(NamedTuple):
+    logp: Tensor
+    entropy: Tensor
+
+
+class HindsightInformation(NamedTuple):
+    logp: Tensor
+    hindsight_logp: Tensor
+    entropy: Tensor
+    log_ratio: Tensor
+    kl: Tensor
+    information: Tensor
+
+
+class SegmentCredit(NamedTuple):
+    token_advantages: Tensor
+    weights: Tensor
+
+
+class PolicyLoss(NamedTuple):
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class LinearPolicyLoss(NamedTuple):
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    logp: Tensor
+    entropy: Tensor
