@@ -80,9 +80,7 @@ def ids_in_range(ids: Tensor, active: Tensor, vocab_size: int) -> None:
         raise ValueError(f"ids must lie in [0, V) with V = {vocab_size}, or be -100, got {int(ids[at])} at index {at[0] if len(at) == 1 else at}")
 
 
-def rows(
-    logits: Tensor, ids: Tensor, temperature_: float | Tensor, mask: Tensor | None, name: str = "logits"
-) -> None:
+def rows(logits: Tensor, ids: Tensor, temperature_: float | Tensor, mask: Tensor | None, name: str = "logits") -> None:
     """The arguments of an operation on logits: logits[...,V] floating, ids[...], temperature, mask[...]."""
     tensor(name, logits, FLOAT)
     if logits.ndim < 1 or logits.shape[-1] == 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import _checks as check
@@ -84,7 +83,9 @@ def _backward_fake(hidden, weight, ids, bias, temperature, temperatures, softcap
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
         weight.new_empty(weight.shape if needs[1] else (0,)),
-        (weight if bias is None else bias).new_empty(weight.shape[0] if needs[2] else 0, dtype=reference.working_dtype(weight.dtype) if bias is None else bias.dtype),
+        (weight if bias is None else bias).new_empty(
+            weight.shape[0] if needs[2] else 0, dtype=reference.working_dtype(weight.dtype) if bias is None else bias.dtype
+        ),
     )
 
 

@@ -109,7 +109,12 @@ def tensor_or_number(name: str, value, shapes: tuple, device, *, above: float | 
 def _fake(logp, old_logp, advantages, token_offsets, sequence_offsets, mask, clip_low, clip_high, ratio, entropy, *rest):
     dtype = reference.working_dtype(logp.dtype)
     metrics = logp.new_empty(len(_torch.METRICS), dtype=dtype)
-    return logp.new_empty((), dtype=dtype), metrics, logp.new_empty(logp.shape), logp.new_empty(0) if entropy is None else entropy.new_empty(entropy.shape)
+    return (
+        logp.new_empty((), dtype=dtype),
+        metrics,
+        logp.new_empty(logp.shape),
+        logp.new_empty(0) if entropy is None else entropy.new_empty(entropy.shape),
+    )
 
 
 def _setup_context(ctx, inputs, output):
