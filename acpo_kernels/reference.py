@@ -124,7 +124,7 @@ def linear_hindsight_information(
 def segment_reduce(values: Tensor, segments: Segments, *, reduce: str = "sum", level: str = "segment", mask: Tensor | None = None) -> Tensor:
     index = segments.segment_ids() if level == "segment" else segments.sequence_ids()
     size = segments.num_segments if level == "segment" else segments.num_sequences
-    channels = values.reshape(-1, segments.num_tokens).to(working_dtype(values.dtype))
+    channels = (values if values.ndim == 2 else values.unsqueeze(0)).to(working_dtype(values.dtype))
     neutral = -math.inf if reduce == "max" else 0.0
     if mask is not None:
         channels = torch.where(mask, channels, neutral)
@@ -170,7 +170,7 @@ def segment_credit(
 
     if form == "additive":
         shaping = rho * gain * (phi / scale).clamp(-3.0, 3.0) * ordinary
-        per_segment = advantages[sequence] + shaping
+        per_segment = torch.where(shaping == 0, advantages[sequence], advantages[sequence] + shaping)  # -0.0 + 0.0 is not -0.0
         weights = torch.ones_like(phi)
     else:
         count = segment_reduce(tokens, segments)  # n_k
