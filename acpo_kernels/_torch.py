@@ -198,11 +198,13 @@ def policy_loss(
         grad = grad + kl_weight * token_ratio * (torch.expm1(clamped) - clamped - step)
     if denominator is None:
         denominator = keep.sum().clamp(min=1).to(dtype)
-    elif isinstance(denominator, Tensor) and denominator.ndim == 1 and denominator.shape[0] != logp.shape[0]:
-        denominator = denominator.to(dtype)[segments.sequence_ids()]
-    grad_logp = torch.where(keep, grad / denominator, 0.0).to(logp.dtype)
-    grad_entropy = logp.new_zeros(0)
+    elif isinstance(denominator, Tensor):
+        denominator = denominator.to(dtype)
+        if denominator.ndim == 1 and denominator.shape[0] != logp.shape[0]:
+            denominator = denominator[segments.sequence_ids()]
+    grad_logp = torch.where(keep, grad / denominator, 0.0)  # in the working dtype: the incoming gradient comes before the one rounding
+    grad_entropy = grad_logp.new_zeros(0)
     if entropy is not None:
-        weight = 0.0 if entropy_weight is None and entropy_weights is None else entropy_weight if entropy_weights is None else entropy_weights
-        grad_entropy = torch.where(keep, torch.zeros_like(grad) - weight / denominator, 0.0).to(entropy.dtype)
+        weight = (entropy_weight or 0.0) if entropy_weights is None else entropy_weights.to(dtype)
+        grad_entropy = torch.where(keep, torch.zeros_like(grad) - weight / denominator, 0.0)
     return loss, metrics, grad_logp, grad_entropy

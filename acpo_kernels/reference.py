@@ -227,7 +227,8 @@ def policy_loss(
             root = segment_reduce(count, segments)[index].clamp(min=1.0).sqrt()
             low, high = low / root, high / root
     r = s * through
-    surrogate = torch.minimum(r * advantages, _clamp(r, 1.0 - low, 1.0 + high) * advantages)
+    clipped = _clamp(r.detach(), 1.0 - low, 1.0 + high) * advantages
+    surrogate = torch.where(r * advantages <= clipped, r * advantages, clipped)  # the minimum; its gradient is whole on a border of the clip
     if rollout_logp is not None:  # truncated importance sampling against the engine that sampled
         drift = (old - unmasked(rollout_logp)).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         surrogate = surrogate * torch.exp(drift).clamp(max=rollout_cap)
@@ -245,8 +246,10 @@ def policy_loss(
     tokens = count.sum()
     if denominator is None:
         denominator = tokens.clamp(min=1.0)
-    elif isinstance(denominator, Tensor) and denominator.ndim == 1 and denominator.shape[0] == segments.num_sequences != logp.shape[0]:
-        denominator = denominator.to(dtype)[segments.sequence_ids()]
+    elif isinstance(denominator, Tensor):
+        denominator = denominator.to(dtype)
+        if denominator.ndim == 1 and denominator.shape[0] != logp.shape[0]:
+            denominator = denominator[segments.sequence_ids()]
     loss = torch.where(mask, per_token / denominator, 0.0).sum()
 
     with torch.no_grad():

@@ -10,7 +10,6 @@ from ragged import LENGTHS, TERMINAL, hierarchies, segments_of, sequences, token
 
 from acpo_kernels import Segments, pack, segment_reduce, unpack
 
-
 # 1. Oracle: a hand-written example
 
 
