@@ -39,7 +39,7 @@ def _log_softmax_parts(logits: Tensor, active: Tensor, temperature: float | Tens
     top = z.argmax(-1, keepdim=True)
     d = z - z.gather(-1, top)
     rest = torch.exp(d).scatter(-1, top, 0.0).sum(-1)
-    return d, torch.log1p(rest)
+    return d, torch.log1p(rest) + d.gather(-1, top).squeeze(-1)  # d is 0 at the maximum, and NaN where that is NaN or infinite
 
 
 def logprob_entropy(logits: Tensor, ids: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None) -> LogprobEntropy:
@@ -102,8 +102,8 @@ def hindsight_information(
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) as the sum of p log(p/q) - p + q: each term is non-negative, so nothing cancels between columns."""
     p, q = torch.exp(log_p), torch.exp(log_q)
-    terms = torch.where(log_p == -math.inf, q, p * (log_p - log_q) - p + q)
-    return terms.clamp(min=0.0).sum(-1)
+    terms = torch.where(log_p == -math.inf, q, p * (log_p - log_q) - p + q).clamp(min=0.0)
+    return torch.where((log_p > -math.inf) & (log_q == -math.inf), math.inf, terms).sum(-1)  # possible, even where p underflows to 0
 
 
 def linear_hindsight_information(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 
 import torch
+from contract import assert_within_budget
 from hypothesis import strategies as st
+from torch import Tensor
 
 from acpo_kernels import Segments
 
@@ -42,3 +44,10 @@ def hierarchies(draw, max_length: int = 6):
     torch.manual_seed(draw(st.integers(0, 2**32 - 1)))  # what the test draws next is the example's own too
     mask = torch.rand(segments.num_tokens) < draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]))
     return segments, mask
+
+
+def assert_right(name: str, actual: Tensor, single: Tensor, exact: Tensor, **options):
+    """The error budget; float64 results, which float32's budget would hardly hold, are held to their own rounding."""
+    assert_within_budget(actual, single, exact, name, **options)
+    if actual.dtype == torch.float64 and options.get("gradient_dtype", torch.float64) == torch.float64:
+        torch.testing.assert_close(actual, exact, rtol=1e-12, atol=1e-13, equal_nan=True, msg=lambda m: f"{name}: {m}")

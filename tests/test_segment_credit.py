@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
-from contract import assert_within_budget
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from ragged import LENGTHS, TERMINAL, hierarchies, segments_of, sequences, tokens
+from ragged import LENGTHS, TERMINAL, assert_right, hierarchies, segments_of, sequences, tokens
 
 from acpo_kernels import segment_credit
 
@@ -145,8 +144,8 @@ def test_against_the_reference(form, scale, dtype, device):
     exact = segment_credit(scores.double(), segments, advantages.double(), **settings, impl="reference")
     working = exact if dtype == torch.float64 else segment_credit(scores.float(), segments, advantages.float(), **settings, impl="reference")
     assert actual.weights.dtype == actual.token_advantages.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert_within_budget("weights", actual.weights, working.weights, exact.weights)
-    assert_within_budget("token advantages", actual.token_advantages, working.token_advantages, exact.token_advantages)
+    assert_right("weights", actual.weights, working.weights, exact.weights)
+    assert_right("token advantages", actual.token_advantages, working.token_advantages, exact.token_advantages)
 
 
 # 3. Properties
