@@ -78,3 +78,47 @@ def ids_in_range(ids: Tensor, active: Tensor, vocab_size: int) -> None:
     if bool(bad.any()):
         at = tuple(bad.nonzero()[0].tolist())
         raise ValueError(f"ids must lie in [0, V) with V = {vocab_size}, or be -100, got {int(ids[at])} at index {at[0] if len(at) == 1 else at}")
+
+
+def rows(logits: Tensor, ids: Tensor, temperature_: float | Tensor, mask: Tensor | None, name: str = "logits") -> None:
+    """The arguments of an operation on logits: logits[...,V] floating, ids[...], temperature, mask[...]."""
+    tensor(name, logits, FLOAT)
+    if logits.ndim < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"{name} must be [...,V] with V >= 1, got {tuple(logits.shape)}")
+    _ids_mask_temperature(ids, tuple(logits.shape[:-1]), logits.device, temperature_, mask)
+
+
+def head(
+    hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None, temperature_: float | Tensor, softcap: float | None, mask: Tensor | None
+) -> None:
+    """The arguments of an operation on hidden states: hidden[N,H], weight[V,H], ids[N], bias[V], temperature, softcap, mask[N]."""
+    tensor("hidden", hidden, FLOAT, ndim=2)
+    tensor("weight", weight, FLOAT, ndim=2, device=hidden.device)
+    if weight.shape[1] != hidden.shape[1]:
+        raise ValueError(f"weight must be [V,H] with hidden's H = {hidden.shape[1]}, got {tuple(weight.shape)}")
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight must be [V,H] with V >= 1, got {tuple(weight.shape)}")
+    if weight.dtype != hidden.dtype:
+        raise ValueError(f"weight must have hidden's dtype {_short([hidden.dtype])} (outside autocast), got {_short([weight.dtype])}")
+    if bias is not None:
+        tensor("bias", bias, FLOAT, shape=(weight.shape[0],), shape_name="[V]", device=hidden.device)
+    if softcap is not None:
+        number("softcap", softcap, above=0)
+    _ids_mask_temperature(ids, (hidden.shape[0],), hidden.device, temperature_, mask)
+
+
+def _ids_mask_temperature(ids, shape, device, temperature_, mask) -> None:
+    tensor("ids", ids, INTEGER, shape=shape, shape_name="the leading dimensions", device=device)
+    if mask is not None:
+        tensor("mask", mask, BOOL, shape=shape, shape_name="the shape of ids", device=device)
+    temperature(temperature_, shape, device)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast the operands of a matrix product take its dtype (differentiably); outside they are left as they are."""
+    given = [t for t in tensors if t is not None]
+    kind = given[0].device.type
+    if not torch.is_autocast_enabled(kind) or given[0].dtype == torch.float64:
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(None if t is None else t.to(dtype) for t in tensors)

@@ -42,7 +42,8 @@ def logprob_entropy(
         Blanchard, Higham, Higham (2021), "Accurately computing the log-sum-exp and softmax functions", eq. 3.5; dentropy/dz_j
         = -p_j (log p_j + entropy).
     """
-    _check(logits, ids, temperature, mask, impl)
+    check.implementation(impl)
+    check.rows(logits, ids, temperature, mask)
     if impl == "reference":
         if ids.device.type == "cpu":
             check.ids_in_range(ids, reference.active_rows(ids, mask), logits.shape[-1])
@@ -50,18 +51,6 @@ def logprob_entropy(
     number, tensor = (1.0, temperature.detach()) if isinstance(temperature, Tensor) else (float(temperature), None)
     logp, entropy, _, _ = _forward_op(logits, ids, number, tensor, mask)
     return LogprobEntropy(logp, entropy)
-
-
-def _check(logits: Tensor, ids: Tensor, temperature: float | Tensor, mask: Tensor | None, impl: str | None) -> None:
-    check.implementation(impl)
-    check.tensor("logits", logits, check.FLOAT)
-    if logits.ndim == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits must be [..., V] with V >= 1, got shape {tuple(logits.shape)}")
-    rows = tuple(logits.shape[:-1])
-    check.tensor("ids", ids, check.INTEGER, shape=rows, shape_name="logits.shape[:-1]", device=logits.device)
-    if mask is not None:
-        check.tensor("mask", mask, check.BOOL, shape=rows, shape_name="the shape of ids", device=logits.device)
-    check.temperature(temperature, rows, logits.device)
 
 
 # The four results of the operation are logp, entropy, and for its backward the maximum of the logits (before the temperature)
@@ -115,7 +104,7 @@ def _torch_forward(logits: Tensor, ids: Tensor, temperature: float, temperatures
     t = temperature if temperatures is None else temperatures
     logp, entropy = reference.logprob_entropy(logits, ids, temperature=t, mask=mask)
     active = reference.active_rows(ids, mask)
-    d, l = reference._log_softmax_parts(logits, active, t)  # noqa: E741
+    _, l = reference._log_softmax_parts(logits, active, t)  # noqa: E741
     maximum = torch.where(active, logits.amax(-1).to(logp.dtype), 0.0)
     return logp.contiguous(), entropy.contiguous(), maximum.contiguous(), torch.where(active, l, 0.0).contiguous()
 

@@ -130,7 +130,7 @@ def segment_reduce(values: Tensor, segments: Segments, *, reduce: str = "sum", l
         channels = torch.where(mask, channels, neutral)
     out = channels.new_full((channels.shape[0], size), neutral)
     if reduce == "max":
-        out = out.index_reduce(1, index, channels, "amax") if segments.num_tokens else out
+        out = out.scatter_reduce(1, index.expand_as(channels), channels, "amax")
     else:
         out = out.index_add(1, index, channels)
     if reduce == "mean":
@@ -269,7 +269,9 @@ def policy_loss(
 
 
 def _clamp(r: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    return torch.minimum(torch.maximum(r, torch.as_tensor(low, dtype=r.dtype, device=r.device)), torch.as_tensor(high, dtype=r.dtype, device=r.device))
+    return torch.minimum(
+        torch.maximum(r, torch.as_tensor(low, dtype=r.dtype, device=r.device)), torch.as_tensor(high, dtype=r.dtype, device=r.device)
+    )
 
 
 def linear_policy_loss(

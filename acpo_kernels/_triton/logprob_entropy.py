@@ -248,9 +248,7 @@ def _bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
-def forward(
-    logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, mask: Tensor | None, results: tuple[Tensor, ...]
-) -> None:
+def forward(logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, mask: Tensor | None, results: tuple[Tensor, ...]) -> None:
     logits, inner, stride_outer, stride_inner = row_layout(logits)
     if ids.numel() == 0:
         return

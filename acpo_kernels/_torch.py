@@ -1,0 +1,197 @@
+"""The implementations of operations that have no compiled kernel yet: the reference's forward, and its gradient in closed form.
+
+They take what the dispatcher passes (tensors and numbers, never a Segments object) and run on any device. A matrix product is
+done in row tiles of a fixed size, the last one padded, so that a row's result does not depend on the rows beside it and no
+N x V tensor exists.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .segments import Segments
+
+METRICS = (
+    "tokens", "clip_ratio/low_mean", "clip_ratio/high_mean", "ratio/mean", "ratio/min", "ratio/max", "ratio/ess", "kl/old", "kl/ref", "entropy",
+)  # fmt: skip
+TILE_ELEMENTS = 1 << 24  # 64 MiB of float32 logits at a time
+
+
+def tile_rows(vocab_size: int) -> int:
+    """Rows of a tile, from V alone: between 64 (the price of a matrix product is shared) and 1024 (a short call pads little)."""
+    return max(64, min(1024, TILE_ELEMENTS // max(vocab_size, 1) // 64 * 64))
+
+
+def _tiles(count: int, rows: int):
+    return ((begin, min(count, begin + rows)) for begin in range(0, count, rows))
+
+
+def _padded(rows: Tensor, size: int) -> Tensor:
+    return rows if rows.shape[0] == size else torch.cat([rows, rows.new_zeros(size - rows.shape[0], *rows.shape[1:])])
+
+
+class _Head:
+    """Logits of one row tile at a time, and the way back from their gradient."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, softcap: float | None, rows: int):
+        self.weight, self.bias, self.softcap, self.rows = weight, bias, softcap, rows
+        self.dtype = reference.working_dtype(weight.dtype)
+        self.working_weight = weight.to(self.dtype)
+
+    def logits(self, hidden: Tensor, active: Tensor) -> Tensor:
+        hidden = _padded(torch.where(active.unsqueeze(-1), hidden, 0.0).to(self.dtype), self.rows)
+        return reference.head_logits(hidden, self.working_weight, self.bias, self.softcap)[: active.shape[0]]
+
+    def backward(self, logits: Tensor, grad: Tensor) -> Tensor:
+        """The gradient before the softcap."""
+        return grad if self.softcap is None else grad * (1.0 - (logits / self.softcap).square())
+
+
+def _temperature(temperature: float, temperatures: Tensor | None, rows: slice) -> float | Tensor:
+    return temperature if temperatures is None else temperatures[rows]
+
+
+def linear_logprob_entropy(hidden, weight, ids, bias, temperature, temperatures, softcap, mask):
+    active = reference.active_rows(ids, mask)
+    head = _Head(weight, bias, softcap, tile_rows(weight.shape[0]))
+    logp = torch.zeros(ids.shape, dtype=head.dtype, device=ids.device)
+    entropy = torch.zeros_like(logp)
+    for begin, end in _tiles(ids.shape[0], head.rows):
+        rows = slice(begin, end)
+        logits = head.logits(hidden[rows], active[rows])
+        result = reference.logprob_entropy(logits, ids[rows], temperature=_temperature(temperature, temperatures, rows), mask=active[rows])
+        logp[rows], entropy[rows] = result
+    return logp, entropy
+
+
+def linear_logprob_entropy_backward(hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, needs):
+    active = reference.active_rows(ids, mask)
+    upstream = torch.zeros_like(active)
+    for grad in (grad_logp, grad_entropy):
+        if grad is not None:
+            upstream |= grad != 0
+    active = active & upstream  # a row with a zero gradient adds nothing, whatever its hidden state holds
+    need_hidden, need_weight, need_bias = needs
+    head = _Head(weight, bias, softcap, tile_rows(weight.shape[0]))
+    out_hidden = torch.zeros(hidden.shape if need_hidden else (0,), dtype=hidden.dtype, device=hidden.device)
+    out_weight = torch.zeros(weight.shape if need_weight else (0,), dtype=head.dtype, device=weight.device)
+    out_bias = torch.zeros(weight.shape[0] if need_bias else 0, dtype=head.dtype, device=weight.device)
+    for begin, end in _tiles(ids.shape[0], head.rows):
+        rows = slice(begin, end)
+        logits = head.logits(hidden[rows], active[rows])
+        grads = [None if g is None else torch.where(active[rows], g[rows], 0.0) for g in (grad_logp, grad_entropy)]
+        grad = logprob_entropy_gradient(logits, ids[rows], active[rows], _temperature(temperature, temperatures, rows), *grads)
+        grad = head.backward(logits, grad)
+        if need_hidden:
+            out_hidden[rows] = (_padded(grad, head.rows) @ head.working_weight)[: end - begin].to(hidden.dtype)
+        if need_weight:
+            out_weight.addmm_(grad.T, torch.where(active[rows].unsqueeze(-1), hidden[rows], 0.0).to(head.dtype))
+        if need_bias:
+            out_bias += grad.sum(0)
+    return out_hidden, out_weight.to(weight.dtype), out_bias if bias is None else out_bias.to(bias.dtype)
+
+
+def logprob_entropy_gradient(logits, ids, active, temperature, grad_logp, grad_entropy):
+    """d(grad_logp . logp + grad_entropy . entropy) / d logits: (1[j = t] - p_j) and p_j (H - surprisal_j), both over T."""
+    d, l = reference._log_softmax_parts(logits, active, temperature)  # noqa: E741
+    p = torch.exp(d - l.unsqueeze(-1))
+    target = torch.where(active, ids, 0).long().unsqueeze(-1)
+    grad = torch.zeros_like(d)
+    if grad_logp is not None:
+        logp = d.gather(-1, target) - l.unsqueeze(-1)
+        factor = (-p).scatter(-1, target, -torch.expm1(logp))  # 1 - p_t without the cancellation
+        grad += grad_logp.unsqueeze(-1) * factor
+    if grad_entropy is not None:
+        shifted = torch.where(d == -torch.inf, 0.0, d)
+        below = (p * shifted).sum(-1, keepdim=True)  # H = l - below
+        grad += grad_entropy.unsqueeze(-1) * (p * (below - shifted))
+    scale = temperature.to(grad.dtype).unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    return torch.where(active.unsqueeze(-1), grad / scale, 0.0)
+
+
+def hindsight_information(logits, hindsight_logits, ids, temperature, temperatures, mask):
+    temperature = temperature if temperatures is None else temperatures
+    return tuple(reference.hindsight_information(logits, hindsight_logits, ids, temperature=temperature, mask=mask))
+
+
+def linear_hindsight_information(hidden, hindsight_hidden, weight, ids, bias, temperature, temperatures, softcap, mask):
+    active = reference.active_rows(ids, mask)
+    head = _Head(weight, bias, softcap, tile_rows(weight.shape[0]))
+    outs = [torch.zeros(ids.shape, dtype=head.dtype, device=ids.device) for _ in range(6)]
+    for begin, end in _tiles(ids.shape[0], head.rows):
+        rows = slice(begin, end)
+        streams = (head.logits(h[rows], active[rows]) for h in (hidden, hindsight_hidden))
+        tile = hindsight_information(*streams, ids[rows], temperature, None if temperatures is None else temperatures[rows], active[rows])
+        for out, value in zip(outs, tile, strict=True):
+            out[rows] = value
+    return tuple(outs)
+
+
+def _segments(token_offsets, sequence_offsets, num_tokens, terminal=None) -> Segments:
+    return Segments._trusted(token_offsets, sequence_offsets, terminal, num_tokens)
+
+
+def segment_reduce(values, token_offsets, sequence_offsets, reduce, level, mask):
+    segments = _segments(token_offsets, sequence_offsets, values.shape[-1])
+    return reference.segment_reduce(values, segments, reduce=reduce, level=level, mask=mask)
+
+
+def segment_credit(
+    scores, token_offsets, sequence_offsets, advantages, num_tokens, terminal_segments, mask, form, bound, gain, reliability, reliabilities,
+    exclude_terminal, scale, scales,
+):  # fmt: skip
+    result = reference.segment_credit(
+        scores, _segments(token_offsets, sequence_offsets, num_tokens, terminal_segments), advantages, mask=mask, form=form, bound=bound,
+        gain=gain, reliability=reliability if reliabilities is None else reliabilities, terminal="exclude" if exclude_terminal else "include",
+        scale=scale if scales is None else scales,
+    )  # fmt: skip
+    return tuple(result)
+
+
+def policy_loss(
+    logp, old_logp, advantages, token_offsets, sequence_offsets, mask, clip_low, clip_high, ratio, entropy, entropy_weight, entropy_weights,
+    ref_logp, kl_weight, rollout_logp, rollout_cap, denominator, denominators,
+):  # fmt: skip
+    segments = _segments(token_offsets, sequence_offsets, logp.shape[0])
+    denominator = denominator if denominators is None else denominators
+    loss, metrics = reference.policy_loss(
+        logp, old_logp, advantages, segments, mask=mask, clip=(clip_low, clip_high), ratio=ratio, entropy=entropy,
+        entropy_weight=entropy_weight if entropy_weights is None else entropy_weights, ref_logp=ref_logp, kl_weight=kl_weight,
+        rollout_logp=rollout_logp, rollout_cap=rollout_cap, denominator=denominator,
+    )  # fmt: skip
+    metrics = torch.stack([metrics[name] for name in METRICS])
+
+    # The gradient: -A r where the unclipped surrogate is the smaller one, times the truncated importance weight, and
+    # kl_weight d(r k3) = kl_weight r (k3 - (exp(delta) - 1)); nothing flows through a clamped log-ratio.
+    dtype, limit = metrics.dtype, reference.LOG_RATIO_LIMIT
+    keep = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
+    lp, old, a = (torch.where(keep, x.to(dtype), 0.0) for x in (logp, logp if old_logp is None else old_logp, advantages))
+    log_ratio = (lp - old).clamp(-limit, limit)
+    token_ratio = r = torch.exp(log_ratio)
+    low, high = clip_low, clip_high
+    if ratio != "token":
+        index = segments.segment_ids() if ratio == "segment" else segments.sequence_ids()
+        r = torch.exp(reference.segment_reduce(log_ratio, segments, reduce="mean", level=ratio, mask=keep))[index]
+        if ratio == "segment":
+            root = reference.segment_reduce(keep.to(dtype), segments)[index].clamp(min=1.0).sqrt()
+            low, high = low / root, high / root
+    grad = torch.where(r * a <= reference._clamp(r, 1.0 - low, 1.0 + high) * a, -r * a, 0.0)
+    if rollout_logp is not None:
+        grad = grad * torch.exp((old - torch.where(keep, rollout_logp.to(dtype), 0.0)).clamp(-limit, limit)).clamp(max=rollout_cap)
+    if ref_logp is not None:
+        delta = torch.where(keep, ref_logp.to(dtype), 0.0) - lp
+        clamped = delta.clamp(-limit, limit)
+        step = torch.where(delta.abs() <= limit, torch.expm1(clamped), 0.0)
+        grad = grad + kl_weight * token_ratio * (torch.expm1(clamped) - clamped - step)
+    if denominator is None:
+        denominator = keep.sum().clamp(min=1).to(dtype)
+    elif isinstance(denominator, Tensor) and denominator.ndim == 1 and denominator.shape[0] != logp.shape[0]:
+        denominator = denominator.to(dtype)[segments.sequence_ids()]
+    grad_logp = torch.where(keep, grad / denominator, 0.0).to(logp.dtype)
+    grad_entropy = logp.new_zeros(0)
+    if entropy is not None:
+        weight = 0.0 if entropy_weight is None and entropy_weights is None else entropy_weight if entropy_weights is None else entropy_weights
+        grad_entropy = torch.where(keep, torch.zeros_like(grad) - weight / denominator, 0.0).to(entropy.dtype)
+    return loss, metrics, grad_logp, grad_entropy

@@ -1,0 +1,107 @@
+"""Log-prob and entropy of tokens from hidden states: the head is part of the operation, no N x V tensor exists."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import _checks as check
+from . import _torch, reference
+from ._library import define
+from ._results import LogprobEntropy
+from .segment_credit import _number_or_tensor
+
+
+def linear_logprob_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    group: object = None,
+    impl: str | None = None,
+) -> LogprobEntropy:
+    """log pi(ids_t) and the entropy of pi, where pi = softmax(z / temperature) and z is the head's output.
+
+        z = hidden weight^T + bias,  z <- softcap tanh(z / softcap);   logp_t = z_t/T - logsumexp(z/T),   H = -sum_j p_j log p_j
+
+    Shapes
+        hidden [N,H], weight [V,H], ids [N], bias [V], mask [N], temperature a number or [N]; logp and entropy [N].
+    Dtypes
+        hidden and weight share one of float32, bfloat16, float16 (results float32, logits never rounded) or float64 (results float64);
+        under autocast both take the autocast dtype. Gradients of hidden, weight and bias through both outputs, accumulated in float32
+        and rounded once; a weight that needs no gradient costs no product for it. Second derivatives raise.
+    Units
+        Nats. mask=False or ids == -100: both outputs 0, gradient 0. N = 0 gives empty results. A row that holds NaN gives NaN there alone.
+    Errors
+        ValueError for shapes, dtypes or devices that do not fit, ids outside [0, V) (CPU), temperature or softcap <= 0;
+        NotImplementedError for group, the vocabulary-parallel form.
+    Source
+        `logprob_entropy`, after the head. Peers: TRL's ChunkedLogProbFunction, Liger, verl, cut-cross-entropy (see docs/log.md).
+    """
+    check.implementation(impl)
+    if group is not None:
+        raise NotImplementedError("group: the vocabulary-parallel form is not supported yet; pass group=None")
+    check.tensor("hidden", hidden, check.FLOAT, ndim=2)
+    check.tensor("weight", weight, check.FLOAT, ndim=2)
+    hidden, weight, bias = check.autocast(hidden, weight, bias)
+    check.head(hidden, weight, ids, bias, temperature, softcap, mask)
+    if impl == "reference":
+        return reference.linear_logprob_entropy(hidden, weight, ids, bias=bias, temperature=temperature, softcap=softcap, mask=mask)
+    return LogprobEntropy(*_op(hidden, weight, ids, bias, *_number_or_tensor(temperature), softcap, mask))
+
+
+def _forward_cpu(hidden, weight, ids, bias, temperature, temperatures, softcap, mask):
+    check.ids_in_range(ids, reference.active_rows(ids, mask), weight.shape[0])
+    return _torch.linear_logprob_entropy(hidden, weight, ids, bias, temperature, temperatures, softcap, mask)
+
+
+def _fake(hidden, weight, ids, *rest):
+    dtype = reference.working_dtype(hidden.dtype)
+    return hidden.new_empty(ids.shape, dtype=dtype), hidden.new_empty(ids.shape, dtype=dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    hidden, weight, ids, bias, ctx.temperature, temperatures, ctx.softcap, mask = inputs
+    ctx.save_for_backward(hidden, weight, ids, bias, temperatures, mask)
+
+
+def _backward(ctx, grad_logp, grad_entropy):
+    hidden, weight, ids, bias, temperatures, mask = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[3]]
+    if grad_logp is None and grad_entropy is None:
+        return (None,) * 8
+    grads = _backward_op(hidden, weight, ids, bias, ctx.temperature, temperatures, ctx.softcap, mask, grad_logp, grad_entropy, needs)
+    grad_hidden, grad_weight, grad_bias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return grad_hidden, grad_weight, None, grad_bias, None, None, None, None
+
+
+def _backward_fake(hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, needs):
+    return (
+        hidden.new_empty(hidden.shape if needs[0] else (0,)),
+        weight.new_empty(weight.shape if needs[1] else (0,)),
+        (weight if bias is None else bias).new_empty(
+            weight.shape[0] if needs[2] else 0, dtype=reference.working_dtype(weight.dtype) if bias is None else bias.dtype
+        ),
+    )
+
+
+_op = define(
+    "linear_logprob_entropy(Tensor hidden, Tensor weight, Tensor ids, Tensor? bias, float? temperature, Tensor? temperatures, float? softcap,"
+    " Tensor? mask) -> (Tensor, Tensor)",
+    cpu=_forward_cpu,
+    cuda=_torch.linear_logprob_entropy,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_backward_op = define(
+    "linear_logprob_entropy_backward(Tensor hidden, Tensor weight, Tensor ids, Tensor? bias, float? temperature, Tensor? temperatures,"
+    " float? softcap, Tensor? mask, Tensor? grad_logp, Tensor? grad_entropy, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    cpu=_torch.linear_logprob_entropy_backward,
+    cuda=_torch.linear_logprob_entropy_backward,
+    fake=_backward_fake,
+)

@@ -1,0 +1,83 @@
+"""Statistics go up: reductions of token values over segments or sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _checks as check
+from . import _torch, reference
+from ._library import define
+from .segments import Segments, _ids
+
+
+def segment_reduce(
+    values: Tensor, segments: Segments, *, reduce: str = "sum", level: str = "segment", mask: Tensor | None = None, impl: str | None = None
+) -> Tensor:
+    """Sum, mean or maximum of the unmasked tokens of each segment (or sequence), for any number of channels at once.
+
+        sum_s = sum_{t in s, mask_t} x_t        mean_s = sum_s / #{t in s, mask_t}        max_s = max_{t in s, mask_t} x_t
+
+    Shapes
+        values [N] or [C,N]; mask [N]; result [S] or [C,S] (level="segment"), [B] or [C,B] (level="sequence").
+    Dtypes
+        values float32, bfloat16, float16 (result float32) or float64 (result float64); mask bool. Differentiable in values:
+        the gradient of a maximum is shared equally by the tokens that attain it, as in torch.amax.
+    Units
+        Those of values. A segment without unmasked tokens gives 0 (sum, mean) or -inf (max, gradient 0). Masked tokens get gradient 0.
+    Errors
+        ValueError for values whose last dimension is not N = segments.num_tokens, an unknown reduce or level, a mask of another shape.
+    Source
+        `torch.segment_reduce`, with offsets on two levels and a mask.
+    """
+    check.implementation(impl)
+    check.tensor("values", values, check.FLOAT, device=segments.device)
+    if values.ndim not in (1, 2) or values.shape[-1] != segments.num_tokens:
+        raise ValueError(f"values must have shape [N] or [C,N] with N = {segments.num_tokens}, got {tuple(values.shape)}")
+    check.choice("reduce", reduce, ("sum", "mean", "max"))
+    check.choice("level", level, ("segment", "sequence"))
+    if mask is not None:
+        check.tensor("mask", mask, check.BOOL, shape=(segments.num_tokens,), device=segments.device)
+    if impl == "reference":
+        return reference.segment_reduce(values, segments, reduce=reduce, level=level, mask=mask)
+    return _op(values, segments.token_offsets, segments.sequence_offsets, reduce, level, mask)
+
+
+def _fake(values, token_offsets, sequence_offsets, reduce, level, mask):
+    offsets = token_offsets if level == "segment" else sequence_offsets
+    return values.new_empty((*values.shape[:-1], offsets.shape[0] - 1), dtype=reference.working_dtype(values.dtype))
+
+
+def _setup_context(ctx, inputs, output):
+    values, token_offsets, sequence_offsets, ctx.reduce, ctx.level, mask = inputs
+    ctx.dtype, ctx.num_tokens = values.dtype, values.shape[-1]
+    kept = (values, output) if ctx.reduce == "max" else (None, None)
+    ctx.save_for_backward(token_offsets, sequence_offsets, mask, *kept)
+
+
+def _backward(ctx, grad):
+    token_offsets, sequence_offsets, mask, values, output = ctx.saved_tensors
+    lengths = (token_offsets if ctx.level == "segment" else token_offsets[sequence_offsets]).diff()
+    index = _ids(lengths, ctx.num_tokens)
+    if ctx.reduce == "max":
+        attains = (values == output[..., index]) if mask is None else (values == output[..., index]) & mask
+        ties = output.new_zeros(output.shape).index_add(-1, index, attains.to(output.dtype))
+        out = attains * (grad / ties.clamp(min=1.0))[..., index]
+    elif ctx.reduce == "mean":
+        counts = lengths if mask is None else torch.zeros_like(lengths).index_add(0, index, mask.to(lengths.dtype))
+        out = (grad / counts.clamp(min=1))[..., index]
+    else:
+        out = grad[..., index]
+    if mask is not None:
+        out = torch.where(mask, out, 0.0)
+    return out.to(ctx.dtype), None, None, None, None, None
+
+
+_op = define(
+    "segment_reduce(Tensor values, Tensor token_offsets, Tensor sequence_offsets, str reduce, str level, Tensor? mask) -> Tensor",
+    cpu=_torch.segment_reduce,
+    cuda=_torch.segment_reduce,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
