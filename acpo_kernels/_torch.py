@@ -94,7 +94,8 @@ def linear_logprob_entropy_backward(hidden, weight, ids, bias, temperature, temp
         ]
         grad = head.backward(logits, logprob_entropy_gradient(logits, head.ids[tile], head.active[tile], head.temperature_of(tile), *grads))
         if need_hidden:
-            out_hidden[rows] = (_padded(grad, head.rows) @ head.working_weight)[: rows.stop - rows.start].to(hidden.dtype)
+            with torch.autocast(grad.device.type, enabled=False):
+                out_hidden[rows] = (_padded(grad, head.rows) @ head.working_weight)[: rows.stop - rows.start].to(hidden.dtype)
         if need_weight:
             out_weight.addmm_(grad.T, head.hidden(hidden[rows], tile))
         if need_bias:

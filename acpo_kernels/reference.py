@@ -54,7 +54,8 @@ def logprob_entropy(logits: Tensor, ids: Tensor, *, temperature: float | Tensor 
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
     dtype = working_dtype(hidden.dtype)
-    logits = hidden.to(dtype) @ weight.to(dtype).T
+    with torch.autocast(hidden.device.type, enabled=False):  # which would round this product's operands and the logits
+        logits = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
         logits = logits + bias.to(dtype)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
