@@ -91,6 +91,12 @@ def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
     return ((groups.sum(1, keepdim=True) - groups) / (group_size - 1)).flatten()
 
 
+def zero_variance(outcome: Tensor, group_size: int) -> Tensor:
+    """Which rollouts belong to a group whose outcomes are all equal, [B]."""
+    groups = outcome.view(-1, group_size)
+    return (groups == groups[:, :1]).all(1).repeat_interleave(group_size)
+
+
 def running_sum(values: Tensor, segments: Segments) -> Tensor:
     """Sum of a rollout's segments up to and including each, [S]."""
     total = torch.nn.functional.pad(values.double().cumsum(0), (1, 0))
@@ -114,7 +120,7 @@ class Calibrator:
 
     with_evidence: list[float] = field(default_factory=lambda: [0.0, 1.0, 1.0])
     before: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    batches: deque = field(default_factory=lambda: deque(maxlen=FIT_BATCHES))  # rows logit(base), evidence, outcome
+    batches: deque = field(default_factory=lambda: deque(maxlen=FIT_BATCHES))  # rows logit(base), evidence, outcome, weight
 
     def predict(self, base: Tensor, evidence: Tensor, low: float) -> Tensor:
         a, b, c = self.with_evidence
@@ -124,17 +130,18 @@ class Calibrator:
         a, b = self.before
         return torch.sigmoid(a + b * torch.logit(base.double(), low)).clamp(low, 1.0 - low)
 
-    def fit(self, base: Tensor, evidence: Tensor, outcome: Tensor, low: float) -> None:
-        """Adds a batch and fits again. Evidence that points the wrong way gets weight 0."""
+    def fit(self, base: Tensor, evidence: Tensor, outcome: Tensor, weight: Tensor, low: float) -> None:
+        """Adds a batch of boundaries and fits again. weight says how much of an independent outcome each is: the boundaries of one rollout
+        share its outcome. Evidence that points the wrong way gets coefficient 0."""
         if len(outcome):
-            self.batches.append(torch.stack([torch.logit(base.double(), low), evidence.double(), outcome.double()]).cpu())
+            self.batches.append(torch.stack([torch.logit(base.double(), low), evidence.double(), outcome.double(), weight.double()]).cpu())
         if not self.batches:
             return
-        logit, seen, y = torch.cat(list(self.batches), 1)
+        logit, seen, y, weight = torch.cat(list(self.batches), 1)
         one = torch.ones_like(logit)
-        self.with_evidence = logistic_fit(torch.stack([one, logit, seen], 1), y, torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64))
+        self.with_evidence = logistic_fit(torch.stack([one, logit, seen], 1), y, weight, torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64))
         self.with_evidence[2] = max(0.0, self.with_evidence[2])
-        self.before = logistic_fit(torch.stack([one, logit], 1), y, torch.tensor([0.0, 1.0], dtype=torch.float64))
+        self.before = logistic_fit(torch.stack([one, logit], 1), y, weight, torch.tensor([0.0, 1.0], dtype=torch.float64))
 
     def both_outcomes(self) -> bool:
         """Whether the batches that the next prediction rests on hold both outcomes: without that, skill cannot be told from luck."""
@@ -146,16 +153,16 @@ class Calibrator:
 
     def load(self, state: dict) -> None:
         self.with_evidence, self.before = list(state["with_evidence"]), list(state["before"])
-        self.batches = deque((torch.tensor(b, dtype=torch.float64).view(3, -1) for b in state["batches"]), maxlen=FIT_BATCHES)
+        self.batches = deque((torch.tensor(b, dtype=torch.float64).view(4, -1) for b in state["batches"]), maxlen=FIT_BATCHES)
 
 
-def logistic_fit(features: Tensor, y: Tensor, prior: Tensor) -> list[float]:
-    """Logistic regression by Newton's method under the penalty |w - prior|^2 / 2."""
+def logistic_fit(features: Tensor, y: Tensor, weight: Tensor, prior: Tensor) -> list[float]:
+    """Weighted logistic regression by Newton's method under the penalty |w - prior|^2 / 2."""
     w = prior.clone()
     for _ in range(50):
         p = torch.sigmoid(features @ w)
-        gradient = features.T @ (p - y) + (w - prior)
-        hessian = features.T @ (features * (p * (1 - p)).unsqueeze(1)) + torch.eye(len(w), dtype=w.dtype)
+        gradient = features.T @ (weight * (p - y)) + (w - prior)
+        hessian = features.T @ (features * (weight * p * (1 - p)).unsqueeze(1)) + torch.eye(len(w), dtype=w.dtype)
         step = torch.linalg.solve(hessian, gradient).clamp(-1.0, 1.0)
         w = w - step
         if float(step.abs().max()) < 1e-9:
@@ -226,7 +233,8 @@ class Attributor:
             self.reliability.update(values[later], first[at], base[at], outcome[at])
         use = seen & ~terminal
         at = sequence[use]
-        self.calibrator.fit(base[at], evidence.evidence[use], outcome[at], low)
+        independent = torch.where(zero_variance(outcome, group_size), 1.0 / group_size, 1.0) / ordinary.clamp(min=1)
+        self.calibrator.fit(base[at], evidence.evidence[use], outcome[at], independent[at], low)
         return Attribution(values - before, iota, values, before, evidence.shaping, evidence.rows, reliability)
 
     def state(self) -> dict:

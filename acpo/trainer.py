@@ -25,7 +25,7 @@ from torch import Tensor
 from acpo_kernels import Segmenter, linear_logprob_entropy, segment_reduce
 
 from . import checkpoint, credit, verify
-from .attribution import Attribution, Attributor, answer_copies, hindsight_evidence, leave_one_out, tree_evidence
+from .attribution import Attribution, Attributor, answer_copies, hindsight_evidence, leave_one_out, tree_evidence, zero_variance
 from .batch import Batch
 from .config import Config, ConfigError, differences, to_dict
 from .curriculum import Curriculum
@@ -129,7 +129,7 @@ class Trainer:
         for _ in range(rounds):
             indices = self.curriculum.sample(wanted - len(kept), self.stages.stage, self.rng)
             problems = [self.train_problems[i] for i in indices for _ in range(size)]
-            prompts = [ids for i in indices for ids in [self._prompt(self.train_problems[i])] * size]
+            prompts = [ids for i in indices for ids in [self._prompt(self.train_problems[i].prompt)] * size]
             samples = self._generate(prompts)
             texts = self.tokenizer.batch_decode([s.ids for s in samples], skip_special_tokens=True)
             rewards = verify.rewards(problems, texts, self.config.verify.extract, self.rng)
@@ -145,7 +145,7 @@ class Trainer:
         kept += spare[-(wanted - len(kept)) :] if len(kept) < wanted else []
         samples = [s for _, group, _ in kept for s in group]
         batch = Batch.from_responses(
-            [ids for index, _, _ in kept for ids in [self._prompt(self.train_problems[index])] * size],
+            [ids for index, _, _ in kept for ids in [self._prompt(self.train_problems[index].prompt)] * size],
             [s.ids for s in samples],
             rollout_logp=[s.logp for s in samples],
         )
@@ -169,7 +169,7 @@ class Trainer:
         if bool(rows.any()):
             size = self.config.rollout.group_size
             problems = [self.train_problems[i] for i in indices for _ in range(size)]
-            batch.hinted = [self._encode(p.hinted_prompt(p.answer)) for p in problems]
+            batch.hinted = [self._prompt(p.hinted_prompt(p.answer)) for p in problems]
             self.counters["tokens/forward_extra"] += sum(
                 len(h) + length for h, length, used in zip(batch.hinted, batch.lengths, rows.tolist(), strict=True) if used
             )
@@ -193,7 +193,7 @@ class Trainer:
         if self.config.attribution.source != "hindsight":
             return torch.zeros_like(outcome, dtype=torch.bool)
         if self.config.credit.scope == "zero_variance" and self.config.credit.form != "none":
-            return credit.zero_variance(outcome, self.config.rollout.group_size)
+            return zero_variance(outcome, self.config.rollout.group_size)
         return torch.ones_like(outcome, dtype=torch.bool)
 
     def _segment(self, batch: Batch) -> None:
@@ -334,7 +334,7 @@ class Trainer:
     def _metrics(self, batch: Batch, outcome: Tensor, attribution: Attribution | None, advantages: Tensor, weights: Tensor) -> dict[str, float]:
         segments, size = batch.segments, self.config.rollout.group_size
         lengths = torch.tensor(batch.lengths, dtype=torch.float32)
-        zero = credit.zero_variance(outcome, size)
+        zero = zero_variance(outcome, size)
         spread = batch.token["advantages"] - advantages[segments.sequence_ids()]
         out = {
             "reward": float(outcome.mean()),
@@ -380,7 +380,7 @@ class Trainer:
             drawn = examples(self.task, self.train_problems, config.batch, config.hinted, self.rng)
             responses = [torch.tensor([*self._encode(e.response), self.tokenizer.eos_token_id], device=self.policy.device) for e in drawn]
             weights = torch.tensor([w for e in drawn for w in (*e.weights, 1.0)], device=self.policy.device)
-            hidden = self.policy.hidden([self._encode(e.prompt) for e in drawn], responses)
+            hidden = self.policy.hidden([self._prompt(e.prompt) for e in drawn], responses)
             logp, _ = linear_logprob_entropy(hidden, ids=torch.cat(responses), **self.policy.head())
             loss = -(logp * weights).sum() / weights.sum()
             if not math.isfinite(loss.item()):
@@ -404,7 +404,7 @@ class Trainer:
         problems = self.held_out[: config.eval.max_problems]
         ends = step in (0, config.trainer.steps)
         return evaluate(
-            self.engine, self.tokenizer, problems, [self._prompt(p) for p in problems], max_new_tokens=config.rollout.max_new_tokens,
+            self.engine, self.tokenizer, problems, [self._prompt(p.prompt) for p in problems], max_new_tokens=config.rollout.max_new_tokens,
             extract=config.verify.extract, samples=config.eval.samples if ends else 0, seed=config.seed * 1_000_003 + step,
         )  # fmt: skip
 
@@ -430,8 +430,14 @@ class Trainer:
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _prompt(self, problem: Problem) -> list[int]:
-        return self._encode(problem.prompt)
+    def _prompt(self, text: str) -> list[int]:
+        """Token ids in front of a rollout: the text as it is, or as a user message of the tokenizer's chat template."""
+        if not self.config.problems.chat:
+            return self._encode(text)
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ConfigError("problems.chat = true needs a tokenizer with a chat template; set it to false, or give another policy.tokenizer")
+        message = self.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+        return self._encode(message)
 
     def _spellings(self, answer: str) -> list[list[int]]:
         return [self._encode(answer), self._encode(" " + answer)] if not self.config.problems.task else [self._encode(answer)]
