@@ -7,7 +7,7 @@ from torch import Tensor
 
 from acpo_kernels import SegmentCredit, Segments, segment_credit
 
-from .attribution import Attribution
+from .attribution import Attribution, zero_variance
 from .config import CreditConfig
 
 
@@ -24,12 +24,6 @@ def outcome_advantages(rewards: Tensor, group_size: int, kind: str) -> Tensor:
     elif kind == "rloo":
         centred = centred * group_size / (group_size - 1)
     return centred.flatten()
-
-
-def zero_variance(rewards: Tensor, group_size: int) -> Tensor:
-    """Which rollouts belong to a group whose outcomes are all equal, [B]."""
-    groups = rewards.view(-1, group_size)
-    return (groups == groups[:, :1]).all(1).repeat_interleave(group_size)
 
 
 def confident_rewards(outcome: Tensor, confidence: Tensor, group_size: int, omega: float) -> Tensor:

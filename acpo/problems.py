@@ -41,7 +41,7 @@ def load_jsonl(path: str | Path, *, question: str = "problem", answer: str = "an
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 may stand inside a JSON string
     except FileNotFoundError:
         raise ProblemError(f"problems.path: no such file: {path}") from None
     except (OSError, UnicodeDecodeError) as error:
