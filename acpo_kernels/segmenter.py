@@ -61,8 +61,8 @@ class Segmenter:
     Forks count wherever they are, in formulas too.
 
     Partition. maximise sum(score) - lambda K over all partitions with min_tokens <= n_k <= max_tokens and K <= max_segments;
-    exact. lambda lies just below a level of b: the highest one whose boundaries, with all higher ones, are at least
-    T / (2 target_tokens); never above the paragraph's. Of equal partitions the one whose last boundary is latest wins, then the
+    exact. lambda lies halfway below the lowest level of b that pays: the paragraph's where paragraphs average at most
+    4 target_tokens, else the highest level that, with all above it, leaves at most 2 target_tokens a segment, else any. Of equal partitions the one whose last boundary is latest wins, then the
     one before it. max_tokens is raised to the least value with which a partition exists (ceil(T / max_segments) or more). Fewer
     than min_tokens tokens are one segment.
 
