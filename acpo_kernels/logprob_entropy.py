@@ -1,5 +1,167 @@
-from . import reference
+"""Log-prob of the chosen token and entropy of the whole distribution, from logits, in one pass over them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _checks as check
+from . import _cpu, _library, reference
+from ._results import LogprobEntropy
 
 
-def logprob_entropy(logits, ids, *, temperature=1.0, mask=None, impl=None):
-    return reference.logprob_entropy(logits, ids, temperature=temperature, mask=mask)
+def logprob_entropy(
+    logits: Tensor, ids: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None, impl: str | None = None
+) -> LogprobEntropy:
+    """Log-probability of ids and entropy under softmax(logits / temperature), with gradients through both.
+
+        z = logits / temperature,   m = max_j z_j,   l = log sum_j exp(z_j - m)
+        logp    = (z_ids - m) - l
+        entropy = l + sum_j p_j (m - z_j),   p_j = exp(z_j - m - l)
+
+    with one maximum left out of the sum, l = log1p(rest): a token of probability 1 - 1e-13 keeps its log-prob of -1e-13.
+
+    Shapes
+        logits [..., V], ids [...], mask [...] or None, temperature a number or [...]; results [...]. Rows of logits are read
+        in place at up to two leading strides and a contiguous last dimension (so `logits[:, :-1]` of a (B,T,V) tensor is);
+        any other layout is first copied. N = 0 rows give empty results.
+    Dtypes
+        logits float32, bfloat16, float16 or float64; ids int64 or int32; mask bool. Logits enter as float32, unrounded:
+        results are float32 (float64 for float64 logits), the gradient has the logits' dtype.
+    Units
+        Nats. Row t holds the logits that PREDICT ids[t]. mask=False or ids == -100: both results and the gradient are 0, and
+        the row is not read. -inf logits contribute nothing; if ids names one, logp is -inf with finite gradients. A row that is
+        all -inf, or holds NaN or +inf, gives NaN in that row alone. temperature gets no gradient; its values are positive.
+        A row's results are bitwise the same alone and in any batch. Second derivatives raise.
+    Errors
+        TypeError for what is not a tensor or a number; ValueError for another dtype, shape or device, for V = 0, for a
+        temperature that is not positive and finite, and on CPU for an active id outside [0, V). On CUDA nothing is read back:
+        such a row is NaN.
+    Source
+        logp = -softplus(logsumexp_{j != ids} z_j - z_ids) and its gradient (1 - p by expm1) are the log-sum-exp of
+        Blanchard, Higham, Higham (2021), "Accurately computing the log-sum-exp and softmax functions", eq. 3.5; dentropy/dz_j
+        = -p_j (log p_j + entropy).
+    """
+    check.implementation(impl)
+    check.rows(logits, ids, temperature, mask)
+    if impl == "reference":
+        if ids.device.type == "cpu":
+            check.ids_in_range(ids, reference.active_rows(ids, mask), logits.shape[-1])
+        return reference.logprob_entropy(logits, ids, temperature=temperature, mask=mask)
+    number, tensor = (1.0, temperature.detach()) if isinstance(temperature, Tensor) else (float(temperature), None)
+    logp, entropy, _, _ = _forward_op(logits, ids, number, tensor, mask)
+    return LogprobEntropy(logp, entropy)
+
+
+# The four results of the operation are logp, entropy, and for its backward the maximum of the logits (before the temperature)
+# and the centred logsumexp l. Every implementation gives and takes the same four.
+
+
+def _cpu_forward(logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, mask: Tensor | None):
+    if not _cpu.available:
+        check.ids_in_range(ids, reference.active_rows(ids, mask), logits.shape[-1])
+        return _torch_forward(logits, ids, temperature, temperatures, mask)
+    results = _fake_forward(logits, ids, temperature, temperatures, mask)
+    if not _cpu.logprob_entropy_forward(logits, ids, temperature, temperatures, mask, results):
+        check.ids_in_range(ids, reference.active_rows(ids, mask), logits.shape[-1])
+    return results
+
+
+def _cpu_backward(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsumexp, temperature, temperatures, mask):
+    statistics = (entropy, maximum, logsumexp)
+    if not _cpu.available:
+        return _torch_backward(grad_logp, grad_entropy, logits, ids, *statistics, temperature, temperatures, mask)
+    gradient = torch.empty(logits.shape, dtype=logits.dtype)
+    _cpu.logprob_entropy_backward(grad_logp, grad_entropy, logits, ids, statistics, temperature, temperatures, mask, gradient)
+    return gradient
+
+
+def _cuda_forward(logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, mask: Tensor | None):
+    if logits.dtype == torch.float64:
+        inside = (ids >= 0) & (ids < logits.shape[-1])
+        results = _torch_forward(logits, torch.where(inside | (ids == reference.IGNORED), ids, 0), temperature, temperatures, mask)
+        return tuple(torch.where(inside | ~reference.active_rows(ids, mask), r, torch.nan) for r in results)
+    from ._triton import logprob_entropy as kernels
+
+    results = _fake_forward(logits, ids, temperature, temperatures, mask)
+    kernels.forward(logits, ids, temperature, temperatures, mask, results)
+    return results
+
+
+def _cuda_backward(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsumexp, temperature, temperatures, mask):
+    statistics = (entropy, maximum, logsumexp)
+    if logits.dtype == torch.float64:
+        return _torch_backward(grad_logp, grad_entropy, logits, ids, *statistics, temperature, temperatures, mask)
+    from ._triton import logprob_entropy as kernels
+
+    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    kernels.backward(grad_logp, grad_entropy, logits, ids, statistics, temperature, temperatures, mask, gradient)
+    return gradient
+
+
+def _torch_forward(logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, mask: Tensor | None):
+    """For float64 on CUDA, and for the CPU without the extension."""
+    t = temperature if temperatures is None else temperatures
+    logp, entropy = reference.logprob_entropy(logits, ids, temperature=t, mask=mask)
+    active = reference.active_rows(ids, mask)
+    _, l = reference._log_softmax_parts(logits, active, t)  # noqa: E741
+    maximum = torch.where(active, logits.amax(-1).to(logp.dtype), 0.0)
+    return logp.contiguous(), entropy.contiguous(), maximum.contiguous(), torch.where(active, l, 0.0).contiguous()
+
+
+def _torch_backward(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsumexp, temperature, temperatures, mask):
+    t = temperature if temperatures is None else temperatures.to(entropy.dtype).unsqueeze(-1)
+    g_logp, g_entropy = (torch.zeros_like(entropy) if g is None else g.to(entropy.dtype) for g in (grad_logp, grad_entropy))
+    active = reference.active_rows(ids, mask) & ((g_logp != 0) | (g_entropy != 0))
+    z = torch.where(active.unsqueeze(-1), logits.to(entropy.dtype), 0.0)
+    log_p = (z - maximum.unsqueeze(-1)) / t - logsumexp.unsqueeze(-1)
+    p = torch.exp(log_p)
+    chosen = torch.arange(logits.shape[-1], device=ids.device) == ids.unsqueeze(-1)
+    through_logp = g_logp.unsqueeze(-1) * torch.where(chosen, -torch.expm1(log_p), -p)
+    through_entropy = torch.where(p == 0, 0.0, g_entropy.unsqueeze(-1) * p * (-log_p - entropy.unsqueeze(-1)))
+    gradient = torch.where(active.unsqueeze(-1), (through_logp + through_entropy) / t, 0.0)
+    return gradient.to(logits.dtype).contiguous()
+
+
+def _fake_forward(logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, mask: Tensor | None):
+    dtype = reference.working_dtype(logits.dtype)
+    return tuple(torch.empty(logits.shape[:-1], dtype=dtype, device=logits.device) for _ in range(4))
+
+
+def _fake_backward(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsumexp, temperature, temperatures, mask):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    logits, ids, ctx.temperature, temperatures, mask = inputs
+    _, entropy, maximum, logsumexp = output
+    ctx.save_for_backward(logits, ids, entropy, maximum, logsumexp, temperatures, mask)
+    ctx.mark_non_differentiable(maximum, logsumexp)
+    ctx.set_materialize_grads(False)  # an output that was not used comes as None, not as zeros to be read
+
+
+def _backward(ctx, grad_logp, grad_entropy, _grad_maximum, _grad_logsumexp):
+    logits, ids, entropy, maximum, logsumexp, temperatures, mask = ctx.saved_tensors
+    gradient = None
+    if ctx.needs_input_grad[0] and not (grad_logp is None and grad_entropy is None):
+        gradient = _backward_op(
+            grad_logp, grad_entropy, logits, ids, entropy, maximum, logsumexp, ctx.temperature, temperatures, mask
+        )  # fmt: skip
+    return gradient, None, None, None, None
+
+
+_forward_op = _library.define(
+    "logprob_entropy(Tensor logits, Tensor ids, float temperature, Tensor? temperatures, Tensor? mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=_cpu_forward,
+    cuda=_cuda_forward,
+    fake=_fake_forward,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_backward_op = _library.define(
+    "logprob_entropy_backward(Tensor? grad_logp, Tensor? grad_entropy, Tensor logits, Tensor ids, Tensor entropy, Tensor maximum,"
+    " Tensor logsumexp, float temperature, Tensor? temperatures, Tensor? mask) -> Tensor",
+    cpu=_cpu_backward,
+    cuda=_cuda_backward,
+    fake=_fake_backward,
+)

@@ -1,0 +1,18 @@
+// Which instruction set the CPU kernels use: chosen once per process from what the processor has.
+#pragma once
+
+#include <string>
+
+namespace acpo {
+
+enum class Isa { baseline, avx2, avx512 };
+
+// The best one the machine has, or the one that ACPO_CPU_ISA = avx512 | avx2 | baseline asks for.
+// Throws std::invalid_argument for an unknown name and for one that this machine lacks.
+Isa isa();
+const char* name(Isa isa);
+
+// Replaces the choice from here on, so that one process can test every path; "" goes back to the first choice.
+void restrict_isa(const std::string& name);
+
+}  // namespace acpo

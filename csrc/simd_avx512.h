@@ -1,0 +1,53 @@
+// Sixteen float32 lanes. Needs AVX-512 F, BW, DQ and VL.
+#pragma once
+
+#include <immintrin.h>
+
+#include "floats.h"
+
+namespace acpo {
+namespace {
+
+struct Simd {
+  using vec = __m512;
+  using mask = __mmask16;
+  static constexpr int lanes = 16;
+  static constexpr bool has_fma = true;
+
+  static vec set(float x) { return _mm512_set1_ps(x); }
+  static vec load(const float* p) { return _mm512_loadu_ps(p); }
+  static vec load(const bf16* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+  }
+  static vec load(const fp16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static void store(float* p, vec x) { _mm512_storeu_ps(p, x); }
+  static void store(bf16* p, vec x) {
+    const __m512i u = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
+    r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
+  }
+  static void store(fp16* p, vec x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+
+  static vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
+  static vec sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
+  static vec mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+  static vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static vec fms(vec a, vec b, vec c) { return _mm512_fmsub_ps(a, b, c); }
+  static vec max(vec x, vec best) { return _mm512_max_ps(x, best); }  // a NaN in x gives best
+  static float reduce_add(vec x) { return _mm512_reduce_add_ps(x); }
+  static float reduce_max(vec x) { return _mm512_reduce_max_ps(x); }
+
+  static mask not_less(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }  // a >= b, or one is NaN
+  static mask equal(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+  static mask and_not(mask a, mask b) { return a & static_cast<mask>(~b); }
+  static int count(mask m) { return __builtin_popcount(m); }
+  static vec keep(mask m, vec x) { return _mm512_maskz_mov_ps(m, x); }  // 0 elsewhere
+  static vec keep_scale(mask m, vec p, vec /*t*/, vec n) { return _mm512_maskz_scalef_ps(m, p, n); }
+};
+
+}  // namespace
+}  // namespace acpo

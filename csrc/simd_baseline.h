@@ -1,0 +1,59 @@
+// Four float32 lanes in the vector extension of GCC and Clang: SSE2 on x86-64, NEON on aarch64, nothing assumed of either.
+#pragma once
+
+#include <string.h>
+
+#include "floats.h"
+
+namespace acpo {
+namespace {
+
+struct Simd {
+  typedef float vec __attribute__((vector_size(16)));
+  typedef int32_t mask __attribute__((vector_size(16)));
+  static constexpr int lanes = 4;
+  static constexpr bool has_fma = false;  // a x b + c may round twice
+
+  static vec set(float x) { return vec{x, x, x, x}; }
+  static vec load(const float* p) {
+    vec x;
+    memcpy(&x, p, sizeof x);
+    return x;
+  }
+  static vec load(const bf16* p) { return vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
+  static vec load(const fp16* p) { return vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
+  static void store(float* p, vec x) { memcpy(p, &x, sizeof x); }
+  static void store(bf16* p, vec x) {
+    for (int i = 0; i < lanes; ++i) from_float(x[i], p + i);
+  }
+  static void store(fp16* p, vec x) {
+    for (int i = 0; i < lanes; ++i) from_float(x[i], p + i);
+  }
+
+  static vec add(vec a, vec b) { return a + b; }
+  static vec sub(vec a, vec b) { return a - b; }
+  static vec mul(vec a, vec b) { return a * b; }
+  static vec fma(vec a, vec b, vec c) { return a * b + c; }
+  static vec fms(vec a, vec b, vec c) { return a * b - c; }
+  static vec max(vec x, vec best) { return x > best ? x : best; }  // a NaN in x gives best
+  static float reduce_add(vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+  static float reduce_max(vec x) {
+    const float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];
+    return a > b ? a : b;
+  }
+
+  static mask not_less(vec a, vec b) { return ~(a < b); }  // a >= b, or one is NaN
+  static mask equal(vec a, vec b) { return a == b; }
+  static mask and_not(mask a, mask b) { return a & ~b; }
+  static int count(mask m) { return -(m[0] + m[1] + m[2] + m[3]); }
+  static vec keep(mask m, vec x) { return reinterpret_cast<vec>(m & reinterpret_cast<mask>(x)); }  // 0 elsewhere
+  // p 2^n, with n in the low bits of t = n + 1.5 2^23
+  static vec keep_scale(mask m, vec p, vec t, vec /*n*/) {
+    typedef uint32_t bits __attribute__((vector_size(16)));
+    const bits e = reinterpret_cast<bits>(t) << 23;
+    return keep(m, reinterpret_cast<vec>(reinterpret_cast<bits>(p) + e));
+  }
+};
+
+}  // namespace
+}  // namespace acpo
