@@ -136,7 +136,8 @@ def test_paragraph_steps_of_processbench(segmenter, qwen2):
 
 
 def test_ids_of_the_model_beyond_the_tokenizer(qwen2, segmenter):
-    ids = qwen2.encode("End.\n", add_special_tokens=False).ids + [151_935] + qwen2.encode("\nNext", add_special_tokens=False).ids
+    before, after = (qwen2.encode(text, add_special_tokens=False).ids for text in ("End.\n", "\nNext"))
+    ids = [*before, 151_935, *after]
     scores = segmenter.scores(*one(ids)).tolist()
     assert scores[-2:] == [3, 0] and max(scores[:-2]) == 0
     with pytest.raises(ValueError, match="vocab_size = 151936, got 151936 at index 0"):
