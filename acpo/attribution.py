@@ -25,6 +25,7 @@ from acpo_kernels import Segments, segment_reduce
 
 MIN_BOUNDARIES = 200  # a reliability from fewer is noise
 FIT_BATCHES = 8
+MINORITY = 0.05  # least share of the rarer outcome for skill to be measured
 DECAY = 0.9
 SLOPE, THRESHOLD = 3.0, 0.05  # reliability = min(1, SLOPE * skill), 0 below THRESHOLD
 
@@ -108,43 +109,58 @@ def previous_in_sequence(values: Tensor, first: Tensor, segments: Segments) -> T
 
 @dataclass
 class Calibrator:
-    """Platt scaling with two inputs: logit Vhat = a + b logit(base) + c evidence, from the last batches, drawn towards (0, 1, 1)."""
+    """Platt scaling, logit Vhat_k = a + b logit(base) + c evidence, from the last batches; and the same without the evidence for Vhat_0,
+    what can be said before the first step. Both by penalised maximum likelihood, drawn towards trusting the inputs: (0, 1, 1), (0, 1)."""
 
-    coefficients: list[float] = field(default_factory=lambda: [0.0, 1.0, 1.0])
-    batches: deque = field(default_factory=lambda: deque(maxlen=FIT_BATCHES))
+    with_evidence: list[float] = field(default_factory=lambda: [0.0, 1.0, 1.0])
+    before: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    batches: deque = field(default_factory=lambda: deque(maxlen=FIT_BATCHES))  # rows logit(base), evidence, outcome
 
     def predict(self, base: Tensor, evidence: Tensor, low: float) -> Tensor:
-        a, b, c = self.coefficients
-        logits = a + b * torch.logit(base.double(), low) + c * evidence.double()
-        return torch.sigmoid(logits).clamp(low, 1.0 - low)
+        a, b, c = self.with_evidence
+        return torch.sigmoid(a + b * torch.logit(base.double(), low) + c * evidence.double()).clamp(low, 1.0 - low)
+
+    def predict_before(self, base: Tensor, low: float) -> Tensor:
+        a, b = self.before
+        return torch.sigmoid(a + b * torch.logit(base.double(), low)).clamp(low, 1.0 - low)
 
     def fit(self, base: Tensor, evidence: Tensor, outcome: Tensor, low: float) -> None:
-        """Adds a batch and fits by Newton steps on the ridge-penalised log loss; evidence that points the wrong way gets weight 0."""
+        """Adds a batch and fits again. Evidence that points the wrong way gets weight 0."""
         if len(outcome):
             self.batches.append(torch.stack([torch.logit(base.double(), low), evidence.double(), outcome.double()]).cpu())
         if not self.batches:
             return
-        x1, x2, y = torch.cat(list(self.batches), 1)
-        features = torch.stack([torch.ones_like(x1), x1, x2], 1)
-        prior = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
-        w = torch.tensor(self.coefficients, dtype=torch.float64)
-        for _ in range(25):
-            p = torch.sigmoid(features @ w)
-            gradient = features.T @ (p - y) + (w - prior)
-            hessian = features.T @ (features * (p * (1 - p)).unsqueeze(1)) + torch.eye(3, dtype=torch.float64)
-            step = torch.linalg.solve(hessian, gradient)
-            w = w - step.clamp(-1.0, 1.0)
-            if float(step.abs().max()) < 1e-9:
-                break
-        w[2] = w[2].clamp(min=0.0)
-        self.coefficients = w.tolist()
+        logit, seen, y = torch.cat(list(self.batches), 1)
+        one = torch.ones_like(logit)
+        self.with_evidence = logistic_fit(torch.stack([one, logit, seen], 1), y, torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64))
+        self.with_evidence[2] = max(0.0, self.with_evidence[2])
+        self.before = logistic_fit(torch.stack([one, logit], 1), y, torch.tensor([0.0, 1.0], dtype=torch.float64))
+
+    def both_outcomes(self) -> bool:
+        """Whether the batches that the next prediction rests on hold both outcomes: without that, skill cannot be told from luck."""
+        mean = float(torch.cat([b[2] for b in self.batches]).mean()) if self.batches else 0.0
+        return MINORITY <= mean <= 1.0 - MINORITY
 
     def state(self) -> dict:
-        return {"coefficients": self.coefficients, "batches": [b.tolist() for b in self.batches]}
+        return {"with_evidence": self.with_evidence, "before": self.before, "batches": [b.tolist() for b in self.batches]}
 
     def load(self, state: dict) -> None:
-        self.coefficients = list(state["coefficients"])
-        self.batches = deque((torch.tensor(b, dtype=torch.float64) for b in state["batches"]), maxlen=FIT_BATCHES)
+        self.with_evidence, self.before = list(state["with_evidence"]), list(state["before"])
+        self.batches = deque((torch.tensor(b, dtype=torch.float64).view(3, -1) for b in state["batches"]), maxlen=FIT_BATCHES)
+
+
+def logistic_fit(features: Tensor, y: Tensor, prior: Tensor) -> list[float]:
+    """Logistic regression by Newton's method under the penalty |w - prior|^2 / 2."""
+    w = prior.clone()
+    for _ in range(50):
+        p = torch.sigmoid(features @ w)
+        gradient = features.T @ (p - y) + (w - prior)
+        hessian = features.T @ (features * (p * (1 - p)).unsqueeze(1)) + torch.eye(len(w), dtype=w.dtype)
+        step = torch.linalg.solve(hessian, gradient).clamp(-1.0, 1.0)
+        w = w - step
+        if float(step.abs().max()) < 1e-9:
+            break
+    return w.tolist()
 
 
 @dataclass
@@ -192,7 +208,7 @@ class Attributor:
         sequence = segments.segment_sequence_ids()
         terminal = segments.is_terminal()
         seen = evidence.rows[sequence]
-        first = self.calibrator.predict(base, torch.zeros_like(base), low)
+        first = self.calibrator.predict_before(base, low)
         values = self.calibrator.predict(base[sequence], torch.where(seen, evidence.evidence, 0.0), low)
         values = torch.where(seen, values, first[sequence])
         # After the answer the outcome is known: the terminal boundary belongs to it, and takes no part in phi of the steps.
@@ -206,7 +222,8 @@ class Attributor:
         ordinary = torch.zeros(segments.num_sequences, dtype=torch.int64, device=sequence.device).index_add(0, sequence, (~terminal).long())
         later = seen & ~terminal & (2 * (order + 1) > ordinary[sequence])
         at = sequence[later]
-        self.reliability.update(values[later], first[at], base[at], outcome[at])
+        if self.calibrator.both_outcomes():
+            self.reliability.update(values[later], first[at], base[at], outcome[at])
         use = seen & ~terminal
         at = sequence[use]
         self.calibrator.fit(base[at], evidence.evidence[use], outcome[at], low)

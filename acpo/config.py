@@ -6,6 +6,7 @@ under that layer's own keys. So `method=grpo` on the command line turns a config
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -308,10 +309,8 @@ def _typed(key: str, value: Any, kind: Any, where: str) -> Any:
             raise ConfigError(f"{where}: {key} must be one of {wanted}, got {value!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         return value
     if kind is float and isinstance(value, str):  # YAML 1.1 reads 2e-4 as a string
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -19,15 +19,16 @@ WATCHED = (
 
 
 class Run:
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, *, write: bool = True):
         self.directory = config.directory
         self.checkpoints = self.directory / "checkpoints"
         self.metrics = self.directory / "metrics.jsonl"
         self.console = Console(file=sys.stdout)
         self.progress: Progress | None = None
         self.shown: dict[str, float] = {}
-        self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+        if write:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            (self.directory / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
 
     def records(self) -> list[dict]:
         """The lines of metrics.jsonl; a last line that a kill cut off is left out."""
@@ -65,7 +66,8 @@ class Run:
         self.finish()
         self.shown.pop("loss", None)
         self.progress = Progress(
-            TextColumn("{task.description:8}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.description:8}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
             console=self.console, disable=not self.console.is_terminal,
         )  # fmt: skip
         self.task = self.progress.add_task(name, total=total, completed=done, numbers="")

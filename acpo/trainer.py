@@ -408,6 +408,21 @@ class Trainer:
             extract=config.verify.extract, samples=config.eval.samples if ends else 0, seed=config.seed * 1_000_003 + step,
         )  # fmt: skip
 
+    def evaluate_checkpoint(self) -> dict[str, float]:
+        """The evaluation of the newest checkpoint."""
+        found = checkpoint.latest(self.run.checkpoints)
+        if found is None:
+            raise checkpoint.CheckpointError(f"{self.run.checkpoints} holds no checkpoint")
+        tensors, state = found
+        self.policy.load_state_dict(tensors["policy"], strict=False)
+        return {"step": state["step"], **self._evaluate(0)}
+
+    def export(self) -> None:
+        """The policy and its tokenizer as a folder that policy.path and transformers read."""
+        folder = self.run.directory / "policy"
+        self.policy.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
     def _optimizer(self, rate: float) -> torch.optim.Optimizer:
         config = self.config.optimizer
         return torch.optim.AdamW(self.policy.parameters(), lr=rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
@@ -441,7 +456,7 @@ class Trainer:
     def _resume(self) -> None:
         found = checkpoint.latest(self.run.checkpoints)
         if found is None:
-            self.run.cut_back(0, -1)
+            self.run.cut_back(-1, -1)
             return
         tensors, state = found
         changed = differences(state["config"], to_dict(self.config))
