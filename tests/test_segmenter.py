@@ -352,6 +352,25 @@ def test_lines_of_a_synthetic_task():
     assert segments.token_offsets.tolist() == [0, 6, 12, 16] and segments.terminal.tolist() == [False]
 
 
+def test_lines_of_the_synthetic_tasks_themselves():
+    import numpy as np
+
+    from acpo import synthetic
+
+    tokenizer, task, rng = synthetic.tokenizer(), synthetic.Multiplication(), np.random.default_rng(0)
+    texts = [task.trace(task.problem(rng), rng).text for _ in range(20)]
+    encoded = [tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id] for text in texts]
+    ids, cu = torch.tensor([i for e in encoded for i in e]), torch.tensor([0, *map(len, encoded)]).cumsum(0)
+    start = torch.tensor([text.rfind("\nA") + 1 for text in texts])
+    entropy = torch.rand(ids.numel(), generator=torch.Generator().manual_seed(0))
+    for target in (7, 64):
+        segmenter = Segmenter.from_tokenizer(tokenizer, min_tokens=2, max_tokens=32, max_segments=16, target_tokens=target)
+        for arguments in ({}, {"entropy": entropy}):  # forks inside a line do not pay beside line breaks
+            segments = segmenter(ids, cu, answer_start=start, **arguments)
+            cut = tokenizer.batch_decode([ids[a:b] for a, b in pairwise(segments.token_offsets.tolist())], skip_special_tokens=True)
+            assert cut == [line for text in texts for line in text.splitlines(keepends=True)] and segments.terminal.all()
+
+
 # ---- entropy, explain, precomputed scores
 
 
