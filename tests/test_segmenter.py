@@ -359,7 +359,7 @@ def test_lines_of_the_synthetic_tasks_themselves():
 
     tokenizer, task, rng = synthetic.tokenizer(), synthetic.Multiplication(), np.random.default_rng(0)
     texts = [task.trace(task.problem(rng), rng).text for _ in range(20)]
-    encoded = [tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id] for text in texts]
+    encoded = [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in texts]
     ids, cu = torch.tensor([i for e in encoded for i in e]), torch.tensor([0, *map(len, encoded)]).cumsum(0)
     start = torch.tensor([text.rfind("\nA") + 1 for text in texts])
     entropy = torch.rand(ids.numel(), generator=torch.Generator().manual_seed(0))
