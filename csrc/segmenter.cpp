@@ -60,7 +60,9 @@ Segmenter::Segmenter(Automaton automaton, Limits limits, int64_t target_tokens, 
 
 void Segmenter::check(const PackedIds& batch) const {
   for (int64_t b = 0; b < batch.sequences; ++b) {
-    if (batch.offsets[b + 1] - batch.offsets[b] > INT32_MAX / 2) throw std::invalid_argument("cu_seqlens: a sequence must be shorter than 2^30 tokens");
+    if (batch.offsets[b + 1] - batch.offsets[b] > INT32_MAX / 2) {
+      throw std::invalid_argument("cu_seqlens: a sequence must be shorter than 2^30 tokens");
+    }
   }
   if (batch.wide) {
     check_ids(static_cast<const int64_t*>(batch.ids), batch.tokens(), automaton_.vocab_size());
