@@ -24,70 +24,80 @@ def tile_rows(vocab_size: int) -> int:
     return max(64, min(1024, TILE_ELEMENTS // max(vocab_size, 1) // 64 * 64))
 
 
-def _tiles(count: int, rows: int):
-    return ((begin, min(count, begin + rows)) for begin in range(0, count, rows))
-
-
-def _padded(rows: Tensor, size: int) -> Tensor:
-    return rows if rows.shape[0] == size else torch.cat([rows, rows.new_zeros(size - rows.shape[0], *rows.shape[1:])])
+def _padded(rows: Tensor, size: int, fill: float = 0) -> Tensor:
+    return rows if rows.shape[0] == size else torch.cat([rows, rows.new_full((size - rows.shape[0], *rows.shape[1:]), fill)])
 
 
 class _Head:
-    """Logits of one row tile at a time, and the way back from their gradient."""
+    """Logits of one row tile at a time, and the way back from their gradient.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, softcap: float | None, rows: int):
-        self.weight, self.bias, self.softcap, self.rows = weight, bias, softcap, rows
+    A product always sees a whole tile, padded with inactive rows, and a softmax at least two rows (torch sums a lone long row in two
+    passes over its threads, which rounds differently): what a row gives then does not depend on N.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, softcap: float | None, ids: Tensor, active: Tensor, temperature, temperatures):
+        self.weight, self.bias, self.softcap = weight, bias, softcap
         self.dtype = reference.working_dtype(weight.dtype)
         self.working_weight = weight.to(self.dtype)
+        self.rows, self.count = tile_rows(weight.shape[0]), ids.shape[0]
+        size = self.count + 1  # one row to spare for a last tile of one
+        self.ids, self.active = _padded(ids, size), _padded(active, size)
+        self.temperature, self.temperatures = temperature, None if temperatures is None else _padded(temperatures, size, 1)
 
-    def logits(self, hidden: Tensor, active: Tensor) -> Tensor:
-        hidden = _padded(torch.where(active.unsqueeze(-1), hidden, 0.0).to(self.dtype), self.rows)
-        return reference.head_logits(hidden, self.working_weight, self.bias, self.softcap)[: active.shape[0]]
+    def tiles(self):
+        """Rows of each tile, and the same with a padded one where it would be alone."""
+        for begin in range(0, self.count, self.rows):
+            end = min(self.count, begin + self.rows)
+            yield slice(begin, end), slice(begin, max(end, begin + 2))
+
+    def temperature_of(self, tile: slice) -> float | Tensor:
+        return self.temperature if self.temperatures is None else self.temperatures[tile]
+
+    def hidden(self, hidden: Tensor, tile: slice) -> Tensor:
+        return torch.where(self.active[tile].unsqueeze(-1), _padded(hidden, tile.stop - tile.start), 0.0).to(self.dtype)
+
+    def logits(self, hidden: Tensor, tile: slice) -> Tensor:
+        padded = _padded(self.hidden(hidden, tile), self.rows)
+        return reference.head_logits(padded, self.working_weight, self.bias, self.softcap)[: tile.stop - tile.start]
 
     def backward(self, logits: Tensor, grad: Tensor) -> Tensor:
         """The gradient before the softcap."""
         return grad if self.softcap is None else grad * (1.0 - (logits / self.softcap).square())
 
 
-def _temperature(temperature: float, temperatures: Tensor | None, rows: slice) -> float | Tensor:
-    return temperature if temperatures is None else temperatures[rows]
-
-
 def linear_logprob_entropy(hidden, weight, ids, bias, temperature, temperatures, softcap, mask):
-    active = reference.active_rows(ids, mask)
-    head = _Head(weight, bias, softcap, tile_rows(weight.shape[0]))
-    logp = torch.zeros(ids.shape, dtype=head.dtype, device=ids.device)
-    entropy = torch.zeros_like(logp)
-    for begin, end in _tiles(ids.shape[0], head.rows):
-        rows = slice(begin, end)
-        logits = head.logits(hidden[rows], active[rows])
-        result = reference.logprob_entropy(logits, ids[rows], temperature=_temperature(temperature, temperatures, rows), mask=active[rows])
-        logp[rows], entropy[rows] = result
-    return logp, entropy
+    head = _Head(weight, bias, softcap, ids, reference.active_rows(ids, mask), temperature, temperatures)
+    outs = [torch.zeros(ids.shape, dtype=head.dtype, device=ids.device) for _ in range(2)]
+    for rows, tile in head.tiles():
+        logits = head.logits(hidden[rows], tile)
+        result = reference.logprob_entropy(logits, head.ids[tile], temperature=head.temperature_of(tile), mask=head.active[tile])
+        for out, value in zip(outs, result, strict=True):
+            out[rows] = value[: rows.stop - rows.start]
+    return tuple(outs)
 
 
 def linear_logprob_entropy_backward(hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, needs):
-    active = reference.active_rows(ids, mask)
-    upstream = torch.zeros_like(active)
+    upstream = torch.zeros_like(ids, dtype=torch.bool)
     for grad in (grad_logp, grad_entropy):
         if grad is not None:
             upstream |= grad != 0
-    active = active & upstream  # a row with a zero gradient adds nothing, whatever its hidden state holds
+    active = reference.active_rows(ids, mask) & upstream  # a row with a zero gradient adds nothing, whatever its hidden state holds
     need_hidden, need_weight, need_bias = needs
-    head = _Head(weight, bias, softcap, tile_rows(weight.shape[0]))
+    head = _Head(weight, bias, softcap, ids, active, temperature, temperatures)
     out_hidden = torch.zeros(hidden.shape if need_hidden else (0,), dtype=hidden.dtype, device=hidden.device)
     out_weight = torch.zeros(weight.shape if need_weight else (0,), dtype=head.dtype, device=weight.device)
     out_bias = torch.zeros(weight.shape[0] if need_bias else 0, dtype=head.dtype, device=weight.device)
-    for begin, end in _tiles(ids.shape[0], head.rows):
-        rows = slice(begin, end)
-        logits = head.logits(hidden[rows], active[rows])
-        grads = [None if g is None else torch.where(active[rows], g[rows], 0.0) for g in (grad_logp, grad_entropy)]
-        grad = logprob_entropy_gradient(logits, ids[rows], active[rows], _temperature(temperature, temperatures, rows), *grads)
-        grad = head.backward(logits, grad)
+    for rows, tile in head.tiles():
+        logits = head.logits(hidden[rows], tile)
+        grads = [
+            None if g is None else torch.where(head.active[tile], _padded(g[rows], tile.stop - tile.start), 0.0) for g in (grad_logp, grad_entropy)
+        ]
+        grad = head.backward(logits, logprob_entropy_gradient(logits, head.ids[tile], head.active[tile], head.temperature_of(tile), *grads))
         if need_hidden:
-            out_hidden[rows] = (_padded(grad, head.rows) @ head.working_weight)[: end - begin].to(hidden.dtype)
+            with torch.autocast(grad.device.type, enabled=False):
+                out_hidden[rows] = (_padded(grad, head.rows) @ head.working_weight)[: rows.stop - rows.start].to(hidden.dtype)
         if need_weight:
-            out_weight.addmm_(grad.T, torch.where(active[rows].unsqueeze(-1), hidden[rows], 0.0).to(head.dtype))
+            out_weight.addmm_(grad.T, head.hidden(hidden[rows], tile))
         if need_bias:
             out_bias += grad.sum(0)
     return out_hidden, out_weight.to(weight.dtype), out_bias if bias is None else out_bias.to(bias.dtype)
@@ -113,19 +123,21 @@ def logprob_entropy_gradient(logits, ids, active, temperature, grad_logp, grad_e
 
 def hindsight_information(logits, hindsight_logits, ids, temperature, temperatures, mask):
     temperature = temperature if temperatures is None else temperatures
+    if ids.numel() == 1:  # torch sums a lone long row in two passes over its threads, which rounds differently: two copies of it
+        twice = [x.expand(2, *x.shape) for x in (logits, hindsight_logits, ids)]
+        temperature, mask = (x.expand(2, *x.shape) if isinstance(x, Tensor) else x for x in (temperature, mask))
+        return tuple(x[0].clone() for x in reference.hindsight_information(*twice, temperature=temperature, mask=mask))
     return tuple(reference.hindsight_information(logits, hindsight_logits, ids, temperature=temperature, mask=mask))
 
 
 def linear_hindsight_information(hidden, hindsight_hidden, weight, ids, bias, temperature, temperatures, softcap, mask):
-    active = reference.active_rows(ids, mask)
-    head = _Head(weight, bias, softcap, tile_rows(weight.shape[0]))
+    head = _Head(weight, bias, softcap, ids, reference.active_rows(ids, mask), temperature, temperatures)
     outs = [torch.zeros(ids.shape, dtype=head.dtype, device=ids.device) for _ in range(6)]
-    for begin, end in _tiles(ids.shape[0], head.rows):
-        rows = slice(begin, end)
-        streams = (head.logits(h[rows], active[rows]) for h in (hidden, hindsight_hidden))
-        tile = hindsight_information(*streams, ids[rows], temperature, None if temperatures is None else temperatures[rows], active[rows])
-        for out, value in zip(outs, tile, strict=True):
-            out[rows] = value
+    for rows, tile in head.tiles():
+        streams = (head.logits(h[rows], tile) for h in (hidden, hindsight_hidden))
+        result = reference.hindsight_information(*streams, head.ids[tile], temperature=head.temperature_of(tile), mask=head.active[tile])
+        for out, value in zip(outs, result, strict=True):
+            out[rows] = value[: rows.stop - rows.start]
     return tuple(outs)
 
 
@@ -187,11 +199,13 @@ def policy_loss(
         grad = grad + kl_weight * token_ratio * (torch.expm1(clamped) - clamped - step)
     if denominator is None:
         denominator = keep.sum().clamp(min=1).to(dtype)
-    elif isinstance(denominator, Tensor) and denominator.ndim == 1 and denominator.shape[0] != logp.shape[0]:
-        denominator = denominator.to(dtype)[segments.sequence_ids()]
-    grad_logp = torch.where(keep, grad / denominator, 0.0).to(logp.dtype)
-    grad_entropy = logp.new_zeros(0)
+    elif isinstance(denominator, Tensor):
+        denominator = denominator.to(dtype)
+        if denominator.ndim == 1 and denominator.shape[0] != logp.shape[0]:
+            denominator = denominator[segments.sequence_ids()]
+    grad_logp = torch.where(keep, grad / denominator, 0.0)  # in the working dtype: the incoming gradient comes before the one rounding
+    grad_entropy = grad_logp.new_zeros(0)
     if entropy is not None:
-        weight = 0.0 if entropy_weight is None and entropy_weights is None else entropy_weight if entropy_weights is None else entropy_weights
-        grad_entropy = torch.where(keep, torch.zeros_like(grad) - weight / denominator, 0.0).to(entropy.dtype)
+        weight = (entropy_weight or 0.0) if entropy_weights is None else entropy_weights.to(dtype)
+        grad_entropy = torch.where(keep, torch.zeros_like(grad) - weight / denominator, 0.0)
     return loss, metrics, grad_logp, grad_entropy
