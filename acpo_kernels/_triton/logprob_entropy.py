@@ -33,6 +33,7 @@ CHUNK = 4096  # of the backward, four blocks: the scalar work of a row is spread
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2_HIGH = tl.constexpr(0.693115234375)  # 13 bits: its product with an integer of up to 11 bits is exact
 LN2_LOW = tl.constexpr(0.693147180559945309 - 0.693115234375)
+ROUNDING = tl.constexpr("rtne")
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 INF = tl.constexpr(float("inf"))
 
@@ -56,13 +57,14 @@ def _expm1(x):
 
 
 @triton.jit
-def _exp_halves(d):
-    """h with h h = exp(d) for d <= 0: two factors, so that exp(-100) meets a large sum before it underflows. The integer part
-    of d log2(e) is split off first: a product of 58 rounded to float32 would cost exp 1e-6 of itself."""
-    d = tl.maximum(0.5 * d, -200.0)
-    n = tl.floor(d * LOG2E + 0.5)
-    f = (d - n * LN2_HIGH) - n * LN2_LOW
-    return tl.exp2(f * LOG2E) * tl.exp2(n)
+def _exp_parts(d):
+    """(e, a, b) with exp(d) = e a b for d <= 0, 1/2 < e < 2, a and b powers of two: a large sum times exp(-100) then meets the
+    small number before it underflows. The integer part of d log2(e) is split off first: a product of 58 rounded to float32
+    would cost exp 1e-6 of itself."""
+    n = tl.floor(tl.maximum(d, -170.0) * LOG2E + 0.5)
+    f = (tl.maximum(d, -170.0) - n * LN2_HIGH) - n * LN2_LOW
+    half = tl.floor(0.5 * n)
+    return tl.exp2(f * LOG2E), tl.exp2(half), tl.exp2(n - half)
 
 
 @triton.jit
@@ -162,10 +164,10 @@ def _logprob_entropy_fwd_kernel(
     first = tl.min(tl.where(m == top, lane, BLOCK), axis=0)
     base = tl.maximum(top, LOWEST)
     d = tl.maximum(m - base, limit)
-    h = _exp_halves(d * per_t)
+    e, scale_a, scale_b = _exp_parts(d * per_t)
     s = tl.where(lane == first, r, r + 1.0)
-    rest = tl.sum((s * h) * h, axis=0)
-    weighted = tl.sum(((w - s * d) * h) * h, axis=0)
+    rest = tl.sum(s * e * scale_a * scale_b, axis=0)
+    weighted = tl.sum((w - s * d) * e * scale_a * scale_b, axis=0)
 
     inside = (target >= 0) & (target < V)
     x_t = tl.load(x_ptr + target, mask=active & inside, other=0.0).to(tl.float32)
@@ -194,9 +196,9 @@ def _logprob_entropy_bwd_kernel(
     g_entropy = tl.load(grad_entropy_ptr + row) if HAS_ENTROPY else 0.0
     active = active & ((g_logp != 0.0) | (g_entropy != 0.0))
     entropy = tl.load(entropy_ptr + row)
-    top = tl.load(maximum_ptr + row)
     l = tl.load(logsumexp_ptr + row)  # noqa: E741
     bad = l != l
+    top = tl.where(bad, 0.0, tl.load(maximum_ptr + row))
 
     size = V
     if ALIGNED > 1:
@@ -225,12 +227,10 @@ def _logprob_entropy_bwd_kernel(
         offs = tl.program_id(1) * CHUNK + start + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + offs, mask=offs < readable, other=-INF).to(tl.float32)
         u = tl.maximum(x - top, limit)
-        d = u * per_t
-        n = tl.floor(d * LOG2E + 0.5)  # as in _exp_halves
-        f = (d - n * LN2_HIGH) - n * LN2_LOW
-        g = (tl.exp2(f * LOG2E) * (a + b * u)) * tl.exp2(n)
+        e, scale_a, scale_b = _exp_parts(u * per_t)
+        g = e * (a + b * u) * scale_a * scale_b
         g = tl.where(offs == target, own, g)
-        tl.store(out_ptr + offs, g.to(gradient_ptr.dtype.element_ty), mask=offs < size)
+        tl.store(out_ptr + offs, g.to(gradient_ptr.dtype.element_ty, fp_downcast_rounding=ROUNDING), mask=offs < size)
 
 
 def aligned_elements(logits: Tensor, stride_outer: int, stride_inner: int) -> int:
