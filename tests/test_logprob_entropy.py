@@ -193,15 +193,10 @@ def test_confident_tokens(run, v):
         for name, a, w in zip(("logp", "entropy", "gradient"), actual, wanted, strict=True):
             if name == "gradient":  # at a margin of 5 the terms of the entropy's gradient cancel: the budget is for that row
                 a, w = a[margins >= 20], w[margins >= 20]
-            torch.testing.assert_close(a.double(), w, rtol=2e-6, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+            rtol = 2e-6 if name == "gradient" else 5e-7
+            torch.testing.assert_close(a.double(), w, rtol=rtol, atol=0, msg=lambda m, name=name: f"{name}: {m}")
     if v == 151_936:
         assert actual[0][0].item() == pytest.approx(-6.4e-13, rel=0.01)
-    for row in range(4):  # each row by itself, so that the budget is relative to that row
-        logits_row, ids_row = logits[row : row + 1], ids[row : row + 1]
-        for name, a, s, e in zip(
-            ("logp", "entropy"), run(logits_row, ids_row), single(logits_row, ids_row), exact(logits_row, ids_row), strict=False
-        ):
-            assert_within_budget(a, s, e, name)
 
 
 def test_confident_rows_whose_target_is_another(run):

@@ -48,23 +48,23 @@ def _log1p(x):
 
 
 @triton.jit
-def _expm1(x):
-    # For x <= 0; above -0.4 the Taylor series: the term left out is 3e-9 of the first.
+def _expm1_series(x):
+    # Taylor, for |x| < 0.4: the term left out is 3e-11 of the first.
     series = 1.0 + x * (1.0 / 8) * (1.0 + x * (1.0 / 9))
     series = 1.0 + x * (1.0 / 5) * (1.0 + x * (1.0 / 6) * (1.0 + x * (1.0 / 7) * series))
-    series = x * (1.0 + x * (1.0 / 2) * (1.0 + x * (1.0 / 3) * (1.0 + x * (1.0 / 4) * series)))
-    return tl.where(x > -0.4, series, tl.exp(x) - 1.0)
+    return x * (1.0 + x * (1.0 / 2) * (1.0 + x * (1.0 / 3) * (1.0 + x * (1.0 / 4) * series)))
 
 
 @triton.jit
 def _exp_parts(d):
-    """(e, a, b) with exp(d) = e a b for d <= 0, 1/2 < e < 2, a and b powers of two: a large sum times exp(-100) then meets the
-    small number before it underflows. The integer part of d log2(e) is split off first: a product of 58 rounded to float32
+    """(f, a, b) with exp(d) = exp(f) a b for d <= 0, |f| < 0.35, a and b powers of two: a large sum times exp(-100) then meets
+    the small number before it underflows. The integer part of d log2(e) is split off first: a product of 58 rounded to float32
     would cost exp 1e-6 of itself."""
-    n = tl.floor(tl.maximum(d, -170.0) * LOG2E + 0.5)
-    f = (tl.maximum(d, -170.0) - n * LN2_HIGH) - n * LN2_LOW
+    d = tl.maximum(d, -170.0)
+    n = tl.floor(d * LOG2E + 0.5)
+    f = (d - n * LN2_HIGH) - n * LN2_LOW
     half = tl.floor(0.5 * n)
-    return tl.exp2(f * LOG2E), tl.exp2(half), tl.exp2(n - half)
+    return f, tl.exp2(half), tl.exp2(n - half)
 
 
 @triton.jit
@@ -164,7 +164,8 @@ def _logprob_entropy_fwd_kernel(
     first = tl.min(tl.where(m == top, lane, BLOCK), axis=0)
     base = tl.maximum(top, LOWEST)
     d = tl.maximum(m - base, limit)
-    e, scale_a, scale_b = _exp_parts(d * per_t)
+    f, scale_a, scale_b = _exp_parts(d * per_t)
+    e = 1.0 + _expm1_series(f)  # half a unit more exact than exp2, and here it is not per logit
     s = tl.where(lane == first, r, r + 1.0)
     rest = tl.sum(s * e * scale_a * scale_b, axis=0)
     weighted = tl.sum((w - s * d) * e * scale_a * scale_b, axis=0)
@@ -221,14 +222,14 @@ def _logprob_entropy_bwd_kernel(
     # The chosen token: g_logp (1 - p) + g_entropy p (l - d - entropy)
     x_t = tl.load(x_ptr + target, mask=active & (target >= 0) & (target < V), other=-INF).to(tl.float32)
     log_p = tl.maximum(x_t - top, limit) * per_t - l
-    own = per_t * (g_entropy * tl.exp(log_p) * (-log_p - entropy) - g_logp * _expm1(log_p))
+    own = per_t * (g_entropy * tl.exp(log_p) * (-log_p - entropy) - g_logp * tl.where(log_p > -0.4, _expm1_series(log_p), tl.exp(log_p) - 1.0))
     own = tl.where(active, tl.where(bad, float("nan"), own), 0.0)
     for start in tl.static_range(0, CHUNK, BLOCK):
         offs = tl.program_id(1) * CHUNK + start + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + offs, mask=offs < readable, other=-INF).to(tl.float32)
         u = tl.maximum(x - top, limit)
-        e, scale_a, scale_b = _exp_parts(u * per_t)
-        g = e * (a + b * u) * scale_a * scale_b
+        f, scale_a, scale_b = _exp_parts(u * per_t)
+        g = tl.exp2(f * LOG2E) * (a + b * u) * scale_a * scale_b
         g = tl.where(offs == target, own, g)
         tl.store(out_ptr + offs, g.to(gradient_ptr.dtype.element_ty, fp_downcast_rounding=ROUNDING), mask=offs < size)
 
