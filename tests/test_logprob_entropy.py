@@ -182,7 +182,7 @@ def test_bad_row_is_nan_and_no_other(run, v, value):
         assert torch.equal(a[[0, 2]], g)
 
 
-@pytest.mark.parametrize("v", [2, 9, 4097, 151_936])
+@pytest.mark.parametrize("v", [2, 4097] if INTERPRETED else [2, 9, 4097, 151_936])
 def test_confident_tokens(run, v):
     logits = torch.zeros(4, v)
     margins = torch.tensor([40.0, 20.0, 5.0, 60.0])
@@ -257,12 +257,12 @@ def test_masked_rows_are_zero_and_not_read(run, dtype):
 
 
 def test_strided_rows_are_read_in_place(run):
-    logits, ids, _ = case(4 * 9, 130)
-    logits, ids = logits.view(4, 9, 130), ids.view(4, 9)
-    grads = {"grad_logp": torch.randn(4, 8), "grad_entropy": torch.randn(4, 8)}
+    logits, ids, _ = case(3 * 5, 130)
+    logits, ids = logits.view(3, 5, 130), ids.view(3, 5)
+    grads = {"grad_logp": torch.randn(3, 4), "grad_entropy": torch.randn(3, 4)}
     wanted = run(logits[:, :-1].contiguous(), ids[:, 1:].contiguous(), **grads)
     # two leading strides; rows inside wider rows; a broadcast row; three leading strides and a strided V, which are copied
-    wide = torch.zeros(4, 9, 150)
+    wide = torch.zeros(3, 5, 150)
     wide[..., 7:137] = logits
     for view in (logits[:, :-1], wide[:, :-1, 7:137], logits.transpose(0, 1).contiguous().transpose(0, 1)[:, :-1]):
         for a, b in zip(run(view, ids[:, 1:], **grads), wanted, strict=True):
@@ -272,7 +272,7 @@ def test_strided_rows_are_read_in_place(run):
         assert torch.equal(a, b)
     same = run(logits[0, :1].expand(5, 130), ids[0, :1].expand(5))
     assert (same[0] == same[0][0]).all()
-    deep = torch.randn(2, 3, 4, 5, 11)[:, :2, :, :3]
+    deep = torch.randn(2, 3, 2, 4, 11)[:, :2, :, :3]
     picked = torch.randint(0, 11, deep.shape[:-1])
     for a, b in zip(run(deep, picked), run(deep.contiguous(), picked), strict=True):
         assert torch.equal(a, b)
@@ -315,22 +315,23 @@ def test_offsets_past_2_to_the_31(run):
 
 
 def test_same_bits_in_any_batch(run):
-    logits, ids, grads = case(19, 4500, seed=3)
+    n = 8 if INTERPRETED else 19
+    logits, ids, grads = case(n, 4500, seed=3)
     whole = run(logits, ids, **grads)
-    for begin, end in ((0, 1), (3, 4), (5, 7), (1, 18)):
+    for begin, end in ((0, 1), (3, 4), (5, 7), (1, n - 1)):
         part = run(logits[begin:end], ids[begin:end], **{k: g[begin:end] for k, g in grads.items()})
         for a, b in zip(whole, part, strict=True):
             assert torch.equal(a[begin:end], b)
     threads = torch.get_num_threads()
     try:
-        for n in (1, 2, 5):
-            torch.set_num_threads(n)
+        for count in (1, 2, 5)[: 0 if INTERPRETED else 3]:
+            torch.set_num_threads(count)
             for a, b in zip(whole, run(logits, ids, **grads), strict=True):
                 assert torch.equal(a, b)
     finally:
         torch.set_num_threads(threads)
     # at another alignment
-    moved = torch.empty(19 * 4500 + 1)[1:].view(19, 4500).copy_(logits)
+    moved = torch.empty(n * 4500 + 1)[1:].view(n, 4500).copy_(logits)
     for a, b in zip(whole, run(moved, ids, **grads), strict=True):
         assert torch.equal(a, b)
 
