@@ -103,10 +103,13 @@ float block_max(const T* x, int64_t n) {
   vec a = Simd::set(-INF), b = a, c = a, d = a;
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W) {
-    a = Simd::max(Simd::load(x + i), a);
-    b = Simd::max(Simd::load(x + i + W), b);
-    c = Simd::max(Simd::load(x + i + 2 * W), c);
-    d = Simd::max(Simd::load(x + i + 3 * W), d);
+    vec z[4];
+    Simd::load_pair(x + i, z, z + 1);
+    Simd::load_pair(x + i + 2 * W, z + 2, z + 3);
+    a = Simd::max(z[0], a);
+    b = Simd::max(z[1], b);
+    c = Simd::max(z[2], c);
+    d = Simd::max(z[3], d);
   }
   for (; i + W <= n; i += W) a = Simd::max(Simd::load(x + i), a);
   if (i < n) b = Simd::max(Simd::load(Tail<T>(x + i, n - i).padded), b);
@@ -151,9 +154,14 @@ Sums block_sums(const T* x, int64_t n, float top, const Exp& exp_of) {
     for (int k = 0; k < 4; ++k) s[k] = w[k] = Simd::set(0.0f);
     const int64_t end = i + GROUP * 4 * W < n ? i + GROUP * 4 * W : n;
     for (; i + 4 * W <= end; i += 4 * W) {
-      for (int k = 0; k < 4; ++k) {
-        __builtin_prefetch(x + i + k * W + BLOCK);  // the next block, while the arithmetic of this one runs
-        step(Simd::load(x + i + k * W), s[k], w[k]);
+      for (int k = 0; k < 4; k += 2) {
+        // The next block, while the arithmetic of this one runs
+        __builtin_prefetch(x + i + k * W + BLOCK);
+        if (sizeof(T) == 4) __builtin_prefetch(x + i + (k + 1) * W + BLOCK);
+        vec z[2];
+        Simd::load_pair(x + i + k * W, z, z + 1);
+        step(z[0], s[k], w[k]);
+        step(z[1], s[k + 1], w[k + 1]);
       }
     }
     for (; i + W <= end; i += W) step(Simd::load(x + i), s[0], w[0]);

@@ -30,6 +30,8 @@ class Implementation:
         if self.name == "interpreter":
             return self._interpreted(logits, ids, temperature, mask, grad_logp, grad_entropy)
         move = lambda t: t.to(self.device) if isinstance(t, Tensor) else t  # noqa: E731
+        if self.device == "cuda" and logits.numel() and 0 not in logits.stride():  # with the strides of the original
+            logits = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device="cuda").copy_(logits)
         leaf = move(logits).detach().requires_grad_()
         logp, entropy = logprob_entropy(leaf, move(ids), temperature=move(temperature), mask=move(mask))
         (gradient,) = torch.autograd.grad([logp, entropy], leaf, [move(grad_logp).to(logp.dtype), move(grad_entropy).to(logp.dtype)])

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from implementations import INTERPRETED, exact, implementation, single  # noqa: F401  (the fixture `run`)
 
 from acpo_kernels import _cpu, logprob_entropy, reference
+from acpo_kernels._layout import row_layout
 
 INF, NAN = math.inf, math.nan
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -276,6 +277,15 @@ def test_strided_rows_are_read_in_place(run):
     picked = torch.randint(0, 11, deep.shape[:-1])
     for a, b in zip(run(deep, picked), run(deep.contiguous(), picked), strict=True):
         assert torch.equal(a, b)
+
+
+def test_which_layouts_are_copied():
+    logits = torch.zeros(4, 9, 6)
+    for view in (logits[:, :-1], logits.transpose(0, 1), logits[1, 2], logits[:, :, :4], logits[:0], logits.view(2, 2, 9, 6)[:, :, :-1]):
+        assert row_layout(view)[0] is view
+    assert row_layout(logits[:, :-1])[1:] == (8, 54, 6)
+    for view in (logits[..., ::2], logits.transpose(1, 2), torch.zeros(2, 3, 4, 5, 11)[:, :2, :, :3]):
+        assert row_layout(view)[0].is_contiguous() and row_layout(view)[0] is not view
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -20,6 +20,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def test_kernels_in_the_interpreter(file):
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreter", str(here / file), "-p", "no:cacheprovider"]
-    result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, cwd=here.parent, capture_output=True, text=True)
+    result = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, cwd=here.parent, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
