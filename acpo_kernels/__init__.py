@@ -9,6 +9,7 @@ from .logprob_entropy import logprob_entropy
 from .policy_loss import policy_loss
 from .segment_credit import segment_credit
 from .segment_reduce import segment_reduce
+from .segmenter import Segmenter
 from .segments import Segments, pack, unpack
 
 __all__ = [

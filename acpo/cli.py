@@ -1,0 +1,101 @@
+"""The console script: `acpo train`, `acpo eval`, `acpo report`. Errors of the user's making are one line and exit code 2; a training run
+that cannot go on is one line and exit code 1."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+EXAMPLES = """examples:
+  acpo train configs/arithmetic.yaml                      warm-up, both stages, evaluation, report
+  acpo train configs/arithmetic.yaml method=grpo seed=1   the baseline of the same loop
+  acpo eval runs/arithmetic-acpo-0 --samples 8            greedy accuracy and pass@8 of the newest checkpoint
+  acpo report runs/arithmetic-acpo-0 runs/arithmetic-grpo-0 --out curves.png
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="acpo", description="Step-level credit assignment for RL with verifiable rewards.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,eval,report}")
+    train = verbs.add_parser("train", help="train a policy; the same command continues a run that was broken off")
+    train.add_argument("config", help="a YAML file")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file, e.g. trainer.steps=50")
+    evaluate = verbs.add_parser("eval", help="evaluate the newest checkpoint of a run on its held-out problems")
+    evaluate.add_argument("run", help="a run directory")
+    evaluate.add_argument("--samples", type=int, default=8, help="sampled rollouts a problem for pass@k; 0: greedy alone (default 8)")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    report = verbs.add_parser("report", help="draw the curves of one or more runs")
+    report.add_argument("runs", nargs="+", help="run directories; several are overlaid")
+    report.add_argument("--out", default="", help="the PNG to write (default: curves.png in the first run)")
+    options = parser.parse_args(arguments)
+
+    from .checkpoint import CheckpointError
+    from .config import ConfigError
+    from .problems import ProblemError
+    from .trainer import TrainingError
+
+    try:
+        return {"train": _train, "eval": _eval, "report": _report}[options.verb](options)
+    except (ConfigError, ProblemError) as error:
+        print(f"acpo: {error}", file=sys.stderr)
+        return 2
+    except (TrainingError, CheckpointError) as error:
+        print(f"acpo: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"acpo: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("acpo: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _train(options) -> int:
+    from . import config, report
+    from .run import Run
+    from .trainer import Trainer
+
+    settings = config.load(options.config, options.overrides)
+    run = Run(settings)
+    run.say(f"run directory: {run.directory}")
+    trainer = Trainer(settings, run)
+    parameters = sum(p.numel() for p in trainer.policy.parameters())
+    run.say(f"{settings.method}: {parameters:,} parameters, {len(trainer.train_problems)} problems, {len(trainer.held_out)} held out")
+    last = trainer.train()
+    trainer.export()
+    report.write(run.directory)
+    run.say("  ".join(f"{name} {value:.4g}" for name, value in last.items()))
+    run.say(f"curves: {run.directory / 'curves.png'}   report: {run.directory / 'report.html'}   policy: {run.directory / 'policy'}")
+    return 0
+
+
+def _eval(options) -> int:
+    from . import config
+    from .run import Run
+    from .trainer import Trainer
+
+    directory = Path(options.run)
+    settings = config.load(directory / "config.yaml", [f"run_dir={directory}", f"eval.samples={options.samples}"])
+    trainer = Trainer(settings, Run(settings, write=False))
+    result = trainer.evaluate_checkpoint()
+    if options.json:
+        print(json.dumps(result))
+    else:
+        print("  ".join(f"{name} {value:.4g}" for name, value in result.items()))
+    return 0
+
+
+def _report(options) -> int:
+    from . import report
+
+    print(f"curves: {report.draw([Path(r) for r in options.runs], Path(options.out) if options.out else None)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

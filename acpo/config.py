@@ -1,0 +1,398 @@
+"""One dataclass tree, from the defaults below, a YAML file and `key=value` overrides, in that order.
+
+`method` is shorthand for the settings in METHODS: it is expanded in the layer where it stands (the file, or the command line),
+under that layer's own keys. So `method=grpo` on the command line turns a configuration file for ACPO into plain GRPO.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: the message names the key, what was wanted and what came."""
+
+
+@dataclass
+class ProblemsConfig:
+    task: Literal["multiplication", "chain", ""] = ""  # a synthetic task; empty: read `path`
+    path: str = ""  # a JSON-lines file
+    question: str = "problem"  # its field with the question
+    answer: str = "answer"  # its field with the answer
+    template: str = "{problem}"  # the prompt around the question
+    chat: bool = False  # put the prompt through the tokenizer's chat template as a user message
+    hint: str = ""  # the prompt of the hindsight stream, with {answer} and {prompt}; empty: a default
+    held_out: int = 256  # problems kept apart for evaluation
+    train: int = 4096  # problems of a synthetic task to train on
+    seed: int = 0  # which problems, which are held out, and the synthetic task's table of facts
+    digits: int = 6  # multiplication: columns
+    steps: int = 8  # chain: length
+    modulus: int = 10  # chain
+    distractors: int = 0  # chain: characters without meaning a line
+    luck: float = 1.0  # chain: probability that a right answer is rewarded
+    hard: float = 0.4  # share of elementary facts that the warm-up traces get wrong at times
+    wrong_low: float = 0.2  # a hard fact is wrong with a probability drawn from [wrong_low, wrong_high]
+    wrong_high: float = 0.7
+
+
+@dataclass
+class PolicyConfig:
+    path: str = ""  # a local causal language model with its tokenizer
+    from_config: Literal["small", "tiny", ""] = ""  # a randomly initialised Qwen2 of that size instead
+    tokenizer: str = ""  # a tokenizer folder or tokenizer.json; empty: that of `path`, or the characters of the synthetic task
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class WarmupConfig:
+    steps: int = 0  # supervised steps on the synthetic task's own traces
+    batch: int = 64
+    learning_rate: float = 4e-3
+    hinted: float = 0.3  # share of examples whose prompt holds the trace's own final answer, right or wrong
+
+
+@dataclass
+class RolloutConfig:
+    engine: Literal["local"] = "local"
+    prompts: int = 12  # prompts a step
+    group_size: int = 8  # rollouts a prompt
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    batch_tokens: int = 262144  # most prompt and response tokens in the key-value cache at a time
+
+
+@dataclass
+class VerifyConfig:
+    extract: Literal["auto", "line", "boxed", "number"] = "auto"
+
+
+@dataclass
+class SegmenterConfig:
+    min_tokens: int = 8
+    max_tokens: int = 256
+    max_segments: int = 64
+    target_tokens: int = 64
+    entropy: bool = True  # cut at forking tokens as well
+    forking_share: float = 0.1  # share of tokens whose entropy makes them forks
+
+
+@dataclass
+class AttributionConfig:
+    source: Literal["hindsight", "tree", "none"] = "hindsight"
+    clamp: float = 5.0  # nats: bound of a segment's centred information before it becomes credit
+    kappa: float = 2.0  # tree: pseudo-counts of the leave-one-out group mean
+    mask_answer_copies: bool = True  # tokens that spell the answer carry no information about reaching it
+    reliability: float = -1.0  # in [0, 1]: fixed instead of measured; 0 is exactly the update without attribution
+
+
+@dataclass
+class CreditConfig:
+    form: Literal["additive", "weights", "none"] = "additive"
+    scope: Literal["zero_variance", "all"] = "zero_variance"  # which groups the credit acts in
+    gain: float = 0.5
+    bound: float = 0.5
+    advantage: Literal["grpo", "rloo", "centred"] = "grpo"  # (R - mean)/std, R - mean of the others, R - mean
+
+
+@dataclass
+class LossConfig:
+    ratio: Literal["token", "segment", "sequence"] = "token"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    denominator: Literal["tokens", "sequences", "constant"] = "tokens"
+    minibatches: int = 2  # optimiser steps a batch of rollouts
+
+
+@dataclass
+class EntropyConfig:
+    controller: Literal["target", "constant", "none"] = "target"
+    weight: float = 1e-3  # of the bonus: at the start, or constant
+    rate: float = 0.05
+    dead_band: float = 0.05
+    start: float = 0.8  # target at the start and at the end, as shares of the entropy of the first batches
+    end: float = 0.3
+    min_weight: float = 1e-5
+    max_weight: float = 1e-2
+    gated: bool = True  # weight the bonus by how open the outcome still is
+
+
+@dataclass
+class CurriculumConfig:
+    sampler: Literal["thompson", "uniform"] = "thompson"
+    decay: float = 0.9
+    uniform_share: float = 0.1
+    mastered_share: float = 0.1
+    dynamic_sampling: bool = False  # DAPO: sample again until every group has both outcomes
+    max_rounds: int = 4  # of dynamic sampling
+
+
+@dataclass
+class StagesConfig:
+    two: bool = True
+    switch_success: float = 0.6
+    switch_slope: float = 0.01
+    switch_window: int = 50
+    switch_share: float = 0.6  # of the steps, at the latest
+    kl_weight: float = 0.01
+    clip_high: float = 0.2  # in stage 2
+    confidence: float = 0.3  # omega of the confidence-weighted reward in stage 2
+
+
+@dataclass
+class OptimizerConfig:
+    learning_rate: float = 1e-6
+    warmup_steps: int = 5
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class TrainerConfig:
+    steps: int = 100
+    micro_batch_tokens: int = 16384  # most padded tokens of a forward or backward pass
+    eval_every: int = 10
+    checkpoint_every: int = 10
+    keep_checkpoints: int = 2
+    threads: int = 0  # 0: torch's own choice
+
+
+@dataclass
+class EvalConfig:
+    samples: int = 8  # a problem, for pass@k, before the first step and after the last; 0: greedy accuracy alone
+    max_problems: int = 256
+
+
+@dataclass
+class Config:
+    name: str = "run"
+    method: Literal["acpo", "grpo", "rloo", "dr_grpo", "dapo", "gspo"] = "acpo"
+    seed: int = 0
+    run_dir: str = ""  # empty: runs/{name}-{method}-{seed}
+    problems: ProblemsConfig = field(default_factory=ProblemsConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)
+    attribution: AttributionConfig = field(default_factory=AttributionConfig)
+    credit: CreditConfig = field(default_factory=CreditConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    entropy: EntropyConfig = field(default_factory=EntropyConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    stages: StagesConfig = field(default_factory=StagesConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.run_dir or f"runs/{self.name}-{self.method}-{self.seed}")
+
+
+# What makes a method: everything that is not named here (clip range, batch, learning rate) is the same for all of them.
+_OUTCOME_ONLY = {
+    "attribution.source": "none", "credit.form": "none", "entropy.controller": "none", "curriculum.sampler": "uniform",
+    "curriculum.dynamic_sampling": False, "stages.two": False, "loss.ratio": "token", "loss.denominator": "tokens",
+}  # fmt: skip
+METHODS: dict[str, dict[str, Any]] = {
+    "acpo": {
+        "attribution.source": "hindsight", "credit.form": "additive", "credit.scope": "zero_variance", "credit.advantage": "grpo",
+        "entropy.controller": "target", "curriculum.sampler": "thompson", "curriculum.dynamic_sampling": False, "stages.two": True,
+        "loss.ratio": "token", "loss.denominator": "tokens",
+    },
+    "grpo": {**_OUTCOME_ONLY, "credit.advantage": "grpo"},
+    "rloo": {**_OUTCOME_ONLY, "credit.advantage": "rloo"},
+    "dr_grpo": {**_OUTCOME_ONLY, "credit.advantage": "centred", "loss.denominator": "constant"},
+    "dapo": {**_OUTCOME_ONLY, "credit.advantage": "grpo", "curriculum.dynamic_sampling": True},
+    "gspo": {
+        **_OUTCOME_ONLY, "credit.advantage": "grpo", "loss.ratio": "sequence", "loss.denominator": "sequences",
+        "loss.clip_low": 3e-4, "loss.clip_high": 4e-4,
+    },
+}  # fmt: skip
+
+
+def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The configuration of a YAML file (None: the defaults) under `key=value` overrides."""
+    config = Config()
+    if path is not None:
+        _apply(config, _flatten(_read(Path(path)), str(path)), str(path))
+        if config.name == "run":
+            config.name = Path(path).stem
+    _apply(config, dict(_override(text) for text in overrides), "the command line")
+    _check(config)
+    return config
+
+
+def _read(path: Path) -> dict:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no such configuration file: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings, got {type(tree).__name__}")
+    return tree
+
+
+def _flatten(tree: dict, where: str, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat.update(_flatten(value, where, name + "."))
+        else:
+            flat[name] = value
+    return flat
+
+
+def _override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"an override must be key=value, got {text!r}")
+    try:
+        return key.strip(), yaml.safe_load(value) if value != "" else ""
+    except yaml.YAMLError:
+        return key.strip(), value
+
+
+def keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Every setting's dotted name and type."""
+    hints = typing.get_type_hints(cls)
+    out: dict[str, Any] = {}
+    for item in dataclasses.fields(cls):
+        kind = hints[item.name]
+        if dataclasses.is_dataclass(kind):
+            out.update(keys(kind, f"{prefix}{item.name}."))
+        else:
+            out[f"{prefix}{item.name}"] = kind
+    return out
+
+
+def _apply(config: Config, layer: dict[str, Any], where: str) -> None:
+    known = keys()
+    for key in layer:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{where}: unknown setting {key!r}; the nearest is {near!r}")
+    if isinstance(layer.get("method"), str):
+        layer = {**METHODS.get(layer["method"], {}), **layer}
+    for key, value in layer.items():
+        parent, _, leaf = key.rpartition(".")
+        setattr(value_of(config, parent) if parent else config, leaf, _typed(key, value, known[key], where))
+
+
+def _typed(key: str, value: Any, kind: Any, where: str) -> Any:
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            wanted = ", ".join(repr(c) for c in choices)
+            near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
+            raise ConfigError(f"{where}: {key} must be one of {wanted}, got {value!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return value
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 2e-4 as a string
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if isinstance(kind, types.UnionType) or not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{where}: {key} must be {'an' if kind is int else 'a'} {kind.__name__}, got {value!r}")
+    return value
+
+
+_POSITIVE = (
+    "rollout.prompts", "rollout.group_size", "rollout.max_new_tokens", "rollout.temperature", "rollout.batch_tokens", "loss.minibatches",
+    "trainer.micro_batch_tokens", "trainer.eval_every", "trainer.checkpoint_every", "trainer.keep_checkpoints", "optimizer.learning_rate",
+    "optimizer.max_grad_norm", "warmup.batch", "warmup.learning_rate", "segmenter.min_tokens", "segmenter.max_segments",
+    "segmenter.target_tokens", "attribution.clamp", "eval.max_problems", "problems.train", "problems.held_out", "curriculum.max_rounds",
+    "stages.switch_window", "entropy.min_weight", "entropy.start", "entropy.end",
+)  # fmt: skip
+_SHARES = (
+    "warmup.hinted", "segmenter.forking_share", "curriculum.decay", "curriculum.uniform_share", "curriculum.mastered_share",
+    "stages.switch_success", "stages.switch_share", "problems.hard", "problems.wrong_low", "problems.wrong_high", "problems.luck",
+    "loss.clip_low",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "warmup.steps", "trainer.steps", "trainer.threads", "eval.samples", "attribution.kappa", "credit.gain", "loss.clip_high", "stages.kl_weight",
+    "stages.clip_high", "entropy.weight", "entropy.rate", "entropy.dead_band", "optimizer.warmup_steps", "optimizer.weight_decay", "seed",
+    "problems.seed",
+)  # fmt: skip
+
+
+def value_of(config: Config, key: str) -> Any:
+    target: Any = config
+    for part in key.split("."):
+        target = getattr(target, part)
+    return target
+
+
+def _check(config: Config) -> None:
+    for key in _POSITIVE:
+        if not value_of(config, key) > 0:
+            raise ConfigError(f"{key} must be greater than 0, got {value_of(config, key)}")
+    for key in _SHARES:
+        if not 0 <= value_of(config, key) <= 1:
+            raise ConfigError(f"{key} must lie in [0, 1], got {value_of(config, key)}")
+    for key in _NOT_NEGATIVE:
+        if not value_of(config, key) >= 0:
+            raise ConfigError(f"{key} must be at least 0, got {value_of(config, key)}")
+    if config.rollout.group_size < 2:
+        raise ConfigError(f"rollout.group_size must be at least 2: a group of one has no advantage over itself (method {config.method}), got 1")
+    if config.segmenter.max_tokens < config.segmenter.min_tokens:
+        raise ConfigError(
+            f"segmenter.max_tokens must be at least segmenter.min_tokens = {config.segmenter.min_tokens}, got {config.segmenter.max_tokens}"
+        )
+    if not 0 <= config.credit.bound < 1:
+        raise ConfigError(f"credit.bound must lie in [0, 1), got {config.credit.bound}")
+    if not 0 <= config.stages.confidence < 1:
+        raise ConfigError(f"stages.confidence must lie in [0, 1), where a right answer outranks a wrong one, got {config.stages.confidence}")
+    if config.attribution.reliability != -1.0 and not 0 <= config.attribution.reliability <= 1:
+        raise ConfigError(f"attribution.reliability must lie in [0, 1], or be -1 to measure it, got {config.attribution.reliability}")
+    if config.credit.form != "none" and config.attribution.source == "none":
+        raise ConfigError(f"credit.form = {config.credit.form!r} needs an attribution.source, got 'none'")
+    if config.attribution.source == "tree" and config.credit.form != "none" and config.credit.scope == "zero_variance":
+        raise ConfigError("credit.scope must be 'all' with attribution.source = 'tree': where all outcomes are equal the tree's values are too")
+    if config.loss.minibatches > config.rollout.prompts * config.rollout.group_size:
+        raise ConfigError(f"loss.minibatches must be at most the rollouts of a step, {config.rollout.prompts * config.rollout.group_size}")
+    if bool(config.problems.task) == bool(config.problems.path):
+        raise ConfigError("one of problems.task and problems.path must be given, got " + ("both" if config.problems.task else "neither"))
+    if bool(config.policy.path) == bool(config.policy.from_config):
+        raise ConfigError("one of policy.path and policy.from_config must be given, got " + ("both" if config.policy.path else "neither"))
+    if config.problems.path and config.warmup.steps:
+        raise ConfigError("warmup.steps needs a synthetic task with traces of its own: set it to 0 with problems.path")
+
+
+def to_dict(config: Config) -> dict:
+    return dataclasses.asdict(config)
+
+
+def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
+    """Settings that differ between two configurations, as `key: a -> b`."""
+    out = []
+    for key in sorted({*a, *b}):
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            out += differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            out.append(f"{prefix}{key}: {left!r} -> {right!r}")
+    return out

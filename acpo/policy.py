@@ -1,0 +1,160 @@
+"""The policy: a transformers causal language model whose forward takes rollouts and returns the loss, the head inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from acpo_kernels import (
+    HindsightInformation,
+    LinearPolicyLoss,
+    LogprobEntropy,
+    Segments,
+    linear_hindsight_information,
+    linear_logprob_entropy,
+    linear_policy_loss,
+    pack,
+)
+
+from .config import Config, ConfigError, PolicyConfig
+
+
+class Policy(nn.Module):
+    """One module from prompts and responses to log-probs or a loss, so that DDP and FSDP see every parameter.
+
+    Rollouts go through the body right-padded: under causal attention no real token sees the padding, so no mask is needed, and the
+    padding is dropped before the head.
+    """
+
+    def __init__(self, model: nn.Module, pad_id: int):
+        super().__init__()
+        self.model = model
+        self.pad_id = pad_id
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Linear) or not head.weight.is_floating_point() or "float8" in str(head.weight.dtype):
+            raise ConfigError(f"policy: the head must be a plain linear layer (no LoRA, no fp8), got {type(head).__name__}")
+        self.softcap = getattr(model.config, "final_logit_softcapping", None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    def head(self) -> dict[str, Tensor | float | None]:
+        head = self.model.get_output_embeddings()
+        return {"weight": head.weight, "bias": head.bias, "softcap": self.softcap}
+
+    def hidden(self, prompts: list[list[int]], responses: list[Tensor]) -> Tensor:
+        """The hidden states [N,H] that predict the response tokens."""
+        rows = [torch.cat([torch.tensor(p, device=r.device, dtype=r.dtype), r]) for p, r in zip(prompts, responses, strict=True)]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id).to(self.device)
+        start = torch.tensor([len(p) - 1 for p in prompts], device=self.device).unsqueeze(1)
+        end = start + torch.tensor([len(r) for r in responses], device=self.device).unsqueeze(1)
+        at = torch.arange(ids.shape[1], device=self.device)
+        return pack(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state, (at >= start) & (at < end))
+
+    @torch.no_grad()
+    def score(self, prompts: list[list[int]], responses: list[Tensor], temperature: float) -> LogprobEntropy:
+        """Log-probs and entropies of the response tokens."""
+        return linear_logprob_entropy(self.hidden(prompts, responses), ids=torch.cat(responses), temperature=temperature, **self.head())
+
+    @torch.no_grad()
+    def hindsight(self, prompts: list[list[int]], hinted: list[list[int]], responses: list[Tensor], temperature: float) -> HindsightInformation:
+        """The same and the information about the answer: a second forward with the answer in the prompt."""
+        streams = (self.hidden(p, responses) for p in (prompts, hinted))
+        return linear_hindsight_information(*streams, ids=torch.cat(responses), temperature=temperature, **self.head())
+
+    def forward(
+        self, prompts: list[list[int]], responses: list[Tensor], old_logp: Tensor | None, advantages: Tensor, segments: Segments, **settings
+    ) -> LinearPolicyLoss:
+        """`linear_policy_loss` of the responses; settings are its keywords."""
+        hidden = self.hidden(prompts, responses)
+        return linear_policy_loss(
+            hidden, ids=torch.cat(responses), old_logp=old_logp, advantages=advantages, segments=segments, **self.head(), **settings
+        )
+
+
+# Sizes of randomly initialised Qwen2 policies: hidden, intermediate, layers, heads.
+SIZES = {"tiny": (64, 128, 2, 2), "small": (96, 288, 2, 4)}
+
+
+def build(config: Config) -> tuple[Policy, object]:
+    """The policy and its tokenizer. Weights of a `from_config` policy are drawn from torch's global generator (the run's seed)."""
+    settings = config.policy
+    tokenizer = _tokenizer(config)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
+    dtype = getattr(torch, settings.dtype)
+    model = _pretrained(settings, dtype) if settings.path else _from_config(settings, tokenizer).to(dtype)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if model.get_output_embeddings().weight.shape[0] < len(tokenizer):
+        raise ConfigError(
+            f"policy: the tokenizer has {len(tokenizer)} entries and the model only {model.get_output_embeddings().weight.shape[0]} logits"
+        )
+    return Policy(model.to(device), tokenizer.pad_token_id), tokenizer
+
+
+def _pretrained(settings: PolicyConfig, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    if not Path(settings.path).is_dir():
+        raise ConfigError(f"policy.path: no such folder: {settings.path}")
+    try:
+        return AutoModelForCausalLM.from_pretrained(settings.path, dtype=dtype, attn_implementation=settings.attention, local_files_only=True)
+    except ImportError as error:
+        raise ConfigError(f"policy.attention = {settings.attention!r}: {error}; pip install --no-build-isolation -e '.[flash-attn]'") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"policy.path: cannot load {settings.path}: {' '.join(str(error).split())}") from None
+
+
+def _from_config(settings: PolicyConfig, tokenizer) -> nn.Module:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    hidden, intermediate, layers, heads = SIZES[settings.from_config]
+    # Qwen2 pads its 151,646 tokenizer entries to 151,936 logits, a multiple of 128 and more; a character vocabulary stays as it is.
+    size = len(tokenizer)
+    vocab = size if size < 1024 else 151_936 if 151_000 < size <= 151_936 else -(-size // 128) * 128
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=heads, max_position_embeddings=32768, tie_word_embeddings=True, attn_implementation=settings.attention,
+            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+
+
+def _tokenizer(config: Config):
+    """The tokenizer of policy.tokenizer, of policy.path, or the characters of the synthetic task; it must have pad and eos."""
+    from .synthetic import tokenizer as characters
+
+    source = config.policy.tokenizer or config.policy.path
+    if not source:
+        if not config.problems.task:
+            raise ConfigError("policy.tokenizer must name a tokenizer folder or tokenizer.json when the policy comes from a size, got ''")
+        return characters()
+    tokenizer = load_tokenizer(source)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"policy.tokenizer: {source} has no eos token: a rollout could not end")
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(f"policy.tokenizer: {source} has no pad token: set pad_token in its tokenizer_config.json (its eos token will do)")
+    return tokenizer
+
+
+def load_tokenizer(source: str):
+    """A fast tokenizer from a folder or a tokenizer.json."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = Path(source)
+    if not path.exists():
+        raise ConfigError(f"policy.tokenizer: no such file or folder: {source}")
+    try:
+        if path.is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=str(path))
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
+        raise ConfigError(f"policy.tokenizer: cannot load {source}: {' '.join(str(error).split())}") from None

@@ -1,0 +1,529 @@
+"""The training loop. `Trainer.step` is the whole step, top to bottom:
+
+    problems -> rollout -> verify -> score -> segment -> attribute -> credit -> policy loss -> optimizer -> controllers
+
+Everything with a decision in it is a module of its own; here they are called in order.
+
+Simplifications, with their reasons: one process (the loop under `accelerate launch` is not written yet); rollouts are scored by the
+training forward again although the engine returns log-probs, so that the first ratio is exactly 1; the reference of stage 2 is a second
+copy of the weights on the same device.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import resource
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from acpo_kernels import Segmenter, linear_logprob_entropy, segment_reduce
+
+from . import checkpoint, credit, verify
+from .attribution import Attribution, Attributor, answer_copies, hindsight_evidence, leave_one_out, tree_evidence, zero_variance
+from .batch import Batch
+from .config import Config, ConfigError, differences, to_dict
+from .curriculum import Curriculum
+from .entropy import EntropyController
+from .evaluation import evaluate
+from .policy import Policy, build
+from .problems import Problem, load_jsonl
+from .rollout.local import LocalEngine
+from .run import Run
+from .stages import Stages
+from .synthetic import TASKS
+from .synthetic import problems as synthetic_problems
+from .warmup import examples
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the last checkpoint stands."""
+
+
+class Trainer:
+    def __init__(self, config: Config, run: Run):
+        self.config, self.run = config, run
+        torch.manual_seed(config.seed)
+        if config.trainer.threads:
+            torch.set_num_threads(config.trainer.threads)
+        self.rng = np.random.default_rng(config.seed)
+        self.task, self.train_problems, self.held_out = load_problems(config)
+        self.policy, self.tokenizer = build(config)
+        self.generator = torch.Generator(self.policy.device).manual_seed(config.seed)
+        self.engine = LocalEngine(self.policy, eos_ids(self.policy, self.tokenizer), config.rollout.batch_tokens)
+        self.segmenter = Segmenter.from_tokenizer(
+            self.tokenizer, vocab_size=self.policy.vocab_size, min_tokens=config.segmenter.min_tokens, max_tokens=config.segmenter.max_tokens,
+            max_segments=config.segmenter.max_segments, target_tokens=config.segmenter.target_tokens,
+        )  # fmt: skip
+        fixed = config.attribution.reliability
+        self.attributor = Attributor(None if fixed < 0 else fixed)
+        self.entropy = EntropyController(config.entropy)
+        self.curriculum = Curriculum(self.train_problems, config.curriculum)
+        self.stages = Stages(config.stages, config.trainer.steps)
+        self.reference: Policy | None = None
+        self.fork_threshold: float | None = None
+        self.counters = {"tokens/generated": 0, "tokens/forward_extra": 0, "seconds": 0.0}
+        self.warmup_step = self.step_number = 0
+        self.optimizer = self._optimizer(config.warmup.learning_rate if config.warmup.steps else config.optimizer.learning_rate)
+
+    # --- the main line ------------------------------------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, float]:
+        """Warm-up, stage 1, stage 2, evaluation; continues from the newest checkpoint of the run. Returns the last evaluation."""
+        self._resume()
+        self.warm_up()
+        steps = self.config.trainer.steps
+        if self.step_number == 0 and not self.run.has_step(0):
+            self.run.log({"phase": "start", "step": 0, **self._evaluate(0), **self.counters})
+        self.run.start_phase(f"stage {self.stages.stage}", steps, self.step_number)
+        while self.step_number < steps:
+            self.step_number += 1
+            stage = self.stages.stage
+            metrics = self.step()
+            due = self.step_number % self.config.trainer.eval_every == 0 or self.step_number == steps
+            evaluation = self._evaluate(self.step_number) if due else {}
+            self.run.log({"phase": f"stage{stage}", "step": self.step_number, **metrics, **evaluation})
+            if self.stages.stage != stage:
+                self.run.say(f"stage 2 from step {self.step_number + 1}: {self.stages.reason}")
+                self.run.start_phase("stage 2", steps, self.step_number)
+            if self.step_number % self.config.trainer.checkpoint_every == 0 or self.step_number == steps:
+                self._save(f"step-{self.step_number}")
+        self.run.finish()
+        return self.run.last_evaluation()
+
+    def step(self) -> dict[str, float]:
+        """One training step: the picture of the module docstring."""
+        times: dict[str, float] = defaultdict(float)
+        with clock(times, "rollout"):
+            indices, batch, outcome = self._rollout()
+        with clock(times, "score"):
+            self._score(batch, outcome, indices)
+        with clock(times, "segment"):
+            self._segment(batch)
+        with clock(times, "attribute"):
+            attribution = self._attribute(batch, outcome, indices)
+            advantages, weights = self._credit(batch, outcome, attribution)
+        with clock(times, "update"):
+            losses = self._update(batch)
+        metrics = self._metrics(batch, outcome, attribution, advantages, weights)
+        self._control(indices, outcome, metrics["entropy"])
+        self.counters["seconds"] += sum(times.values())
+        timing = {f"time/{name}": value for name, value in times.items()}
+        return {**metrics, **losses, **self.counters, **timing, "step_time": sum(times.values()), "memory_gb": peak_memory_gb()}
+
+    # --- its parts ----------------------------------------------------------------------------------------------------------------
+
+    def _rollout(self) -> tuple[np.ndarray, Batch, Tensor]:
+        """Problems from the curriculum, `group_size` rollouts of each, and the verifier's outcomes [B]. With dynamic sampling, groups
+        without both outcomes are sampled again; every token counts in the budget."""
+        wanted, size = self.config.rollout.prompts, self.config.rollout.group_size
+        rounds = self.config.curriculum.max_rounds if self.config.curriculum.dynamic_sampling else 1
+        kept: list[tuple[int, list, np.ndarray]] = []
+        spare: list[tuple[int, list, np.ndarray]] = []
+        self.tried: list[tuple[int, np.ndarray]] = []
+        for _ in range(rounds):
+            indices = self.curriculum.sample(wanted - len(kept), self.stages.stage, self.rng)
+            problems = [self.train_problems[i] for i in indices for _ in range(size)]
+            prompts = [ids for i in indices for ids in [self._prompt(self.train_problems[i].prompt)] * size]
+            samples = self._generate(prompts)
+            texts = self.tokenizer.batch_decode([s.ids for s in samples], skip_special_tokens=True)
+            rewards = verify.rewards(problems, texts, self.config.verify.extract, self.rng)
+            self.counters["tokens/generated"] += sum(len(s.ids) for s in samples)
+            for g, index in enumerate(indices.tolist()):
+                part = slice(g * size, (g + 1) * size)
+                group = (index, samples[part], rewards[part])
+                self.tried.append((index, rewards[part]))
+                mixed = rewards[part].min() != rewards[part].max()
+                (kept if mixed or rounds == 1 else spare).append(group)
+            if len(kept) == wanted:
+                break
+        kept += spare[-(wanted - len(kept)) :] if len(kept) < wanted else []
+        samples = [s for _, group, _ in kept for s in group]
+        batch = Batch.from_responses(
+            [ids for index, _, _ in kept for ids in [self._prompt(self.train_problems[index].prompt)] * size],
+            [s.ids for s in samples],
+            rollout_logp=[s.logp for s in samples],
+        )
+        device = self.policy.device
+        batch.sequence["finished"] = torch.tensor([s.finished for s in samples], device=device)
+        outcome = torch.tensor(np.concatenate([r for _, _, r in kept]), dtype=torch.float32, device=device)
+        return np.array([index for index, _, _ in kept]), batch, outcome
+
+    def _generate(self, prompts: list[list[int]]):
+        settings = self.config.rollout
+        return self.engine.generate(prompts, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, generator=self.generator)
+
+    def _score(self, batch: Batch, outcome: Tensor, indices: np.ndarray) -> None:
+        """old_logp and entropy of every token; on the rollouts that the credit acts on, the hindsight stream as well: one more forward,
+        on those rows alone."""
+        n = batch.segments.num_tokens
+        rows = self._hindsight_rows(outcome)
+        batch.sequence["hindsight"] = rows
+        for name in ("old_logp", "entropy", "log_ratio", "kl"):
+            batch.token[name] = torch.zeros(n, device=self.policy.device)
+        if bool(rows.any()):
+            size = self.config.rollout.group_size
+            problems = [self.train_problems[i] for i in indices for _ in range(size)]
+            batch.hinted = [self._prompt(p.hinted_prompt(p.answer)) for p in problems]
+            self.counters["tokens/forward_extra"] += sum(
+                len(h) + length for h, length, used in zip(batch.hinted, batch.lengths, rows.tolist(), strict=True) if used
+            )
+        budget, temperature = self.config.trainer.micro_batch_tokens, self.config.rollout.temperature
+        responses = batch.responses()
+        starts = torch.tensor([0, *batch.lengths]).cumsum(0).tolist()
+        for chosen in (~rows, rows):
+            for part in batch.micro_batches(chosen.nonzero().flatten().tolist(), budget):
+                prompts, answers = [batch.prompts[b] for b in part], [responses[b] for b in part]
+                if bool(rows[part[0]]):
+                    result = self.policy.hindsight(prompts, [batch.hinted[b] for b in part], answers, temperature)
+                    values = {"old_logp": result.logp, "entropy": result.entropy, "log_ratio": result.log_ratio, "kl": result.kl}
+                else:
+                    result = self.policy.score(prompts, answers, temperature)
+                    values = {"old_logp": result.logp, "entropy": result.entropy}
+                for name, value in values.items():
+                    for b, piece in zip(part, value.split([batch.lengths[b] for b in part]), strict=True):
+                        batch.token[name][starts[b] : starts[b + 1]] = piece
+
+    def _hindsight_rows(self, outcome: Tensor) -> Tensor:
+        if self.config.attribution.source != "hindsight":
+            return torch.zeros_like(outcome, dtype=torch.bool)
+        if self.config.credit.scope == "zero_variance" and self.config.credit.form != "none":
+            return zero_variance(outcome, self.config.rollout.group_size)
+        return torch.ones_like(outcome, dtype=torch.bool)
+
+    def _segment(self, batch: Batch) -> None:
+        """Reasoning steps from token ids, the behaviour policy's entropy and, for the synthetic tasks, the place of the answer line."""
+        entropy = batch.token["entropy"]
+        if self.config.segmenter.entropy and entropy.numel():
+            quantile = float(torch.quantile(entropy[: 1 << 24], 1 - self.config.segmenter.forking_share))
+            self.fork_threshold = quantile if self.fork_threshold is None else 0.9 * self.fork_threshold + 0.1 * quantile
+        forks = {"entropy": entropy, "entropy_threshold": self.fork_threshold} if self.config.segmenter.entropy else {}
+        start = None
+        if self.config.problems.task:
+            texts = self.tokenizer.batch_decode(batch.responses(), skip_special_tokens=True)
+            start = torch.tensor([t.rfind("\nA") + 1 if "\nA" in t else -1 for t in texts])
+        batch.segments = self.segmenter(batch.token["ids"], batch.segments.cu_seqlens, answer_start=start, **forks).to(self.policy.device)
+
+    def _attribute(self, batch: Batch, outcome: Tensor, indices: np.ndarray) -> Attribution | None:
+        config, size, segments = self.config.attribution, self.config.rollout.group_size, batch.segments
+        if config.source == "none":
+            return None
+        if config.source == "tree":
+            ends, offsets = segments.token_offsets.tolist(), segments.sequence_offsets.tolist()
+            prefixes = [
+                [ids.cpu().numpy()[: ends[s + 1] - ends[offsets[b]]].tobytes() for s in range(offsets[b], offsets[b + 1])]
+                for b, ids in enumerate(batch.responses())
+            ]
+            evidence = tree_evidence(prefixes, outcome, size, segments, config.kappa)
+        else:
+            mask = torch.ones_like(batch.token["ids"], dtype=torch.bool)
+            if config.mask_answer_copies:
+                spellings = [self._spellings(self.train_problems[i].answer) for i in indices for _ in range(size)]
+                mask = answer_copies(list(batch.responses()), spellings)
+            evidence = hindsight_evidence(batch.token["log_ratio"], batch.token["kl"], segments, mask, batch.sequence["hindsight"], config.clamp)
+        if self.config.credit.scope == "zero_variance":
+            # In a group without variance the others' outcomes are this outcome: what is known before the steps is the curriculum's prior.
+            base = torch.tensor(self.curriculum.prior(indices), device=outcome.device).repeat_interleave(size)
+        else:
+            base = leave_one_out(outcome, size)
+        return self.attributor(evidence, outcome, base, segments, size)
+
+    def _credit(self, batch: Batch, outcome: Tensor, attribution: Attribution | None) -> tuple[Tensor, Tensor]:
+        """Token advantages, bonus weights and, in stage 2, the reference's log-probs, all into batch.token; returns the rollouts'
+        advantages and the segments' weights."""
+        config, size, segments = self.config, self.config.rollout.group_size, batch.segments
+        advantages = plain = credit.outcome_advantages(outcome, size, config.credit.advantage)
+        if self.stages.stage == 2:
+            confidence = self._confidence(batch)
+            batch.sequence["confidence"] = confidence
+            rewards = credit.confident_rewards(outcome, confidence, size, config.stages.confidence)
+            advantages = credit.keep_side(credit.outcome_advantages(rewards, size, config.credit.advantage), plain)
+        batch.token["advantages"], weights = credit.token_advantages(advantages, attribution, outcome, segments, size, config.credit)
+        bonus = self.entropy.token_weights(segments, attribution, leave_one_out(outcome, size).clamp(0.5 / size, 1 - 0.5 / size))
+        if bonus is not None:
+            batch.token["entropy_weight"] = bonus
+        if self.reference is not None and config.stages.kl_weight > 0:
+            batch.token["ref_logp"] = self._reference_logp(batch)
+        return advantages, weights
+
+    def _confidence(self, batch: Batch) -> Tensor:
+        """exp(mean log-prob of the answer span under the policy that sampled), 0 for a rollout without an answer, [B]."""
+        segments = batch.segments
+        mean = segment_reduce(batch.token["rollout_logp"], segments, reduce="mean")
+        terminal = segments.is_terminal()
+        out = torch.zeros(segments.num_sequences, device=mean.device)
+        out[segments.segment_sequence_ids()[terminal]] = mean[terminal].exp()
+        return out
+
+    @torch.no_grad()
+    def _reference_logp(self, batch: Batch) -> Tensor:
+        out = torch.zeros(batch.segments.num_tokens, device=self.policy.device)
+        responses = batch.responses()
+        starts = torch.tensor([0, *batch.lengths]).cumsum(0).tolist()
+        for part in batch.micro_batches(list(range(len(batch))), self.config.trainer.micro_batch_tokens):
+            logp, _ = self.reference.score([batch.prompts[b] for b in part], [responses[b] for b in part], self.config.rollout.temperature)
+            for b, piece in zip(part, logp.split([batch.lengths[b] for b in part]), strict=True):
+                out[starts[b] : starts[b + 1]] = piece
+        self.counters["tokens/forward_extra"] += batch.segments.num_tokens
+        return out
+
+    def _update(self, batch: Batch) -> dict[str, float]:
+        """The optimiser steps of this batch. A loss's denominator is that of its whole optimiser step, so micro-batches change nothing."""
+        config, loss_config = self.config, self.config.loss
+        rate = config.optimizer.learning_rate * min(1.0, self.step_number / max(1, config.optimizer.warmup_steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        clip = (loss_config.clip_low, config.stages.clip_high if self.stages.stage == 2 else loss_config.clip_high)
+        order = self.rng.permutation(len(batch))
+        totals: dict[str, float] = defaultdict(float)
+        count = 0.0
+        for minibatch in np.array_split(order, loss_config.minibatches):
+            rows = minibatch.tolist()
+            lengths = batch.segments.cu_seqlens.diff()
+            tokens = sum(batch.lengths[b] for b in rows)
+            self.optimizer.zero_grad(set_to_none=True)
+            for part_rows in batch.micro_batches(rows, config.trainer.micro_batch_tokens):
+                part = batch.select(part_rows)
+                if loss_config.denominator == "tokens":
+                    denominator: float | Tensor = float(max(tokens, 1))
+                elif loss_config.denominator == "sequences":
+                    denominator = lengths[part_rows].clamp(min=1).float() * len(rows)
+                else:
+                    denominator = float(config.rollout.max_new_tokens * len(rows))
+                result = self.policy(
+                    part.prompts, list(part.responses()), part.token["old_logp"], part.token["advantages"], part.segments,
+                    temperature=config.rollout.temperature, clip=clip, ratio=loss_config.ratio, denominator=denominator,
+                    entropy_weight=part.token.get("entropy_weight"), ref_logp=part.token.get("ref_logp"),
+                    kl_weight=config.stages.kl_weight if "ref_logp" in part.token else 0.0,
+                )  # fmt: skip
+                if not math.isfinite(result.loss.item()):
+                    raise TrainingError(
+                        f"the loss is {result.loss.item()} at step {self.step_number}: the step is not taken and the last checkpoint stands; "
+                        "a lower optimizer.learning_rate is the usual way out"
+                    )
+                result.loss.backward()
+                totals["loss"] += result.loss.item() / loss_config.minibatches
+                share = float(result.metrics["tokens"])
+                count += share
+                for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "kl/old", "kl/ref", "ratio/ess"):
+                    totals[name] += share * float(result.metrics[name])
+                for name, best in (("ratio/max", max), ("ratio/min", min)):
+                    totals[name] = best(totals.get(name, 1.0), float(result.metrics[name]))
+            norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), config.optimizer.max_grad_norm))
+            if not math.isfinite(norm):
+                raise TrainingError(f"the gradient norm is {norm} at step {self.step_number}: the step is not taken and the last checkpoint stands")
+            self.optimizer.step()
+            totals["grad_norm"] += norm / loss_config.minibatches
+        for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "kl/old", "kl/ref", "ratio/ess"):
+            totals[name] /= max(count, 1.0)
+        return {**totals, "learning_rate": rate}
+
+    def _control(self, indices: np.ndarray, outcome: Tensor, entropy: float) -> None:
+        """What this step taught the controllers."""
+        for index, rewards in self.tried:
+            self.curriculum.update(np.array([index]), np.array([rewards.sum()]), len(rewards))
+        self.entropy.update(entropy, self.step_number / self.config.trainer.steps, self.stages.stage)
+        if self.stages.update(self.step_number, float(outcome.mean())):
+            self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+
+    def _metrics(self, batch: Batch, outcome: Tensor, attribution: Attribution | None, advantages: Tensor, weights: Tensor) -> dict[str, float]:
+        segments, size = batch.segments, self.config.rollout.group_size
+        lengths = torch.tensor(batch.lengths, dtype=torch.float32)
+        zero = zero_variance(outcome, size)
+        spread = batch.token["advantages"] - advantages[segments.sequence_ids()]
+        out = {
+            "reward": float(outcome.mean()),
+            "reward_std": float(outcome.view(-1, size).std(1, correction=0).mean()),
+            "frac_reward_zero_std": float(zero.float().mean()),
+            "entropy": float(batch.token["entropy"].mean()),
+            "entropy/target": self.entropy.target(self.step_number / self.config.trainer.steps, self.stages.stage),
+            "entropy/weight": self.entropy.weight,
+            "completions/mean_length": float(lengths.mean()),
+            "completions/max_length": float(lengths.max()),
+            "completions/clipped_ratio": 1.0 - float(batch.sequence["finished"].float().mean()),
+            "segments/mean_count": segments.num_segments / segments.num_sequences,
+            "segments/mean_length": float(segments.lengths.float().mean()),
+            "segments/terminal_ratio": float(segments.is_terminal().sum()) / segments.num_sequences,
+            "sampling/logp_difference": float((batch.token["old_logp"] - batch.token["rollout_logp"]).abs().mean()),
+            "credit/nonzero_ratio": float((batch.token["advantages"] != 0).float().mean()),
+            "credit/shaping_abs": float(spread.abs().mean()),
+            "credit/weight_max": float(weights.max()),
+            "stage": self.stages.stage,
+            "attribution/reliability": 0.0 if attribution is None else attribution.reliability,
+        }
+        if attribution is not None:
+            out["attribution/rows"] = float(attribution.rows.float().mean())
+            out["attribution/iota_sum"] = float(attribution.iota.sum()) / max(1.0, float(attribution.rows.sum()))
+            out["attribution/not_finite"] = int((~torch.isfinite(batch.token["log_ratio"] + batch.token["kl"])).sum())
+        if "confidence" in batch.sequence:
+            out["confidence"] = float(batch.sequence["confidence"].mean())
+        return out
+
+    # --- warm-up, evaluation, state -----------------------------------------------------------------------------------------------
+
+    def warm_up(self) -> None:
+        """Supervised steps on the task's own traces: a fixed number, cosine schedule, no look at the held-out problems."""
+        config = self.config.warmup
+        if self.warmup_step < config.steps:
+            self.run.start_phase("warm-up", config.steps, self.warmup_step)
+        while self.warmup_step < config.steps:
+            begin = time.perf_counter()
+            self.warmup_step += 1
+            share = self.warmup_step / config.steps
+            for group in self.optimizer.param_groups:
+                group["lr"] = config.learning_rate * min(1.0, self.warmup_step / 50) * max(0.02, 0.5 * (1 + math.cos(math.pi * share)))
+            drawn = examples(self.task, self.train_problems, config.batch, config.hinted, self.rng)
+            responses = [torch.tensor([*self._encode(e.response), self.tokenizer.eos_token_id], device=self.policy.device) for e in drawn]
+            weights = torch.tensor([w for e in drawn for w in (*e.weights, 1.0)], device=self.policy.device)
+            hidden = self.policy.hidden([self._prompt(e.prompt) for e in drawn], responses)
+            logp, _ = linear_logprob_entropy(hidden, ids=torch.cat(responses), **self.policy.head())
+            loss = -(logp * weights).sum() / weights.sum()
+            if not math.isfinite(loss.item()):
+                raise TrainingError(f"the warm-up loss is {loss.item()} at step {self.warmup_step}; a lower warmup.learning_rate is the way out")
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
+            self.optimizer.step()
+            self.counters["seconds"] += time.perf_counter() - begin
+            last = self.warmup_step == config.steps
+            if last or self.warmup_step % 50 == 0:
+                self.run.log({"phase": "warmup", "step": self.warmup_step, "warmup/loss": loss.item(), "seconds": self.counters["seconds"]})
+            if last:
+                self.optimizer = self._optimizer(self.config.optimizer.learning_rate)
+                self.counters["seconds"] = 0.0  # the curves' clock starts with the first rollout
+            if last or self.warmup_step % (50 * self.config.trainer.checkpoint_every) == 0:
+                self._save(f"warmup-{self.warmup_step}")
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        config = self.config
+        problems = self.held_out[: config.eval.max_problems]
+        ends = step in (0, config.trainer.steps)
+        return evaluate(
+            self.engine, self.tokenizer, problems, [self._prompt(p.prompt) for p in problems], max_new_tokens=config.rollout.max_new_tokens,
+            extract=config.verify.extract, samples=config.eval.samples if ends else 0, seed=config.seed * 1_000_003 + step,
+        )  # fmt: skip
+
+    def evaluate_checkpoint(self) -> dict[str, float]:
+        """The evaluation of the newest checkpoint."""
+        found = checkpoint.latest(self.run.checkpoints)
+        if found is None:
+            raise checkpoint.CheckpointError(f"{self.run.checkpoints} holds no checkpoint")
+        tensors, state = found
+        self.policy.load_state_dict(tensors["policy"], strict=False)
+        return {"step": state["step"], **self._evaluate(0)}
+
+    def export(self) -> None:
+        """The policy and its tokenizer as a folder that policy.path and transformers read."""
+        folder = self.run.directory / "policy"
+        self.policy.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def _optimizer(self, rate: float) -> torch.optim.Optimizer:
+        config = self.config.optimizer
+        return torch.optim.AdamW(self.policy.parameters(), lr=rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _prompt(self, text: str) -> list[int]:
+        """Token ids in front of a rollout: the text as it is, or as a user message of the tokenizer's chat template."""
+        if not self.config.problems.chat:
+            return self._encode(text)
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ConfigError("problems.chat = true needs a tokenizer with a chat template; set it to false, or give another policy.tokenizer")
+        message = self.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+        return self._encode(message)
+
+    def _spellings(self, answer: str) -> list[list[int]]:
+        return [self._encode(answer), self._encode(" " + answer)] if not self.config.problems.task else [self._encode(answer)]
+
+    def _save(self, label: str) -> None:
+        parameters = dict(self.policy.named_parameters())
+        tensors = {
+            "policy": parameters,
+            "optimizer": checkpoint.optimizer_tensors(self.optimizer),
+            "random": {"torch": torch.get_rng_state(), "generator": self.generator.get_state()},
+        }
+        if self.reference is not None:
+            tensors["reference"] = dict(self.reference.named_parameters())
+        state = {
+            "files": sorted(tensors), "warmup_step": self.warmup_step, "step": self.step_number, "numpy": self.rng.bit_generator.state,
+            "counters": self.counters, "fork_threshold": self.fork_threshold, "attributor": self.attributor.state(),
+            "entropy": self.entropy.state(), "curriculum": self.curriculum.state(), "stages": self.stages.state(),
+            "config": to_dict(self.config),
+        }  # fmt: skip
+        checkpoint.save(self.run.checkpoints, label, tensors, state, self.config.trainer.keep_checkpoints)
+
+    def _resume(self) -> None:
+        found = checkpoint.latest(self.run.checkpoints)
+        if found is None:
+            self.run.cut_back(-1, -1)
+            return
+        tensors, state = found
+        changed = differences(state["config"], to_dict(self.config))
+        if changed:
+            raise ConfigError(f"{self.run.directory} holds a run with other settings ({'; '.join(changed[:3])}): give another run_dir, or remove it")
+        self.policy.load_state_dict(tensors["policy"], strict=False)
+        self.warmup_step, self.step_number = state["warmup_step"], state["step"]
+        checkpoint.load_optimizer(self.optimizer, tensors["optimizer"])
+        torch.set_rng_state(tensors["random"]["torch"])
+        self.generator.set_state(tensors["random"]["generator"])
+        self.rng.bit_generator.state = state["numpy"]
+        self.counters, self.fork_threshold = state["counters"], state["fork_threshold"]
+        self.attributor.load(state["attributor"])
+        self.entropy.load(state["entropy"])
+        self.curriculum.load(state["curriculum"])
+        self.stages.load(state["stages"])
+        if "reference" in tensors:
+            self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+            self.reference.load_state_dict(tensors["reference"], strict=False)
+        self.run.cut_back(self.warmup_step, self.step_number if self.step_number else -1)
+        self.run.say(f"resumed from {'step ' + str(self.step_number) if self.step_number else 'warm-up step ' + str(self.warmup_step)}")
+
+
+def load_problems(config: Config):
+    """(synthetic task or None, training problems, held-out problems), the two sets disjoint."""
+    settings = config.problems
+    if settings.task:
+        kinds = {
+            "multiplication": {"digits": settings.digits},
+            "chain": {"steps": settings.steps, "modulus": settings.modulus, "distractors": settings.distractors, "luck": settings.luck},
+        }
+        try:
+            task = TASKS[settings.task](
+                **kinds[settings.task], hard=settings.hard, q=(settings.wrong_low, settings.wrong_high), table_seed=settings.seed
+            )
+            held_out = synthetic_problems(task, settings.held_out, settings.seed + 1)
+            train = synthetic_problems(task, settings.train, settings.seed + 2, frozenset(p.id for p in held_out))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        return task, train, held_out
+    problems = load_jsonl(settings.path, question=settings.question, answer=settings.answer, template=settings.template, hint=settings.hint)
+    order = np.random.default_rng((settings.seed, 4)).permutation(len(problems))
+    count = min(settings.held_out, len(problems) // 5)
+    if count == 0:
+        raise ConfigError(f"problems.path: {settings.path} holds {len(problems)} problems: at least 5 are needed to keep one apart")
+    return None, [problems[i] for i in order[count:]], [problems[i] for i in order[:count]]
+
+
+def eos_ids(policy: Policy, tokenizer) -> list[int]:
+    """The tokens that end a rollout: the tokenizer's and those of the model's generation config."""
+    config = getattr(policy.model, "generation_config", None)
+    more = getattr(config, "eos_token_id", None) or []
+    return sorted({tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])})
+
+
+@contextmanager
+def clock(times: dict[str, float], name: str):
+    begin = time.perf_counter()
+    yield
+    times[name] += time.perf_counter() - begin
+
+
+def peak_memory_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

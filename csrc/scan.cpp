@@ -1,0 +1,408 @@
+#include "scan.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace acpo {
+
+namespace bytes {
+
+// Only what the rules ask of a character: is it white space, the end of a sentence, something that closes a quotation, a
+// colon or comma, another sign, or a letter (everything else, Chinese above all).
+uint8_t classify(const uint8_t* c, int length) {
+  if (length == 2) {
+    if (c[0] == 0xC2) return c[1] == 0xA0 ? kSpace : kSymbol;                  // no-break space; Latin-1 signs
+    return c[0] == 0xC3 && (c[1] == 0x97 || c[1] == 0xB7) ? kSymbol : kLetter;  // times, divided by
+  }
+  if (length == 4) return c[0] == 0xF0 && c[1] == 0x9F ? kSymbol : kLetter;  // emoji
+  if (length != 3) return kLetter;
+  const int last_two = c[1] << 8 | c[2];
+  if (c[0] == 0xE2) {  // general punctuation, arrows, operators
+    if ((last_two >= 0x8080 && last_two <= 0x808A) || last_two == 0x80AF) return kSpace;
+    return last_two == 0x8099 || last_two == 0x809D ? kCloser : kSymbol;  // right quotation marks
+  }
+  if (c[0] == 0xE3 && c[1] == 0x80) {  // CJK punctuation
+    if (c[2] == 0x80) return kSpace;
+    if (c[2] == 0x82) return kSentenceEnd;
+    return c[2] == 0x8B || c[2] == 0x8D || c[2] == 0x8F || c[2] == 0x91 ? kCloser : kSymbol;
+  }
+  if (c[0] == 0xEF && (c[1] == 0xBC || c[1] == 0xBD)) {  // full-width forms
+    switch (last_two) {
+      case 0xBC81: case 0xBC9F: return kSentenceEnd;
+      case 0xBC89: return kCloser;
+      case 0xBC9A: return ':';
+      case 0xBC8C: return ',';
+      default: return kSymbol;
+    }
+  }
+  return kLetter;
+}
+
+}  // namespace bytes
+
+using namespace bytes;
+
+namespace {
+
+bool is_stop(uint8_t c) { return c == '.' || c == '!' || c == '?'; }
+bool is_one_of(uint8_t c, const char* set) { return c != 0 && std::strchr(set, c) != nullptr; }
+bool is_closer(uint8_t c) { return is_one_of(c, ")\"'*]}_`"); }
+// After a full stop and a space: a lower-case letter goes on with the sentence, and so does an operator ("5! = 120").
+bool starts_sentence(uint8_t c) { return is_upper(c) || is_digit(c) || is_one_of(c, "\"'([\\$*_#`"); }
+
+}  // namespace
+
+void Scan::feed(int64_t t, std::string_view text) {
+  t_ = t;
+  token_solid_ = false;
+  for (const char c : text) byte(static_cast<uint8_t>(c));
+  quiet_ = pending_ < 0 && newlines_ == 0 && node_ == 0 && awaiting_ == 0 && head_ == Head::off && !escape_ && dollar_ == Dollar::none &&
+           wide_need_ == 0;
+}
+
+AnswerMarks Scan::finish() {
+  if (dollar_ == Dollar::close) held_.clear();
+  for (const Held& h : held_) put(h.rule, h.token);
+  if (!content_) marks_.after_think = -1;  // nothing follows the tag
+  return marks_;
+}
+
+void Scan::byte(uint8_t c) {
+  if (awaiting_ != 0) {
+    const uint8_t bits = awaiting_;
+    awaiting_ = 0;
+    if (!is_word(c) && c != '-' && c != '\'') accept(bits);  // "Nowhere", "First-order", "answer isn't"
+  }
+  if (dollar_ != Dollar::none && resolve_dollar(c)) {
+    prev_ = solid_ = c;
+    solid_token_ = t_;
+    token_solid_ = true;
+    return;
+  }
+  if (c >= 0x80) {
+    wide(c);
+  } else {
+    wide_need_ = 0;  // a character that broke off is dropped
+    if (c == '\n') {
+      newline();
+    } else if (is_space(c)) {
+      space(c);
+    } else {
+      solid(c);
+    }
+  }
+  prev_ = c;
+}
+
+void Scan::newline() {
+  if (mode_ == Mode::dollar) release_held();  // $..$ closes on its line or is no formula: a price swallows nothing
+  node_ = 0;
+  pending_ = -1;  // the line break is the better boundary
+  escape_ = false;
+  head_ = Head::off;
+  ++newlines_;
+  newline_token_ = t_;
+}
+
+void Scan::space(uint8_t c) {
+  escape_ = false;
+  pending_space_ = true;
+  if (node_ != 0) match(c);
+  if (head_ == Head::bullet || head_ == Head::star || head_ == Head::hash || head_ == Head::number_end) become_step();
+  if (head_ != Head::start) head_ = Head::off;
+}
+
+bool Scan::clause_here() const { return content_ && (newlines_ > 0 || !(is_word(solid_) || solid_ == kLetter)); }
+
+void Scan::solid(uint8_t c) {
+  clause_ = clause_here();
+  begin_solid(c);
+  abbreviation_ = false;
+  match(c);
+  token_solid_ = true;
+  const bool escaped = escape_;
+  escape_ = c == '\\' && !escaped;
+  const bool word_start = is_upper(c) && !is_word(prev_) && (head_ == Head::start || solid_ == '.');
+  if (mode_ == Mode::fence) {
+    fence_tick(c);
+  } else if (escaped) {
+    head_ = Head::off;
+    if (c == '(' && reads_text()) enter_math(Mode::paren);
+    if (c == '[' && reads_text()) enter_math(Mode::bracket);
+    if ((c == ')' && mode_ == Mode::paren) || (c == ']' && mode_ == Mode::bracket)) leave_math(solid_ == '.', t_);
+  } else if (c == '$' && mode_ != Mode::paren && mode_ != Mode::bracket) {
+    head_ = Head::off;
+    // An opening $ inside $..$ (space before it): the first one was a price, and this one may begin a formula.
+    if (mode_ == Mode::dollar && is_space(prev_)) release_held();
+    dollar_ = mode_ == Mode::text ? Dollar::open : mode_ == Mode::dollar ? Dollar::close : Dollar::display;
+    dollar_stop_ = solid_ == '.';
+  } else if (reads_text()) {
+    if (is_stop(c)) full_stop(c);
+    line_head(c);
+  }
+  initial_ = word_start;
+  if (reads_text() || c != '\\') solid_ = c;  // in a formula its closing "\)" must see what stands before
+  solid_token_ = t_;
+}
+
+// The first byte after white space, or any other that is none: line breaks and sentence ends are decided here.
+void Scan::begin_solid(uint8_t c) {
+  if (newlines_ > 0) {
+    // A blank line ends every formula, closed or not: otherwise a lone \[ would swallow the rest.
+    if (newlines_ > 1 && mode_ != Mode::fence) mode_ = Mode::text;
+    if (mode_ == Mode::text) {
+      head_token_ = -1;
+      if (content_) {
+        emit(newlines_ > 1 ? Rule::paragraph : Rule::line, newline_token_);
+        head_token_ = newline_token_;
+      }
+      head_ = Head::start;
+    } else if (mode_ == Mode::fence) {
+      head_ = Head::start;
+    }
+    newlines_ = 0;
+  } else if (pending_ >= 0) {
+    resolve_sentence(c);
+  }
+  content_ = true;
+}
+
+void Scan::resolve_sentence(uint8_t c) {
+  if (!pending_space_ && (c == kCloser || c == kSentenceEnd || (c < 0x80 && (is_closer(c) || is_stop(c))))) {
+    pending_ = t_;
+    return;
+  }
+  bool ends = pending_wide_;  // no space follows a Chinese sentence
+  if (!ends && pending_space_) ends = c >= 0x80 || (pending_strict_ ? is_upper(c) : starts_sentence(c));
+  const int64_t token = pending_;
+  pending_ = -1;
+  if (ends && reads_text()) emit(Rule::sentence, token);
+}
+
+void Scan::full_stop(uint8_t c) {
+  if (abbreviation_ || head_ == Head::number || (c == '.' && initial_)) return;
+  pending_ = t_;
+  pending_space_ = pending_wide_ = false;
+  pending_strict_ = c == '!';  // "5! 3" and "n! (n-1)!" are factorials
+}
+
+void Scan::line_head(uint8_t c) {
+  switch (head_) {
+    case Head::start:
+      if (c == '-' || c == '+') head_ = Head::bullet;
+      else if (c == '*') head_ = Head::star;
+      else if (c == '#') head_ = Head::hash;
+      else if (c == '`') head_ = Head::tick, ticks_ = 1;
+      else if (is_digit(c)) head_ = Head::number;
+      else if (c != '_' && c != '>') head_ = Head::off;
+      break;
+    case Head::star: head_ = c == '*' ? Head::start : Head::off; break;  // "**" only makes the head bold
+    case Head::hash: head_ = c == '#' ? Head::hash : Head::off; break;
+    case Head::number:
+      if (!is_digit(c)) head_ = c == '.' || c == ')' ? Head::number_end : Head::off;
+      break;
+    case Head::number_end: head_ = c == '*' ? Head::number_end : Head::off; break;
+    case Head::tick: fence_tick(c); break;
+    default: head_ = Head::off;
+  }
+}
+
+// Three backticks at a line start open or close a code fence.
+void Scan::fence_tick(uint8_t c) {
+  ticks_ = c != '`' ? 0 : head_ == Head::start ? 1 : ticks_ + 1;
+  head_ = c == '`' && (head_ == Head::start || head_ == Head::tick) ? Head::tick : Head::off;
+  if (head_ == Head::tick && ticks_ == 3) {
+    if (mode_ == Mode::dollar) release_held();
+    mode_ = mode_ == Mode::fence ? Mode::text : Mode::fence;
+    head_ = Head::off;
+  }
+}
+
+void Scan::become_step() {
+  if (head_token_ >= 0 && reads_text()) put(Rule::step, head_token_);
+}
+
+void Scan::enter_math(Mode mode) {
+  if (mode_ == Mode::dollar) release_held();
+  mode_ = mode;
+}
+
+void Scan::leave_math(bool stop, int64_t token) {
+  mode_ = Mode::text;
+  if (!stop) return;
+  pending_ = token;  // "\(x = 5.\) Then"
+  pending_space_ = pending_wide_ = pending_strict_ = false;
+}
+
+void Scan::release_held() {
+  for (const Held& h : held_) put(h.rule, h.token);
+  held_.clear();
+  mode_ = Mode::text;
+}
+
+// What follows a $ tells what it was; the rules are pandoc's: an opening $ has no space after it, a closing one none
+// before it and no digit after it. True if c was the second half of $$ and is done with.
+bool Scan::resolve_dollar(uint8_t c) {
+  const Dollar what = dollar_;
+  dollar_ = Dollar::none;
+  switch (what) {
+    case Dollar::open:
+      if (c == '$') {
+        mode_ = Mode::display;
+        return true;
+      }
+      if (!is_space(c)) {
+        mode_ = Mode::dollar;
+        dollar_sentence_ = sentence_;
+      }
+      return false;
+    case Dollar::close:
+      if (is_digit(c)) return false;
+      held_.clear();
+      sentence_ = dollar_sentence_;
+      leave_math(dollar_stop_, solid_token_);
+      return false;
+    case Dollar::display:
+      if (c != '$') return false;
+      leave_math(dollar_stop_, t_);
+      return true;
+    case Dollar::none: break;
+  }
+  return false;
+}
+
+void Scan::wide(uint8_t c) {
+  if (c >= 0xC0) {
+    wide_length_ = 0;
+    wide_need_ = c >= 0xF0 ? 4 : c >= 0xE0 ? 3 : 2;
+    wide_fresh_ = !token_solid_;
+    clause_ = clause_here();
+  } else if (wide_need_ == 0) {  // a stray continuation byte: an unknown letter
+    wide_length_ = 0;
+    wide_need_ = 1;
+    wide_fresh_ = !token_solid_;
+  }
+  escape_ = false;
+  token_solid_ = true;
+  wide_bytes_[wide_length_++] = c;
+  if (--wide_need_ > 0) {
+    match_wide();
+    return;
+  }
+  const uint8_t kind = classify(wide_bytes_, wide_length_);
+  if (kind == kSpace) {
+    node_ = 0;
+    space(' ');
+    return;
+  }
+  begin_solid(kind);
+  match_wide();
+  if (reads_text()) {
+    const bool bullet = head_ == Head::start && wide_length_ == 3 && std::memcmp(wide_bytes_, "\xE2\x80\xA2", 3) == 0;
+    head_ = bullet ? Head::bullet : Head::off;
+    if (kind == kSentenceEnd) {
+      pending_ = t_;
+      pending_wide_ = true;
+      pending_space_ = pending_strict_ = false;
+    }
+  } else {
+    head_ = Head::off;
+  }
+  initial_ = false;
+  solid_ = kind;
+  solid_token_ = t_;
+}
+
+void Scan::match(uint8_t c) {
+  if (node_ != 0) {
+    node_ = a_.trie_.child(node_, c);
+    if (node_ != 0) return arrive(c);
+  }
+  if (!(is_word(c) && is_word(prev_)) && !(c == '\\' && escape_)) start_match(c);
+}
+
+// Without word borders a pattern may begin at any character, also inside another that has just failed.
+void Scan::match_wide() {
+  const uint8_t c = wide_bytes_[wide_length_ - 1];
+  if (node_ != 0) {
+    node_ = a_.trie_.child(node_, c);
+    if (node_ != 0) return arrive(c);
+  }
+  const bool solid = token_solid_;
+  token_solid_ = !wide_fresh_;
+  start_match(wide_bytes_[0]);
+  token_solid_ = solid;
+  for (int i = 1; i < wide_length_ && node_ != 0; ++i) node_ = a_.trie_.child(node_, wide_bytes_[i]);
+  if (node_ != 0 && wide_length_ > 1) arrive(c);
+}
+
+void Scan::start_match(uint8_t c) {
+  node_ = a_.trie_.child(0, c);
+  if (node_ == 0) return;
+  start_token_ = token_solid_ ? -1 : std::max(solid_token_, newline_token_);
+  if (start_token_ == t_) start_token_ = -1;  // its own token begins with the line break
+  start_clause_ = clause_;
+  start_head_ = head_ == Head::start && reads_text();
+  arrive(c);
+}
+
+void Scan::arrive(uint8_t c) {
+  const uint8_t bits = a_.trie_.payload(node_);
+  if (bits == 0) return;
+  if (is_letter(c)) {
+    awaiting_ = bits;
+  } else {
+    accept(bits);
+  }
+}
+
+void Scan::accept(uint8_t bits) {
+  if (bits & (pattern::think_open | pattern::think_close)) {  // stronger than any formula or fence around them
+    if (mode_ == Mode::dollar) release_held();
+    mode_ = Mode::text;
+    pending_ = -1;
+    const bool close = bits & pattern::think_close;
+    if (close) put(Rule::think, t_);
+    marks_ = {};
+    if (close) marks_.after_think = t_ + 1;
+    marks_.thinking = !close;
+    content_ = false;
+    sentence_ = previous_sentence_ = paragraph_ = t_ + 1;
+    return;
+  }
+  if (mode_ == Mode::fence) return;
+  // "The answer is:" and the box on the next line are one statement.
+  if (bits & pattern::boxed) {
+    const bool continues = marks_.stated >= std::max(paragraph_, previous_sentence_);
+    marks_.boxed = continues ? marks_.stated : sentence_;
+  }
+  if (!reads_text()) return;
+  if (bits & pattern::answer) marks_.stated = sentence_;
+  if (bits & pattern::abbreviation) abbreviation_ = true;
+  if ((bits & pattern::head) && start_head_) become_step();
+  if ((bits & pattern::marker) && start_clause_ && start_token_ >= 0) emit(Rule::marker, start_token_);
+}
+
+void Scan::emit(Rule rule, int64_t token) {
+  if (mode_ == Mode::dollar) {
+    held_.push_back({rule, token});
+  } else {
+    put(rule, token);
+  }
+  if (rule == Rule::paragraph) paragraph_ = token + 1;
+  // A line that ends in a colon or a comma goes on: its sentence does too.
+  if (rule != Rule::marker && !(rule == Rule::line && (solid_ == ':' || solid_ == ','))) start_sentence(token + 1);
+}
+
+void Scan::put(Rule rule, int64_t token) {
+  const auto code = static_cast<uint8_t>(rule);
+  if (a_.weights_[code] > a_.weights_[rules_[token]]) rules_[token] = code;
+}
+
+void Scan::start_sentence(int64_t token) {
+  if (token == sentence_) return;
+  previous_sentence_ = sentence_;
+  sentence_ = token;
+}
+
+}  // namespace acpo

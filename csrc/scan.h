@@ -1,0 +1,118 @@
+// The automaton's state while it reads one sequence.
+#pragma once
+
+#include "automaton.h"
+
+namespace acpo {
+
+namespace bytes {
+constexpr bool is_space(uint8_t c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
+constexpr bool is_digit(uint8_t c) { return c >= '0' && c <= '9'; }
+constexpr bool is_upper(uint8_t c) { return c >= 'A' && c <= 'Z'; }
+constexpr bool is_letter(uint8_t c) { return is_upper(c) || (c >= 'a' && c <= 'z'); }
+constexpr bool is_word(uint8_t c) { return is_letter(c) || is_digit(c); }
+// One byte that stands for a character outside ASCII.
+constexpr uint8_t kLetter = 0x80, kSymbol = 0x81, kSentenceEnd = 0x82, kCloser = 0x83, kSpace = 0x84;
+uint8_t classify(const uint8_t* c, int length);
+}  // namespace bytes
+
+class Scan {
+ public:
+  Scan(const Automaton& automaton, uint8_t* rules) : a_(automaton), rules_(rules) {}
+
+  // In a quiet state a plain token changes nothing but the bytes last seen.
+  bool quiet() const { return quiet_; }
+  void skip(int64_t t, const Automaton::Token& token) {
+    prev_ = token.last;
+    initial_ = false;
+    if (token.solid) {
+      solid_ = token.last_solid;
+      solid_token_ = t;
+      content_ = true;
+    }
+  }
+  void feed(int64_t t, std::string_view text);
+  AnswerMarks finish();
+
+ private:
+  // text and dollar run the rules of text; in dollar ($.. that may still turn out to be a price) their results are held
+  // back until the closing $ drops them or the end of the line releases them.
+  enum class Mode : uint8_t { text, dollar, paren, bracket, display, fence };
+  enum class Head : uint8_t { off, start, bullet, star, hash, number, number_end, tick };
+  enum class Dollar : uint8_t { none, open, close, display };
+  struct Held {
+    Rule rule;
+    int64_t token;
+  };
+
+  bool reads_text() const { return mode_ == Mode::text || mode_ == Mode::dollar; }
+  void byte(uint8_t c);
+  void newline();
+  void space(uint8_t c);
+  void solid(uint8_t c);
+  void wide(uint8_t c);
+  bool clause_here() const;
+  void begin_solid(uint8_t c);
+  void resolve_sentence(uint8_t c);
+  bool resolve_dollar(uint8_t c);
+  void full_stop(uint8_t c);
+  void line_head(uint8_t c);
+  void fence_tick(uint8_t c);
+  void become_step();
+  void enter_math(Mode mode);
+  void leave_math(bool stop, int64_t token);
+  void release_held();
+  void match(uint8_t c);
+  void match_wide();
+  void start_match(uint8_t c);
+  void arrive(uint8_t c);
+  void accept(uint8_t bits);
+  void emit(Rule rule, int64_t token);
+  void put(Rule rule, int64_t token);
+  void start_sentence(int64_t token);
+
+  const Automaton& a_;
+  uint8_t* rules_;
+  int64_t t_ = 0;             // the token being read
+  bool token_solid_ = false;  // a byte of it was not a space
+  bool quiet_ = false;
+
+  Mode mode_ = Mode::text;
+  uint8_t prev_ = 0;          // the byte before
+  uint8_t solid_ = 0;         // the last byte (or class) that is not a space; 0: nothing yet
+  int64_t solid_token_ = -1;
+  bool content_ = false;      // something but white space since the start or the last <think> tag
+
+  int newlines_ = 0;          // line breaks in the white space that is being read
+  int64_t newline_token_ = -1;
+
+  int64_t pending_ = -1;      // the token that may end a sentence: what follows decides
+  bool pending_space_ = false, pending_wide_ = false, pending_strict_ = false;
+  bool initial_ = false;      // the word so far is one capital letter at a line start or after a full stop: "J. S. Bach"
+  bool abbreviation_ = false;
+
+  Head head_ = Head::start;
+  int64_t head_token_ = -1;   // the line break before this line's head
+  int ticks_ = 0;
+
+  bool escape_ = false;       // an odd number of backslashes just before
+  Dollar dollar_ = Dollar::none;
+  std::vector<Held> held_;
+  int64_t dollar_sentence_ = 0;
+  bool dollar_stop_ = false;  // the formula ended in a full stop
+
+  uint16_t node_ = 0;         // in the trie; 0: no pattern is open
+  uint8_t awaiting_ = 0;      // patterns that end in a letter: the next byte tells whether the word does
+  int64_t start_token_ = -1;  // the boundary before the open pattern; -1: it begins inside a token
+  bool start_clause_ = false, start_head_ = false;
+  bool clause_ = true;        // a clause may begin at the byte being read
+
+  uint8_t wide_bytes_[4] = {};
+  int wide_length_ = 0, wide_need_ = 0;
+  bool wide_fresh_ = false, wide_clause_ = false;
+
+  int64_t sentence_ = 0, previous_sentence_ = 0, paragraph_ = 0;
+  AnswerMarks marks_;
+};
+
+}  // namespace acpo

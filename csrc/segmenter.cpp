@@ -1,0 +1,231 @@
+#include "segmenter.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "threads.h"
+
+namespace acpo {
+namespace {
+
+constexpr double kQuantile = 0.9;     // a tenth of the tokens fork: method.md, r = 0.1
+constexpr int64_t kSlack = 2;         // see price()
+constexpr float kMaxScore = 64;       // keeps every sum of the dynamic programme inside 63 bits
+
+int32_t fixed(float score) { return static_cast<int32_t>(std::lround(static_cast<double>(score) * (1 << kScoreBits))); }
+
+// About 16 ranges a thread: sequences differ in length.
+int64_t grain(int64_t sequences, int threads) { return std::max<int64_t>(1, sequences / (int64_t{16} * std::max(threads, 1))); }
+
+template <class Id>
+void check_ids(const Id* ids, int64_t count, int64_t vocab_size) {
+  for (int64_t t = 0; t < count; ++t) {
+    if (ids[t] < 0 || ids[t] >= vocab_size) {
+      throw std::invalid_argument("ids must lie in [0, vocab_size) with vocab_size = " + std::to_string(vocab_size) + ", got " +
+                                  std::to_string(ids[t]) + " at index " + std::to_string(t));
+    }
+  }
+}
+
+void check_values(const char* name, const float* values, int64_t count, float low, float high, const char* wanted) {
+  for (int64_t t = 0; t < count; ++t) {
+    if (!(values[t] >= low && values[t] <= high)) {
+      throw std::invalid_argument(std::string(name) + " must be " + wanted + ", got " + std::to_string(values[t]) + " at index " + std::to_string(t));
+    }
+  }
+}
+
+}  // namespace
+
+// Buffers of one thread, kept between its sequences; 29 bytes a token of the longest.
+struct Segmenter::Scratch {
+  std::vector<uint8_t> rules;
+  std::vector<int32_t> score;
+  PartitionScratch partition;
+};
+
+Segmenter::Segmenter(Automaton automaton, Limits limits, int64_t target_tokens, float fork_score)
+    : automaton_(std::move(automaton)), limits_(limits), target_tokens_(target_tokens), fork_score_(fixed(fork_score)) {
+  for (uint8_t r = 0; r < kTextRules; ++r) rule_scores_[r] = fixed(automaton_.weight(r));
+}
+
+void Segmenter::check(const PackedIds& batch) const {
+  for (int64_t b = 0; b < batch.sequences; ++b) {
+    if (batch.offsets[b + 1] - batch.offsets[b] > INT32_MAX / 2) throw std::invalid_argument("cu_seqlens: a sequence must be shorter than 2^30 tokens");
+  }
+  if (batch.wide) {
+    check_ids(static_cast<const int64_t*>(batch.ids), batch.tokens(), automaton_.vocab_size());
+  } else {
+    check_ids(static_cast<const int32_t*>(batch.ids), batch.tokens(), automaton_.vocab_size());
+  }
+}
+
+AnswerMarks Segmenter::scan(const PackedIds& batch, int64_t b, uint8_t* rules) const {
+  const int64_t begin = batch.offsets[b], count = batch.offsets[b + 1] - begin;
+  if (batch.wide) return automaton_.scan(static_cast<const int64_t*>(batch.ids) + begin, count, rules);
+  return automaton_.scan(static_cast<const int32_t*>(batch.ids) + begin, count, rules);
+}
+
+void Segmenter::scores(const PackedIds& batch, int threads, float* out) const {
+  check(batch);
+  parallel_for(batch.sequences, grain(batch.sequences, threads), threads, [&](int64_t first, int64_t last) {
+    std::vector<uint8_t> rules;
+    for (int64_t b = first; b < last; ++b) {
+      const int64_t begin = batch.offsets[b], count = batch.offsets[b + 1] - begin;
+      rules.resize(count);
+      scan(batch, b, rules.data());
+      for (int64_t t = 0; t < count; ++t) out[begin + t] = automaton_.weight(rules[t]);
+    }
+  });
+}
+
+std::vector<Cut> Segmenter::cut(const PackedIds& batch, const Evidence& evidence, bool explain, int threads) const {
+  check(batch);
+  const float largest = std::numeric_limits<float>::max();
+  if (evidence.entropy) check_values("entropy", evidence.entropy, batch.tokens(), -largest, largest, "finite");
+  if (evidence.scores) check_values("scores", evidence.scores, batch.tokens(), 0, kMaxScore, "in [0, 64]");
+  std::vector<Cut> cuts(batch.sequences);
+  parallel_for(batch.sequences, grain(batch.sequences, threads), threads, [&](int64_t first, int64_t last) {
+    Scratch scratch;
+    for (int64_t b = first; b < last; ++b) cuts[b] = cut_one(batch, b, evidence, explain, scratch);
+  });
+  return cuts;
+}
+
+Cut Segmenter::cut_one(const PackedIds& batch, int64_t b, const Evidence& evidence, bool explain, Scratch& s) const {
+  const int64_t begin = batch.offsets[b], count = batch.offsets[b + 1] - begin;
+  Cut cut;
+  if (count == 0) return cut;
+  int64_t start = evidence.answer_start ? evidence.answer_start[b] : -1;
+  AnswerMarks marks;
+  s.score.resize(count);
+  s.rules.assign(count, static_cast<uint8_t>(Rule::length));
+  if (!evidence.scores || start < 0 || explain) {
+    marks = scan(batch, b, s.rules.data());
+    for (int64_t t = 0; t < count; ++t) s.score[t] = rule_scores_[s.rules[t]];
+  }
+  if (start < 0) start = answer(marks, count, s.score.data());
+  if (evidence.scores) {
+    for (int64_t t = 0; t < count; ++t) s.score[t] = fixed(evidence.scores[begin + t]);
+  }
+  Limits limits = limits_;
+  if (start > 0 && limits.max_segments == 1) start = -1;  // one segment a sequence leaves no room for a span of its own
+  cut.terminal = start >= 0;
+  const int64_t reasoning = start < 0 ? count : start;
+  if (reasoning > 0) {
+    std::vector<int32_t>& kept = s.partition.queue;
+    kept.clear();
+    if (evidence.entropy) forks(evidence.entropy + begin, count, reasoning, evidence.threshold, s);
+    const int64_t lambda = price(reasoning, s);
+    for (const int32_t t : kept) {
+      if (s.score[t] == 0) s.rules[t] = static_cast<uint8_t>(Rule::entropy);
+      s.score[t] += fork_score_;
+    }
+    if (cut.terminal) --limits.max_segments;
+    partition(s.score.data(), reasoning, lambda, limits, s.partition, cut.ends);
+  }
+  if (cut.terminal) cut.ends.push_back(static_cast<int32_t>(count));
+  if (explain) {
+    for (const int32_t e : cut.ends) {
+      uint8_t rule = s.rules[e - 1];
+      // The caller's own scores need not agree with the text.
+      if (evidence.scores && rule != static_cast<uint8_t>(Rule::entropy) && s.score[e - 1] == 0) rule = static_cast<uint8_t>(Rule::length);
+      if (rule == static_cast<uint8_t>(Rule::length) && s.score[e - 1] > 0) rule = static_cast<uint8_t>(Rule::score);
+      cut.rules.push_back(e == count ? static_cast<uint8_t>(Rule::end) : e == start ? static_cast<uint8_t>(Rule::answer) : rule);
+    }
+  }
+  return cut;
+}
+
+// Where the detected answer span begins, -1: none. A mark farther than max_tokens from the end states no FINAL answer, and
+// a rollout that is still thinking has none. The text after </think> is the answer where nothing in it says more exactly;
+// where it is longer than a segment may be, its best boundary inside the last max_tokens begins the span.
+int64_t Segmenter::answer(const AnswerMarks& marks, int64_t count, const int32_t* score) const {
+  const int64_t earliest = count - limits_.max_tokens;
+  if (marks.thinking) return -1;
+  if (marks.boxed >= 0 && marks.boxed >= earliest) return marks.boxed;
+  if (marks.stated >= 0 && marks.stated >= earliest) return marks.stated;
+  if (marks.after_think < 0 || marks.after_think >= count) return -1;
+  if (marks.after_think >= earliest) return marks.after_think;
+  int64_t best = earliest;
+  for (int64_t start = earliest; start < count; ++start) {
+    if (score[start - 1] > score[best - 1]) best = start;
+  }
+  return score[best - 1] > 0 ? best : -1;
+}
+
+// Collects in partition.queue the tokens after which the policy forks: entropy of the next one at or above the threshold
+// (and above 0), and the highest within min_tokens on either side, of equal ones the last. `reasoning` tokens are cut.
+void Segmenter::forks(const float* entropy, int64_t count, int64_t reasoning, const double* threshold, Scratch& s) const {
+  double level = 0;
+  if (threshold) {
+    level = *threshold;
+  } else {
+    // The quantile with linear interpolation. Floats that are not negative are ordered as their bits are.
+    std::vector<int32_t>& bits = s.partition.from;
+    bits.resize(count);
+    for (int64_t t = 0; t < count; ++t) bits[t] = std::bit_cast<int32_t>(entropy[t] > 0 ? entropy[t] : 0.0f);
+    const double position = kQuantile * static_cast<double>(count - 1);
+    const auto at = bits.begin() + static_cast<int64_t>(position);
+    std::nth_element(bits.begin(), at, bits.end());
+    level = std::bit_cast<float>(*at);
+    if (at + 1 != bits.end()) {
+      const double above = std::bit_cast<float>(*std::min_element(at + 1, bits.end()));
+      level += (position - std::floor(position)) * (above - level);
+    }
+  }
+  // A stack of forking tokens with falling entropy: below a token stands the nearest one before it that beats it, and a
+  // token is popped by the nearest one after it that beats it. Dropped ones are marked by their complement.
+  std::vector<int32_t>&kept = s.partition.queue, &stack = s.partition.fewest;
+  stack.clear();
+  for (int64_t t = 1; t < reasoning; ++t) {
+    if (!(entropy[t] > 0 && entropy[t] >= level)) continue;
+    bool beaten = false;
+    const auto index = static_cast<int32_t>(kept.size());
+    const auto token = [&](int32_t i) { return int64_t{kept[i] < 0 ? ~kept[i] : kept[i]} + 1; };
+    while (!stack.empty() && entropy[token(stack.back())] <= entropy[t]) {
+      const int32_t j = stack.back();
+      if (kept[j] >= 0 && t - token(j) < limits_.min_tokens) kept[j] = ~kept[j];
+      stack.pop_back();
+    }
+    if (!stack.empty()) beaten = t - token(stack.back()) < limits_.min_tokens;
+    const auto boundary = static_cast<int32_t>(t - 1);
+    kept.push_back(beaten ? ~boundary : boundary);
+    stack.push_back(index);
+  }
+  std::erase_if(kept, [](int32_t t) { return t < 0; });
+}
+
+// lambda. Every boundary of one level of score pays or none does: the level is the highest one such that cutting at all
+// boundaries of this level or above would leave segments of at most kSlack target_tokens on average (a paragraph's boundary
+// always pays; if even all boundaries are too few, all pay), and the price lies halfway to the next lower level. So a text of
+// paragraphs is cut into paragraphs, one long paragraph into lines or sentences, and a column of short lines into lines.
+// A fork adds to a boundary's score but not to its level: forks make no level of their own beside boundaries of the text.
+int64_t Segmenter::price(int64_t reasoning, Scratch& s) const {
+  std::vector<int32_t>& levels = s.partition.from;
+  levels.clear();
+  for (int64_t t = 0; t + 1 < reasoning; ++t) {
+    if (s.score[t] > 0) levels.push_back(s.score[t]);
+  }
+  for (const int32_t t : s.partition.queue) {
+    if (s.score[t] == 0 && fork_score_ > 0) levels.push_back(fork_score_);
+  }
+  if (levels.empty()) return int64_t{1} << kScoreBits;  // only lengths count: any price asks for as few cuts as possible
+  const auto wanted = static_cast<size_t>(std::max<int64_t>(1, reasoning / (kSlack * target_tokens_)));
+  const auto at = levels.begin() + static_cast<int64_t>(std::min(wanted, levels.size())) - 1;
+  std::nth_element(levels.begin(), at, levels.end(), std::greater<>());
+  const int32_t level = std::min(*at, rule_scores_[static_cast<size_t>(Rule::paragraph)]);
+  int32_t lower = 0;
+  for (const int32_t l : levels) {
+    if (l < level) lower = std::max(lower, l);
+  }
+  return (int64_t{level} + lower) / 2;
+}
+
+}  // namespace acpo
