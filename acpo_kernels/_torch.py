@@ -7,6 +7,8 @@ N x V tensor exists.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -24,56 +26,49 @@ def tile_rows(vocab_size: int) -> int:
     return max(64, min(1024, TILE_ELEMENTS // max(vocab_size, 1) // 64 * 64))
 
 
-def _padded(rows: Tensor, size: int, fill: float = 0) -> Tensor:
-    return rows if rows.shape[0] == size else torch.cat([rows, rows.new_full((size - rows.shape[0], *rows.shape[1:]), fill)])
-
-
 class _Head:
-    """Logits of one row tile at a time, and the way back from their gradient.
+    """Logits of one row tile at a time. A product always sees a whole tile, the last one padded with zero rows, so that what a row
+    gives does not depend on N."""
 
-    A product always sees a whole tile, padded with inactive rows, and a softmax at least two rows (torch sums a lone long row in two
-    passes over its threads, which rounds differently): what a row gives then does not depend on N.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, softcap: float | None, ids: Tensor, active: Tensor, temperature, temperatures):
-        self.weight, self.bias, self.softcap = weight, bias, softcap
+    def __init__(self, weight: Tensor, bias: Tensor | None, softcap: float | None, active: Tensor):
+        self.weight, self.bias, self.softcap, self.active = weight, bias, softcap, active
         self.dtype = reference.working_dtype(weight.dtype)
         self.working_weight = weight.to(self.dtype)
-        self.rows, self.count = tile_rows(weight.shape[0]), ids.shape[0]
-        size = self.count + 1  # one row to spare for a last tile of one
-        self.ids, self.active = _padded(ids, size), _padded(active, size)
-        self.temperature, self.temperatures = temperature, None if temperatures is None else _padded(temperatures, size, 1)
+        self.rows = tile_rows(weight.shape[0])
 
-    def tiles(self):
-        """Rows of each tile, and the same with a padded one where it would be alone."""
-        for begin in range(0, self.count, self.rows):
-            end = min(self.count, begin + self.rows)
-            yield slice(begin, end), slice(begin, max(end, begin + 2))
+    def tiles(self) -> Iterator[slice]:
+        for begin in range(0, self.active.shape[0], self.rows):
+            yield slice(begin, min(self.active.shape[0], begin + self.rows))
 
-    def temperature_of(self, tile: slice) -> float | Tensor:
-        return self.temperature if self.temperatures is None else self.temperatures[tile]
+    def hidden(self, hidden: Tensor, rows: slice) -> Tensor:
+        return torch.where(self.active[rows].unsqueeze(-1), hidden[rows], 0.0).to(self.dtype)
 
-    def hidden(self, hidden: Tensor, tile: slice) -> Tensor:
-        return torch.where(self.active[tile].unsqueeze(-1), _padded(hidden, tile.stop - tile.start), 0.0).to(self.dtype)
+    def logits(self, hidden: Tensor, rows: slice) -> Tensor:
+        tile = reference.head_logits(self._padded(self.hidden(hidden, rows)), self.working_weight, self.bias, self.softcap)
+        return tile[: rows.stop - rows.start]
 
-    def logits(self, hidden: Tensor, tile: slice) -> Tensor:
-        padded = _padded(self.hidden(hidden, tile), self.rows)
-        return reference.head_logits(padded, self.working_weight, self.bias, self.softcap)[: tile.stop - tile.start]
+    def grad_hidden(self, grad_logits: Tensor) -> Tensor:
+        return (self._padded(grad_logits) @ self.working_weight)[: grad_logits.shape[0]]
 
-    def backward(self, logits: Tensor, grad: Tensor) -> Tensor:
-        """The gradient before the softcap."""
+    def before_softcap(self, logits: Tensor, grad: Tensor) -> Tensor:
         return grad if self.softcap is None else grad * (1.0 - (logits / self.softcap).square())
+
+    def _padded(self, tile: Tensor) -> Tensor:
+        missing = self.rows - tile.shape[0]
+        return tile if missing == 0 else torch.cat([tile, tile.new_zeros(missing, tile.shape[1])])
+
+
+def _temperature(temperature: float | None, temperatures: Tensor | None, rows: slice) -> tuple[float, Tensor | None]:
+    return (temperature, None) if temperatures is None else (1.0, temperatures[rows])
 
 
 def linear_logprob_entropy(hidden, weight, ids, bias, temperature, temperatures, softcap, mask):
-    head = _Head(weight, bias, softcap, ids, reference.active_rows(ids, mask), temperature, temperatures)
-    outs = [torch.zeros(ids.shape, dtype=head.dtype, device=ids.device) for _ in range(2)]
-    for rows, tile in head.tiles():
-        logits = head.logits(hidden[rows], tile)
-        result = reference.logprob_entropy(logits, head.ids[tile], temperature=head.temperature_of(tile), mask=head.active[tile])
-        for out, value in zip(outs, result, strict=True):
-            out[rows] = value[: rows.stop - rows.start]
-    return tuple(outs)
+    head = _Head(weight, bias, softcap, reference.active_rows(ids, mask))
+    logp, entropy = (torch.zeros(ids.shape, dtype=head.dtype, device=ids.device) for _ in range(2))
+    for rows in head.tiles():
+        tile = (head.logits(hidden, rows), ids[rows], *_temperature(temperature, temperatures, rows), head.active[rows])
+        logp[rows], entropy[rows], _, _ = torch.ops.acpo_kernels.logprob_entropy(*tile)
+    return logp, entropy
 
 
 def linear_logprob_entropy_backward(hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, needs):
@@ -81,44 +76,26 @@ def linear_logprob_entropy_backward(hidden, weight, ids, bias, temperature, temp
     for grad in (grad_logp, grad_entropy):
         if grad is not None:
             upstream |= grad != 0
-    active = reference.active_rows(ids, mask) & upstream  # a row with a zero gradient adds nothing, whatever its hidden state holds
     need_hidden, need_weight, need_bias = needs
-    head = _Head(weight, bias, softcap, ids, active, temperature, temperatures)
+    # A row with a zero gradient adds nothing, whatever its hidden state holds.
+    head = _Head(weight, bias, softcap, reference.active_rows(ids, mask) & upstream)
     out_hidden = torch.zeros(hidden.shape if need_hidden else (0,), dtype=hidden.dtype, device=hidden.device)
     out_weight = torch.zeros(weight.shape if need_weight else (0,), dtype=head.dtype, device=weight.device)
     out_bias = torch.zeros(weight.shape[0] if need_bias else 0, dtype=head.dtype, device=weight.device)
-    for rows, tile in head.tiles():
-        logits = head.logits(hidden[rows], tile)
-        grads = [
-            None if g is None else torch.where(head.active[tile], _padded(g[rows], tile.stop - tile.start), 0.0) for g in (grad_logp, grad_entropy)
-        ]
-        grad = head.backward(logits, logprob_entropy_gradient(logits, head.ids[tile], head.active[tile], head.temperature_of(tile), *grads))
+    for rows in head.tiles():
+        logits = head.logits(hidden, rows)
+        tile = (logits, ids[rows], *_temperature(temperature, temperatures, rows), head.active[rows])
+        _, *statistics = torch.ops.acpo_kernels.logprob_entropy(*tile)
+        grads = [None if g is None else g[rows] for g in (grad_logp, grad_entropy)]
+        grad = torch.ops.acpo_kernels.logprob_entropy_backward(*grads, *tile[:2], *statistics, *tile[2:])
+        grad = head.before_softcap(logits, grad)
         if need_hidden:
-            with torch.autocast(grad.device.type, enabled=False):
-                out_hidden[rows] = (_padded(grad, head.rows) @ head.working_weight)[: rows.stop - rows.start].to(hidden.dtype)
+            out_hidden[rows] = head.grad_hidden(grad).to(hidden.dtype)
         if need_weight:
-            out_weight.addmm_(grad.T, head.hidden(hidden[rows], tile))
+            out_weight.addmm_(grad.T, head.hidden(hidden, rows))
         if need_bias:
             out_bias += grad.sum(0)
     return out_hidden, out_weight.to(weight.dtype), out_bias if bias is None else out_bias.to(bias.dtype)
-
-
-def logprob_entropy_gradient(logits, ids, active, temperature, grad_logp, grad_entropy):
-    """d(grad_logp . logp + grad_entropy . entropy) / d logits: (1[j = t] - p_j) and p_j (H - surprisal_j), both over T."""
-    d, l = reference._log_softmax_parts(logits, active, temperature)  # noqa: E741
-    p = torch.exp(d - l.unsqueeze(-1))
-    target = torch.where(active, ids, 0).long().unsqueeze(-1)
-    grad = torch.zeros_like(d)
-    if grad_logp is not None:
-        logp = d.gather(-1, target) - l.unsqueeze(-1)
-        factor = (-p).scatter(-1, target, -torch.expm1(logp))  # 1 - p_t without the cancellation
-        grad += grad_logp.unsqueeze(-1) * factor
-    if grad_entropy is not None:
-        shifted = torch.where(d == -torch.inf, 0.0, d)
-        below = (p * shifted).sum(-1, keepdim=True)  # H = l - below
-        grad += grad_entropy.unsqueeze(-1) * (p * (below - shifted))
-    scale = temperature.to(grad.dtype).unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
-    return torch.where(active.unsqueeze(-1), grad / scale, 0.0)
 
 
 def hindsight_information(logits, hindsight_logits, ids, temperature, temperatures, mask):
@@ -131,13 +108,13 @@ def hindsight_information(logits, hindsight_logits, ids, temperature, temperatur
 
 
 def linear_hindsight_information(hidden, hindsight_hidden, weight, ids, bias, temperature, temperatures, softcap, mask):
-    head = _Head(weight, bias, softcap, ids, reference.active_rows(ids, mask), temperature, temperatures)
+    head = _Head(weight, bias, softcap, reference.active_rows(ids, mask))
     outs = [torch.zeros(ids.shape, dtype=head.dtype, device=ids.device) for _ in range(6)]
-    for rows, tile in head.tiles():
-        streams = (head.logits(h[rows], tile) for h in (hidden, hindsight_hidden))
-        result = reference.hindsight_information(*streams, head.ids[tile], temperature=head.temperature_of(tile), mask=head.active[tile])
-        for out, value in zip(outs, result, strict=True):
-            out[rows] = value[: rows.stop - rows.start]
+    for rows in head.tiles():
+        streams = (head.logits(h, rows) for h in (hidden, hindsight_hidden))
+        tile = hindsight_information(*streams, ids[rows], *_temperature(temperature, temperatures, rows), head.active[rows])
+        for out, value in zip(outs, tile, strict=True):
+            out[rows] = value
     return tuple(outs)
 
 

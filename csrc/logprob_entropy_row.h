@@ -4,7 +4,8 @@
 //   entropy = l - sum_j p_j d_j           p_j     = exp(d_j) / (1 + rest)
 //   dlogits_j = (g_logp ([j = t] - p_j) + g_entropy p_j (l - d_j - entropy)) / T,   1 - p_t by expm1
 // The row is walked once in blocks that stay in L1: the maximum of a block, then its sums against the running maximum,
-// whose rare changes rescale the sums. Inside a block sums are float32, 4 accumulators x lanes; across blocks double.
+// whose rare changes rescale the sums. Sums are float32, in 4 accumulators x lanes that are emptied after GROUP
+// additions (equal terms all round the same way, and their errors add up); from there on sums are double.
 //
 // Compiled once per instruction set: internal linkage, and no inline function of the standard library (see floats.h).
 #pragma once
@@ -18,6 +19,7 @@ namespace acpo {
 namespace {
 
 constexpr int64_t BLOCK = 4096;  // 16 KB of float32: two blocks fit a 48 KB L1
+constexpr int64_t GROUP = 8;
 constexpr double LOG2E = 1.4426950408889634;
 constexpr float INF = __builtin_inff();
 constexpr float MAX = 3.4028234663852886e38f;
@@ -101,10 +103,13 @@ float block_max(const T* x, int64_t n) {
   vec a = Simd::set(-INF), b = a, c = a, d = a;
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W) {
-    a = Simd::max(Simd::load(x + i), a);
-    b = Simd::max(Simd::load(x + i + W), b);
-    c = Simd::max(Simd::load(x + i + 2 * W), c);
-    d = Simd::max(Simd::load(x + i + 3 * W), d);
+    vec z[4];
+    Simd::load_pair(x + i, z, z + 1);
+    Simd::load_pair(x + i + 2 * W, z + 2, z + 3);
+    a = Simd::max(z[0], a);
+    b = Simd::max(z[1], b);
+    c = Simd::max(z[2], c);
+    d = Simd::max(z[3], d);
   }
   for (; i + W <= n; i += W) a = Simd::max(Simd::load(x + i), a);
   if (i < n) b = Simd::max(Simd::load(Tail<T>(x + i, n - i).padded), b);
@@ -129,10 +134,9 @@ template <class T, bool WITHOUT_TOP>
 Sums block_sums(const T* x, int64_t n, float top, const Exp& exp_of) {
   const Exp e_of = exp_of;  // by value: its members stay in registers
   const vec m = Simd::set(top), low = Simd::set(e_of.floor(top));
-  vec s[4], w[4];
-  for (int k = 0; k < 4; ++k) s[k] = w[k] = Simd::set(0.0f);
+  double sum = 0.0, weighted = 0.0;
   int64_t maxima = 0;
-  auto step = [&](vec z, vec& sum, vec& weighted) __attribute__((always_inline)) {
+  auto step = [&](vec z, vec& s, vec& w) __attribute__((always_inline)) {
     mask kept = Simd::not_less(z, low);
     if constexpr (WITHOUT_TOP) {
       const mask is_top = Simd::equal(z, m);
@@ -141,21 +145,34 @@ Sums block_sums(const T* x, int64_t n, float top, const Exp& exp_of) {
     }
     const vec u = Simd::keep(kept, Simd::sub(z, m));
     const vec e = e_of(kept, u);
-    sum = Simd::add(sum, e);
-    weighted = Simd::fma(e, u, weighted);
+    s = Simd::add(s, e);
+    w = Simd::fma(e, u, w);
   };
   int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W) {
-    for (int k = 0; k < 4; ++k) {
-      __builtin_prefetch(x + i + k * W + BLOCK);  // the next block, while the arithmetic of this one runs
-      step(Simd::load(x + i + k * W), s[k], w[k]);
+  while (i < n) {
+    vec s[4], w[4];
+    for (int k = 0; k < 4; ++k) s[k] = w[k] = Simd::set(0.0f);
+    const int64_t end = i + GROUP * 4 * W < n ? i + GROUP * 4 * W : n;
+    for (; i + 4 * W <= end; i += 4 * W) {
+      for (int k = 0; k < 4; k += 2) {
+        // The next block, while the arithmetic of this one runs
+        __builtin_prefetch(x + i + k * W + BLOCK);
+        if (sizeof(T) == 4) __builtin_prefetch(x + i + (k + 1) * W + BLOCK);
+        vec z[2];
+        Simd::load_pair(x + i + k * W, z, z + 1);
+        step(z[0], s[k], w[k]);
+        step(z[1], s[k + 1], w[k + 1]);
+      }
     }
+    for (; i + W <= end; i += W) step(Simd::load(x + i), s[0], w[0]);
+    if (i < end) {
+      step(Simd::load(Tail<T>(x + i, end - i).padded), s[1], w[1]);
+      i = end;
+    }
+    sum += Simd::reduce_add(Simd::add(Simd::add(s[0], s[1]), Simd::add(s[2], s[3])));
+    weighted -= Simd::reduce_add(Simd::add(Simd::add(w[0], w[1]), Simd::add(w[2], w[3])));
   }
-  for (; i + W <= n; i += W) step(Simd::load(x + i), s[0], w[0]);
-  if (i < n) step(Simd::load(Tail<T>(x + i, n - i).padded), s[1], w[1]);
-  const vec sum = Simd::add(Simd::add(s[0], s[1]), Simd::add(s[2], s[3]));
-  const vec weighted = Simd::add(Simd::add(w[0], w[1]), Simd::add(w[2], w[3]));
-  return {Simd::reduce_add(sum) * e_of.inverse, -Simd::reduce_add(weighted) * e_of.inverse, maxima};
+  return {sum * e_of.inverse, weighted * e_of.inverse, maxima};
 }
 
 template <class T>

@@ -20,6 +20,17 @@ struct Simd {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
   }
   static vec load(const fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  // Two vectors of elements in some order: where it does not matter, bf16 needs half the instructions.
+  template <class T>
+  static void load_pair(const T* p, vec* a, vec* b) {
+    *a = load(p);
+    *b = load(p + lanes);
+  }
+  static void load_pair(const bf16* p, vec* a, vec* b) {
+    const __m256i u = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    *a = _mm256_castsi256_ps(_mm256_slli_epi32(u, 16));
+    *b = _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
   static void store(float* p, vec x) { _mm256_storeu_ps(p, x); }
   static void store(bf16* p, vec x) {
     const __m256i u = _mm256_castps_si256(x);

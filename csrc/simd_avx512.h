@@ -20,6 +20,17 @@ struct Simd {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
   }
   static vec load(const fp16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  // Two vectors of elements in some order: where it does not matter, bf16 needs half the instructions.
+  template <class T>
+  static void load_pair(const T* p, vec* a, vec* b) {
+    *a = load(p);
+    *b = load(p + lanes);
+  }
+  static void load_pair(const bf16* p, vec* a, vec* b) {
+    const __m512i u = _mm512_loadu_si512(p);
+    *a = _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
+    *b = _mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
   static void store(float* p, vec x) { _mm512_storeu_ps(p, x); }
   static void store(bf16* p, vec x) {
     const __m512i u = _mm512_castps_si512(x);

@@ -22,6 +22,19 @@ struct Simd {
   }
   static vec load(const bf16* p) { return vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
   static vec load(const fp16* p) { return vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
+  template <class T>
+  static void load_pair(const T* p, vec* a, vec* b) {
+    *a = load(p);
+    *b = load(p + lanes);
+  }
+  // The two halves of each 32-bit word: two vectors of elements in some order, where it does not matter.
+  static void load_pair(const bf16* p, vec* a, vec* b) {
+    typedef uint32_t words __attribute__((vector_size(16)));
+    words u;
+    memcpy(&u, p, sizeof u);
+    *a = reinterpret_cast<vec>(u << 16);
+    *b = reinterpret_cast<vec>(u & 0xffff0000u);
+  }
   static void store(float* p, vec x) { memcpy(p, &x, sizeof x); }
   static void store(bf16* p, vec x) {
     for (int i = 0; i < lanes; ++i) from_float(x[i], p + i);

@@ -33,6 +33,7 @@ CHUNK = 4096  # of the backward, four blocks: the scalar work of a row is spread
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2_HIGH = tl.constexpr(0.693115234375)  # 13 bits: its product with an integer of up to 11 bits is exact
 LN2_LOW = tl.constexpr(0.693147180559945309 - 0.693115234375)
+ROUNDING = tl.constexpr("rtne")
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 INF = tl.constexpr(float("inf"))
 
@@ -47,22 +48,23 @@ def _log1p(x):
 
 
 @triton.jit
-def _expm1(x):
-    # For x <= 0; above -0.4 the Taylor series: the term left out is 3e-9 of the first.
+def _expm1_series(x):
+    # Taylor, for |x| < 0.4: the term left out is 3e-11 of the first.
     series = 1.0 + x * (1.0 / 8) * (1.0 + x * (1.0 / 9))
     series = 1.0 + x * (1.0 / 5) * (1.0 + x * (1.0 / 6) * (1.0 + x * (1.0 / 7) * series))
-    series = x * (1.0 + x * (1.0 / 2) * (1.0 + x * (1.0 / 3) * (1.0 + x * (1.0 / 4) * series)))
-    return tl.where(x > -0.4, series, tl.exp(x) - 1.0)
+    return x * (1.0 + x * (1.0 / 2) * (1.0 + x * (1.0 / 3) * (1.0 + x * (1.0 / 4) * series)))
 
 
 @triton.jit
-def _exp_halves(d):
-    """h with h h = exp(d) for d <= 0: two factors, so that exp(-100) meets a large sum before it underflows. The integer part
-    of d log2(e) is split off first: a product of 58 rounded to float32 would cost exp 1e-6 of itself."""
-    d = tl.maximum(0.5 * d, -200.0)
+def _exp_parts(d):
+    """(f, a, b) with exp(d) = exp(f) a b for d <= 0, |f| < 0.35, a and b powers of two: a large sum times exp(-100) then meets
+    the small number before it underflows. The integer part of d log2(e) is split off first: a product of 58 rounded to float32
+    would cost exp 1e-6 of itself."""
+    d = tl.maximum(d, -170.0)
     n = tl.floor(d * LOG2E + 0.5)
     f = (d - n * LN2_HIGH) - n * LN2_LOW
-    return tl.exp2(f * LOG2E) * tl.exp2(n)
+    half = tl.floor(0.5 * n)
+    return f, tl.exp2(half), tl.exp2(n - half)
 
 
 @triton.jit
@@ -162,10 +164,11 @@ def _logprob_entropy_fwd_kernel(
     first = tl.min(tl.where(m == top, lane, BLOCK), axis=0)
     base = tl.maximum(top, LOWEST)
     d = tl.maximum(m - base, limit)
-    h = _exp_halves(d * per_t)
+    f, scale_a, scale_b = _exp_parts(d * per_t)
+    e = 1.0 + _expm1_series(f)  # half a unit more exact than exp2, and here it is not per logit
     s = tl.where(lane == first, r, r + 1.0)
-    rest = tl.sum((s * h) * h, axis=0)
-    weighted = tl.sum(((w - s * d) * h) * h, axis=0)
+    rest = tl.sum(s * e * scale_a * scale_b, axis=0)
+    weighted = tl.sum((w - s * d) * e * scale_a * scale_b, axis=0)
 
     inside = (target >= 0) & (target < V)
     x_t = tl.load(x_ptr + target, mask=active & inside, other=0.0).to(tl.float32)
@@ -194,9 +197,9 @@ def _logprob_entropy_bwd_kernel(
     g_entropy = tl.load(grad_entropy_ptr + row) if HAS_ENTROPY else 0.0
     active = active & ((g_logp != 0.0) | (g_entropy != 0.0))
     entropy = tl.load(entropy_ptr + row)
-    top = tl.load(maximum_ptr + row)
     l = tl.load(logsumexp_ptr + row)  # noqa: E741
     bad = l != l
+    top = tl.where(bad, 0.0, tl.load(maximum_ptr + row))
 
     size = V
     if ALIGNED > 1:
@@ -219,18 +222,16 @@ def _logprob_entropy_bwd_kernel(
     # The chosen token: g_logp (1 - p) + g_entropy p (l - d - entropy)
     x_t = tl.load(x_ptr + target, mask=active & (target >= 0) & (target < V), other=-INF).to(tl.float32)
     log_p = tl.maximum(x_t - top, limit) * per_t - l
-    own = per_t * (g_entropy * tl.exp(log_p) * (-log_p - entropy) - g_logp * _expm1(log_p))
+    own = per_t * (g_entropy * tl.exp(log_p) * (-log_p - entropy) - g_logp * tl.where(log_p > -0.4, _expm1_series(log_p), tl.exp(log_p) - 1.0))
     own = tl.where(active, tl.where(bad, float("nan"), own), 0.0)
     for start in tl.static_range(0, CHUNK, BLOCK):
         offs = tl.program_id(1) * CHUNK + start + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + offs, mask=offs < readable, other=-INF).to(tl.float32)
         u = tl.maximum(x - top, limit)
-        d = u * per_t
-        n = tl.floor(d * LOG2E + 0.5)  # as in _exp_halves
-        f = (d - n * LN2_HIGH) - n * LN2_LOW
-        g = (tl.exp2(f * LOG2E) * (a + b * u)) * tl.exp2(n)
+        f, scale_a, scale_b = _exp_parts(u * per_t)
+        g = tl.exp2(f * LOG2E) * (a + b * u) * scale_a * scale_b
         g = tl.where(offs == target, own, g)
-        tl.store(out_ptr + offs, g.to(gradient_ptr.dtype.element_ty), mask=offs < size)
+        tl.store(out_ptr + offs, g.to(gradient_ptr.dtype.element_ty, fp_downcast_rounding=ROUNDING), mask=offs < size)
 
 
 def aligned_elements(logits: Tensor, stride_outer: int, stride_inner: int) -> int:

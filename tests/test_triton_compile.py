@@ -1,0 +1,97 @@
+"""The Triton kernels compiled for sm_80, sm_90 and sm_100, with the launcher's own hints, and held to what they are to be."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("under the interpreter nothing compiles", allow_module_level=True)
+
+from triton_compile import ARCHITECTURES, ELEMENTS, Compiled, compile_kernel  # noqa: E402
+
+from acpo_kernels._triton import logprob_entropy as kernels  # noqa: E402
+
+RESOURCES = Path(__file__).parent / "triton_resources.json"  # {triton version: {kernel: [registers, shared bytes]}}
+
+
+def logprob_entropy(which: str, element: str, aligned: bool, architecture: int) -> Compiled:
+    """The hints of a launch at V = 151,936 (aligned), or at V = 50,257, where a row of two-byte logits begins anywhere."""
+    sizes = {"V": "i32", "inner": "i32", "stride_outer": "i32", "stride_inner": "i32", "inverse_temperature": "fp32"}
+    common = {
+        "ALIGNED": 16 // ELEMENTS[element] if aligned else 1, "HAS_MASK": True, "HAS_TEMPERATURES": False, "temperatures_ptr": None,
+        "IGNORED": -100, "BLOCK": kernels.BLOCK.value,
+    }  # fmt: skip
+    pointers = {"logits_ptr": f"*{element}", "ids_ptr": "*i64", "mask_ptr": "*u8"}
+    statistics = {f"{name}_ptr": "*fp32" for name in ("entropy", "maximum", "logsumexp")}
+    if which == "fwd":
+        kernel, types = kernels._logprob_entropy_fwd_kernel, {**pointers, "logp_ptr": "*fp32", **statistics, **sizes}
+    else:
+        incoming = {"grad_logp_ptr": "*fp32", "grad_entropy_ptr": "*fp32"}
+        kernel, types = kernels._logprob_entropy_bwd_kernel, {**incoming, **pointers, **statistics, "gradient_ptr": f"*{element}", **sizes}
+        common |= {"HAS_LOGP": True, "HAS_ENTROPY": True, "CHUNK": kernels.CHUNK}
+    divisible = {name for name in types if name.endswith("_ptr")} | ({"V"} if aligned else set())
+    return compile_kernel(kernel, types, common, divisible, architecture, kernels.NUM_WARPS)
+
+
+CASES = [(w, e, a, arch) for w in ("fwd", "bwd") for e in ELEMENTS for a in (True, False) for arch in ARCHITECTURES]
+
+
+def key(which, element, aligned, architecture):
+    return f"logprob_entropy_{which} {element} {'aligned' if aligned else 'unaligned'} sm_{architecture}"
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    table = json.loads(RESOURCES.read_text())
+    return table.get(triton.__version__)
+
+
+@pytest.mark.parametrize(("which", "element", "aligned", "architecture"), CASES, ids=lambda c: str(c))
+def test_logprob_entropy(which, element, aligned, architecture, recorded):
+    compiled = logprob_entropy(which, element, aligned, architecture)
+    assert compiled.stack == 0 and compiled.local == 0  # nothing spilled
+    bits = 128 if aligned else 8 * ELEMENTS[element]
+    if which == "fwd":
+        (loop,) = compiled.loops()
+        assert set(compiled.accesses(loop, "ld")) == {bits}
+        assert not re.search(r"shfl|bar\.|\bmembar|ld\.shared|st\.shared|\bdiv\.|\brcp\.|\bst\.", loop)
+        per_thread = 4 * kernels.BLOCK.value // (32 * kernels.NUM_WARPS)
+        assert loop.count("ex2.approx") == per_thread * 5 // 4  # one a logit, and one for each lane's step of four
+    else:
+        # The row's scalars are narrow; every other access is wide. Divisions: one of the row number, one of a row constant.
+        loads, stores = compiled.accesses(compiled.ptx, "ld"), compiled.accesses(compiled.ptx, "st")
+        threads = 32 * kernels.NUM_WARPS
+        chunk_words = kernels.CHUNK * ELEMENTS[element] * 8 // threads // bits
+        assert stores == [bits] * chunk_words
+        assert loads.count(bits) >= chunk_words and len(loads) <= chunk_words + 8
+        assert not re.search(r"shfl|bar\.|ld\.shared|st\.shared", compiled.ptx)
+        assert len(re.findall(r"\b(?:div|rcp)\.", compiled.ptx)) <= 2
+    if recorded is not None:
+        assert recorded[key(which, element, aligned, architecture)] == [compiled.registers, compiled.shared]
+
+
+def test_row_offsets_are_64_bit():
+    """N V past 2^31."""
+    for which in ("fwd", "bwd"):
+        assert re.search(r"mul\.(wide\.s32|lo\.s64)|mad\.wide\.s32|mad\.lo\.s64", logprob_entropy(which, "bf16", True, 90).ptx)
+
+
+def test_numbers_of_rows_do_not_specialise():
+    """What varies with the batch never leads to another compilation; V and the pointers' alignment may."""
+    for kernel in (kernels._logprob_entropy_fwd_kernel, kernels._logprob_entropy_bwd_kernel):
+        free = {p.name for p in kernel.params if p.do_not_specialize}
+        assert free == {"inner", "stride_outer", "stride_inner", "inverse_temperature"}
+        assert not {"N", "n_rows"} & set(kernel.arg_names)
+
+
+if __name__ == "__main__":  # records the table for this version of triton
+    table = json.loads(RESOURCES.read_text()) if RESOURCES.exists() else {}
+    built = {key(*c): logprob_entropy(*c) for c in CASES}
+    table[triton.__version__] = {k: [c.registers, c.shared] for k, c in built.items()}
+    RESOURCES.write_text(json.dumps(table, indent=1) + "\n")

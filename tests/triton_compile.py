@@ -1,0 +1,63 @@
+"""Compiling kernels for GPUs that are not there, and reading what came out: `triton.compile` needs no driver, and the triton wheel
+carries cuobjdump."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ARCHITECTURES = (80, 90, 100)
+ELEMENTS = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass
+class Compiled:
+    ptx: str
+    registers: int
+    stack: int
+    shared: int
+    local: int
+
+    def loops(self) -> list[str]:
+        """The bodies of the loops: from a label to the branch back to it."""
+        found = []
+        for label in re.finditer(r"^(\$L__BB\d+_\d+):", self.ptx, re.MULTILINE):
+            back = re.search(rf"bra(?:\.uni)?\s+{re.escape(label[1])};", self.ptx[label.end() :])
+            if back:
+                found.append(self.ptx[label.end() : label.end() + back.end()])
+        return found
+
+    @staticmethod
+    def accesses(ptx: str, kind: str) -> list[int]:
+        """The widths in bits of the global loads (kind "ld") or stores ("st"), in order."""
+        pattern = rf"\b{kind}\.global(?:\.[a-z_:0-9]+?)*?(?:\.v(\d))?\.[busf](\d+)\b"
+        return [int(m[1] or 1) * int(m[2]) for m in re.finditer(pattern, ptx)]
+
+
+def compile_kernel(kernel, types: dict[str, str], constants: dict, divisible: set[str], architecture: int, num_warps: int) -> Compiled:
+    """types: the run-time arguments; constants: the rest; divisible: the arguments that are multiples of 16 at launch."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    assert set(types) | set(constants) == set(names), set(names) ^ (set(types) | set(constants))
+    hinted = {p.name for p in kernel.params if p.do_not_specialize}
+    assert not hinted & divisible, "the launcher would not give these hints"
+    source = ASTSource(
+        kernel,
+        {name: types.get(name, "constexpr") for name in names},
+        constants,
+        {(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": num_warps})
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run([tool, "--dump-resource-usage", cubin.name], check=True, capture_output=True, text=True).stdout
+    numbers = {key: int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "SHARED", "LOCAL")}
+    return Compiled(compiled.asm["ptx"], numbers["REG"], numbers["STACK"], numbers["SHARED"], numbers["LOCAL"])
