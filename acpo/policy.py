@@ -58,16 +58,13 @@ class Policy(nn.Module):
         at = torch.arange(ids.shape[1], device=self.device)
         return pack(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state, (at >= start) & (at < end))
 
-    @torch.no_grad()
-    def score(self, prompts: list[list[int]], responses: list[Tensor], temperature: float) -> LogprobEntropy:
-        """Log-probs and entropies of the response tokens."""
-        return linear_logprob_entropy(self.hidden(prompts, responses), ids=torch.cat(responses), temperature=temperature, **self.head())
+    def score(self, hidden: Tensor, ids: Tensor, temperature: float) -> LogprobEntropy:
+        """Log-probs and entropies of tokens from the hidden states that predict them."""
+        return linear_logprob_entropy(hidden, ids=ids, temperature=temperature, **self.head())
 
-    @torch.no_grad()
-    def hindsight(self, prompts: list[list[int]], hinted: list[list[int]], responses: list[Tensor], temperature: float) -> HindsightInformation:
-        """The same and the information about the answer: a second forward with the answer in the prompt."""
-        streams = (self.hidden(p, responses) for p in (prompts, hinted))
-        return linear_hindsight_information(*streams, ids=torch.cat(responses), temperature=temperature, **self.head())
+    def hindsight(self, hidden: Tensor, hinted: Tensor, ids: Tensor, temperature: float) -> HindsightInformation:
+        """What tokens share with the answer, from the hidden states without and with it in the prompt."""
+        return linear_hindsight_information(hidden, hinted, ids=ids, temperature=temperature, **self.head())
 
     def forward(
         self, prompts: list[list[int]], responses: list[Tensor], old_logp: Tensor | None, advantages: Tensor, segments: Segments, **settings

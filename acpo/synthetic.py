@@ -17,10 +17,19 @@ import numpy as np
 
 from .problems import Problem
 
-ALPHABET = "\n0123456789*=;AHabcdefghijklmnopqrstuvwxyz"
 COLUMNS = "abcdefghijkl"
+HINT_COLUMNS = "BCDEFGIJKLMNO"  # the columns of an answer in a hint: other letters, so that a look-up by letter finds the one or the other
 FILLER = "stuvwxyz"
-HINT = "H{answer};{prompt}"  # in front of the question: with relative positions nothing behind it moves
+ALPHABET = "\n0123456789*=;AH" + HINT_COLUMNS + "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True)
+class SyntheticProblem(Problem):
+    """The hint stands in front of the question, each digit of the answer behind the letter of its column. With relative positions
+    nothing behind it moves."""
+
+    def hinted_prompt(self, answer: str) -> str:
+        return "H" + "".join(f"{c}{d}" for c, d in zip(HINT_COLUMNS, answer, strict=False)) + ";" + self.prompt
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ class Multiplication:
         prompt = "".join(f"{c}{d}" for c, d in zip(COLUMNS, digits, strict=False)) + f"*{multiplier}="
         product = multiplier * sum(d * 10**i for i, d in enumerate(digits))
         answer = str(product).zfill(self.digits + 1)[::-1]
-        return Problem(prompt, prompt, answer, cell=f"x{multiplier}", hint=HINT, data={"digits": digits, "multiplier": multiplier})
+        return SyntheticProblem(prompt, prompt, answer, cell=f"x{multiplier}", data={"digits": digits, "multiplier": multiplier})
 
     def trace(self, problem: Problem, rng: np.random.Generator, noisy: bool = True) -> Trace:
         multiplier, carry, lines, units = problem.data["multiplier"], 0, [], []
@@ -135,7 +144,7 @@ class Chain:
         start, operands = int(rng.integers(self.modulus)), rng.integers(0, self.modulus, self.steps).tolist()
         prompt = f"{start}" + "".join(f"{c}{x}" for c, x in zip(COLUMNS, operands, strict=False)) + "="
         answer = str((start + sum(operands)) % self.modulus)
-        return Problem(prompt, prompt, answer, cell=f"s{start}", luck=self.luck, hint=HINT, data={"start": start, "operands": operands})
+        return SyntheticProblem(prompt, prompt, answer, cell=f"s{start}", luck=self.luck, data={"start": start, "operands": operands})
 
     def trace(self, problem: Problem, rng: np.random.Generator, noisy: bool = True) -> Trace:
         value, text, weights = problem.data["start"], "", []

@@ -158,36 +158,25 @@ class Trainer:
         settings = self.config.rollout
         return self.engine.generate(prompts, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, generator=self.generator)
 
+    @torch.no_grad()
     def _score(self, batch: Batch, outcome: Tensor, indices: np.ndarray) -> None:
-        """old_logp and entropy of every token; on the rollouts that the credit acts on, the hindsight stream as well: one more forward,
-        on those rows alone."""
-        n = batch.segments.num_tokens
-        rows = self._hindsight_rows(outcome)
-        batch.sequence["hindsight"] = rows
-        for name in ("old_logp", "entropy", "log_ratio", "kl"):
-            batch.token[name] = torch.zeros(n, device=self.policy.device)
-        if bool(rows.any()):
-            size = self.config.rollout.group_size
-            problems = [self.train_problems[i] for i in indices for _ in range(size)]
-            batch.hinted = [self._prompt(p.hinted_prompt(p.answer)) for p in problems]
-            self.counters["tokens/forward_extra"] += sum(
-                len(h) + length for h, length, used in zip(batch.hinted, batch.lengths, rows.tolist(), strict=True) if used
-            )
-        budget, temperature = self.config.trainer.micro_batch_tokens, self.config.rollout.temperature
-        responses = batch.responses()
-        starts = torch.tensor([0, *batch.lengths]).cumsum(0).tolist()
-        for chosen in (~rows, rows):
-            for part in batch.micro_batches(chosen.nonzero().flatten().tolist(), budget):
-                prompts, answers = [batch.prompts[b] for b in part], [responses[b] for b in part]
-                if bool(rows[part[0]]):
-                    result = self.policy.hindsight(prompts, [batch.hinted[b] for b in part], answers, temperature)
-                    values = {"old_logp": result.logp, "entropy": result.entropy, "log_ratio": result.log_ratio, "kl": result.kl}
-                else:
-                    result = self.policy.score(prompts, answers, temperature)
-                    values = {"old_logp": result.logp, "entropy": result.entropy}
-                for name, value in values.items():
-                    for b, piece in zip(part, value.split([batch.lengths[b] for b in part]), strict=True):
-                        batch.token[name][starts[b] : starts[b + 1]] = piece
+        """old_logp and entropy of every token; on the rollouts that the attribution looks at the hindsight stream as well: one more
+        forward, on those rows alone. The micro-batches and the first two values do not depend on which rows those are."""
+        temperature, size = self.config.rollout.temperature, self.config.rollout.group_size
+        rows = batch.sequence["hindsight"] = self._hindsight_rows(outcome)
+        looked_at = set(rows.nonzero().flatten().tolist())
+        for part in batch.micro_batches(list(range(len(batch))), self.config.trainer.micro_batch_tokens):
+            hidden = self.policy.hidden([batch.prompts[b] for b in part], batch.responses(part))
+            logp, entropy = self.policy.score(hidden, torch.cat(batch.responses(part)), temperature)
+            batch.put(part, old_logp=logp, entropy=entropy)
+            chosen = [b for b in part if b in looked_at]
+            if chosen:
+                prompts = [self._hinted(self.train_problems[indices[b // size]]) for b in chosen]
+                hinted = self.policy.hidden(prompts, batch.responses(chosen))
+                plain = torch.cat([h for b, h in zip(part, hidden.split([batch.lengths[b] for b in part]), strict=True) if b in looked_at])
+                result = self.policy.hindsight(plain, hinted, torch.cat(batch.responses(chosen)), temperature)
+                batch.put(chosen, log_ratio=result.log_ratio, kl=result.kl)
+                self.counters["tokens/forward_extra"] += sum(map(len, prompts)) + sum(batch.lengths[b] for b in chosen)
 
     def _hindsight_rows(self, outcome: Tensor) -> Tensor:
         if self.config.attribution.source != "hindsight":
@@ -224,7 +213,9 @@ class Trainer:
             mask = torch.ones_like(batch.token["ids"], dtype=torch.bool)
             if config.mask_answer_copies:
                 spellings = [self._spellings(self.train_problems[i].answer) for i in indices for _ in range(size)]
-                mask = answer_copies(list(batch.responses()), spellings)
+                mask = answer_copies(batch.responses(), spellings)
+            if "kl" not in batch.token:  # no rollout to look at in this step
+                batch.put([], log_ratio=batch.token["old_logp"][:0], kl=batch.token["old_logp"][:0])
             evidence = hindsight_evidence(batch.token["log_ratio"], batch.token["kl"], segments, mask, batch.sequence["hindsight"], config.clamp)
         if self.config.credit.scope == "zero_variance":
             # In a group without variance the others' outcomes are this outcome: what is known before the steps is the curriculum's prior.
@@ -248,7 +239,7 @@ class Trainer:
         if bonus is not None:
             batch.token["entropy_weight"] = bonus
         if self.reference is not None and config.stages.kl_weight > 0:
-            batch.token["ref_logp"] = self._reference_logp(batch)
+            self._reference_logp(batch)
         return advantages, weights
 
     def _confidence(self, batch: Batch) -> Tensor:
@@ -261,16 +252,11 @@ class Trainer:
         return out
 
     @torch.no_grad()
-    def _reference_logp(self, batch: Batch) -> Tensor:
-        out = torch.zeros(batch.segments.num_tokens, device=self.policy.device)
-        responses = batch.responses()
-        starts = torch.tensor([0, *batch.lengths]).cumsum(0).tolist()
+    def _reference_logp(self, batch: Batch) -> None:
         for part in batch.micro_batches(list(range(len(batch))), self.config.trainer.micro_batch_tokens):
-            logp, _ = self.reference.score([batch.prompts[b] for b in part], [responses[b] for b in part], self.config.rollout.temperature)
-            for b, piece in zip(part, logp.split([batch.lengths[b] for b in part]), strict=True):
-                out[starts[b] : starts[b + 1]] = piece
-        self.counters["tokens/forward_extra"] += batch.segments.num_tokens
-        return out
+            hidden = self.reference.hidden([batch.prompts[b] for b in part], batch.responses(part))
+            batch.put(part, ref_logp=self.reference.score(hidden, torch.cat(batch.responses(part)), self.config.rollout.temperature).logp)
+        self.counters["tokens/forward_extra"] += batch.segments.num_tokens + sum(map(len, batch.prompts))
 
     def _update(self, batch: Batch) -> dict[str, float]:
         """The optimiser steps of this batch. A loss's denominator is that of its whole optimiser step, so micro-batches change nothing."""
@@ -296,7 +282,7 @@ class Trainer:
                 else:
                     denominator = float(config.rollout.max_new_tokens * len(rows))
                 result = self.policy(
-                    part.prompts, list(part.responses()), part.token["old_logp"], part.token["advantages"], part.segments,
+                    part.prompts, part.responses(), part.token["old_logp"], part.token["advantages"], part.segments,
                     temperature=config.rollout.temperature, clip=clip, ratio=loss_config.ratio, denominator=denominator,
                     entropy_weight=part.token.get("entropy_weight"), ref_logp=part.token.get("ref_logp"),
                     kl_weight=config.stages.kl_weight if "ref_logp" in part.token else 0.0,
@@ -359,7 +345,8 @@ class Trainer:
         if attribution is not None:
             out["attribution/rows"] = float(attribution.rows.float().mean())
             out["attribution/iota_sum"] = float(attribution.iota.sum()) / max(1.0, float(attribution.rows.sum()))
-            out["attribution/not_finite"] = int((~torch.isfinite(batch.token["log_ratio"] + batch.token["kl"])).sum())
+            if "kl" in batch.token:
+                out["attribution/not_finite"] = int((~torch.isfinite(batch.token["log_ratio"] + batch.token["kl"])).sum())
         if "confidence" in batch.sequence:
             out["confidence"] = float(batch.sequence["confidence"].mean())
         return out
@@ -438,6 +425,10 @@ class Trainer:
             raise ConfigError("problems.chat = true needs a tokenizer with a chat template; set it to false, or give another policy.tokenizer")
         message = self.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
         return self._encode(message)
+
+    def _hinted(self, problem: Problem) -> list[int]:
+        """The prompt with the answer in it."""
+        return self._prompt(problem.hinted_prompt(problem.answer))
 
     def _spellings(self, answer: str) -> list[list[int]]:
         return [self._encode(answer), self._encode(" " + answer)] if not self.config.problems.task else [self._encode(answer)]

@@ -7,6 +7,8 @@ N x V tensor exists.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -24,106 +26,93 @@ def tile_rows(vocab_size: int) -> int:
     return max(64, min(1024, TILE_ELEMENTS // max(vocab_size, 1) // 64 * 64))
 
 
-def _tiles(count: int, rows: int):
-    return ((begin, min(count, begin + rows)) for begin in range(0, count, rows))
-
-
-def _padded(rows: Tensor, size: int) -> Tensor:
-    return rows if rows.shape[0] == size else torch.cat([rows, rows.new_zeros(size - rows.shape[0], *rows.shape[1:])])
-
-
 class _Head:
-    """Logits of one row tile at a time, and the way back from their gradient."""
+    """Logits of one row tile at a time. A product always sees a whole tile, the last one padded with zero rows, so that what a row
+    gives does not depend on N."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, softcap: float | None, rows: int):
-        self.weight, self.bias, self.softcap, self.rows = weight, bias, softcap, rows
+    def __init__(self, weight: Tensor, bias: Tensor | None, softcap: float | None, active: Tensor):
+        self.weight, self.bias, self.softcap, self.active = weight, bias, softcap, active
         self.dtype = reference.working_dtype(weight.dtype)
         self.working_weight = weight.to(self.dtype)
+        self.rows = tile_rows(weight.shape[0])
 
-    def logits(self, hidden: Tensor, active: Tensor) -> Tensor:
-        hidden = _padded(torch.where(active.unsqueeze(-1), hidden, 0.0).to(self.dtype), self.rows)
-        return reference.head_logits(hidden, self.working_weight, self.bias, self.softcap)[: active.shape[0]]
+    def tiles(self) -> Iterator[slice]:
+        for begin in range(0, self.active.shape[0], self.rows):
+            yield slice(begin, min(self.active.shape[0], begin + self.rows))
 
-    def backward(self, logits: Tensor, grad: Tensor) -> Tensor:
-        """The gradient before the softcap."""
+    def hidden(self, hidden: Tensor, rows: slice) -> Tensor:
+        return torch.where(self.active[rows].unsqueeze(-1), hidden[rows], 0.0).to(self.dtype)
+
+    def logits(self, hidden: Tensor, rows: slice) -> Tensor:
+        tile = reference.head_logits(self._padded(self.hidden(hidden, rows)), self.working_weight, self.bias, self.softcap)
+        return tile[: rows.stop - rows.start]
+
+    def grad_hidden(self, grad_logits: Tensor) -> Tensor:
+        return (self._padded(grad_logits) @ self.working_weight)[: grad_logits.shape[0]]
+
+    def before_softcap(self, logits: Tensor, grad: Tensor) -> Tensor:
         return grad if self.softcap is None else grad * (1.0 - (logits / self.softcap).square())
 
+    def _padded(self, tile: Tensor) -> Tensor:
+        missing = self.rows - tile.shape[0]
+        return tile if missing == 0 else torch.cat([tile, tile.new_zeros(missing, tile.shape[1])])
 
-def _temperature(temperature: float, temperatures: Tensor | None, rows: slice) -> float | Tensor:
-    return temperature if temperatures is None else temperatures[rows]
+
+def _temperature(temperature: float | None, temperatures: Tensor | None, rows: slice) -> tuple[float, Tensor | None]:
+    return (temperature, None) if temperatures is None else (1.0, temperatures[rows])
 
 
 def linear_logprob_entropy(hidden, weight, ids, bias, temperature, temperatures, softcap, mask):
-    active = reference.active_rows(ids, mask)
-    head = _Head(weight, bias, softcap, tile_rows(weight.shape[0]))
-    logp = torch.zeros(ids.shape, dtype=head.dtype, device=ids.device)
-    entropy = torch.zeros_like(logp)
-    for begin, end in _tiles(ids.shape[0], head.rows):
-        rows = slice(begin, end)
-        logits = head.logits(hidden[rows], active[rows])
-        result = reference.logprob_entropy(logits, ids[rows], temperature=_temperature(temperature, temperatures, rows), mask=active[rows])
-        logp[rows], entropy[rows] = result
+    head = _Head(weight, bias, softcap, reference.active_rows(ids, mask))
+    logp, entropy = (torch.zeros(ids.shape, dtype=head.dtype, device=ids.device) for _ in range(2))
+    for rows in head.tiles():
+        tile = (head.logits(hidden, rows), ids[rows], *_temperature(temperature, temperatures, rows), head.active[rows])
+        logp[rows], entropy[rows], _, _ = torch.ops.acpo_kernels.logprob_entropy(*tile)
     return logp, entropy
 
 
 def linear_logprob_entropy_backward(hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, needs):
-    active = reference.active_rows(ids, mask)
-    upstream = torch.zeros_like(active)
+    upstream = torch.zeros_like(ids, dtype=torch.bool)
     for grad in (grad_logp, grad_entropy):
         if grad is not None:
             upstream |= grad != 0
-    active = active & upstream  # a row with a zero gradient adds nothing, whatever its hidden state holds
     need_hidden, need_weight, need_bias = needs
-    head = _Head(weight, bias, softcap, tile_rows(weight.shape[0]))
+    # A row with a zero gradient adds nothing, whatever its hidden state holds.
+    head = _Head(weight, bias, softcap, reference.active_rows(ids, mask) & upstream)
     out_hidden = torch.zeros(hidden.shape if need_hidden else (0,), dtype=hidden.dtype, device=hidden.device)
     out_weight = torch.zeros(weight.shape if need_weight else (0,), dtype=head.dtype, device=weight.device)
     out_bias = torch.zeros(weight.shape[0] if need_bias else 0, dtype=head.dtype, device=weight.device)
-    for begin, end in _tiles(ids.shape[0], head.rows):
-        rows = slice(begin, end)
-        logits = head.logits(hidden[rows], active[rows])
-        grads = [None if g is None else torch.where(active[rows], g[rows], 0.0) for g in (grad_logp, grad_entropy)]
-        grad = logprob_entropy_gradient(logits, ids[rows], active[rows], _temperature(temperature, temperatures, rows), *grads)
-        grad = head.backward(logits, grad)
+    for rows in head.tiles():
+        logits = head.logits(hidden, rows)
+        tile = (logits, ids[rows], *_temperature(temperature, temperatures, rows), head.active[rows])
+        _, *statistics = torch.ops.acpo_kernels.logprob_entropy(*tile)
+        grads = [None if g is None else g[rows] for g in (grad_logp, grad_entropy)]
+        grad = torch.ops.acpo_kernels.logprob_entropy_backward(*grads, *tile[:2], *statistics, *tile[2:])
+        grad = head.before_softcap(logits, grad)
         if need_hidden:
-            out_hidden[rows] = (_padded(grad, head.rows) @ head.working_weight)[: end - begin].to(hidden.dtype)
+            out_hidden[rows] = head.grad_hidden(grad).to(hidden.dtype)
         if need_weight:
-            out_weight.addmm_(grad.T, torch.where(active[rows].unsqueeze(-1), hidden[rows], 0.0).to(head.dtype))
+            out_weight.addmm_(grad.T, head.hidden(hidden, rows))
         if need_bias:
             out_bias += grad.sum(0)
     return out_hidden, out_weight.to(weight.dtype), out_bias if bias is None else out_bias.to(bias.dtype)
 
 
-def logprob_entropy_gradient(logits, ids, active, temperature, grad_logp, grad_entropy):
-    """d(grad_logp . logp + grad_entropy . entropy) / d logits: (1[j = t] - p_j) and p_j (H - surprisal_j), both over T."""
-    d, l = reference._log_softmax_parts(logits, active, temperature)  # noqa: E741
-    p = torch.exp(d - l.unsqueeze(-1))
-    target = torch.where(active, ids, 0).long().unsqueeze(-1)
-    grad = torch.zeros_like(d)
-    if grad_logp is not None:
-        logp = d.gather(-1, target) - l.unsqueeze(-1)
-        factor = (-p).scatter(-1, target, -torch.expm1(logp))  # 1 - p_t without the cancellation
-        grad += grad_logp.unsqueeze(-1) * factor
-    if grad_entropy is not None:
-        shifted = torch.where(d == -torch.inf, 0.0, d)
-        below = (p * shifted).sum(-1, keepdim=True)  # H = l - below
-        grad += grad_entropy.unsqueeze(-1) * (p * (below - shifted))
-    scale = temperature.to(grad.dtype).unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
-    return torch.where(active.unsqueeze(-1), grad / scale, 0.0)
-
-
 def hindsight_information(logits, hindsight_logits, ids, temperature, temperatures, mask):
     temperature = temperature if temperatures is None else temperatures
+    if ids.numel() == 1:  # torch sums a lone long row in two passes over its threads, which rounds differently: two copies of it
+        twice = [x.expand(2, *x.shape) for x in (logits, hindsight_logits, ids)]
+        temperature, mask = (x.expand(2, *x.shape) if isinstance(x, Tensor) else x for x in (temperature, mask))
+        return tuple(x[0].clone() for x in reference.hindsight_information(*twice, temperature=temperature, mask=mask))
     return tuple(reference.hindsight_information(logits, hindsight_logits, ids, temperature=temperature, mask=mask))
 
 
 def linear_hindsight_information(hidden, hindsight_hidden, weight, ids, bias, temperature, temperatures, softcap, mask):
-    active = reference.active_rows(ids, mask)
-    head = _Head(weight, bias, softcap, tile_rows(weight.shape[0]))
+    head = _Head(weight, bias, softcap, reference.active_rows(ids, mask))
     outs = [torch.zeros(ids.shape, dtype=head.dtype, device=ids.device) for _ in range(6)]
-    for begin, end in _tiles(ids.shape[0], head.rows):
-        rows = slice(begin, end)
-        streams = (head.logits(h[rows], active[rows]) for h in (hidden, hindsight_hidden))
-        tile = hindsight_information(*streams, ids[rows], temperature, None if temperatures is None else temperatures[rows], active[rows])
+    for rows in head.tiles():
+        streams = (head.logits(h, rows) for h in (hidden, hindsight_hidden))
+        tile = hindsight_information(*streams, ids[rows], *_temperature(temperature, temperatures, rows), head.active[rows])
         for out, value in zip(outs, tile, strict=True):
             out[rows] = value
     return tuple(outs)
@@ -187,11 +176,13 @@ def policy_loss(
         grad = grad + kl_weight * token_ratio * (torch.expm1(clamped) - clamped - step)
     if denominator is None:
         denominator = keep.sum().clamp(min=1).to(dtype)
-    elif isinstance(denominator, Tensor) and denominator.ndim == 1 and denominator.shape[0] != logp.shape[0]:
-        denominator = denominator.to(dtype)[segments.sequence_ids()]
-    grad_logp = torch.where(keep, grad / denominator, 0.0).to(logp.dtype)
-    grad_entropy = logp.new_zeros(0)
+    elif isinstance(denominator, Tensor):
+        denominator = denominator.to(dtype)
+        if denominator.ndim == 1 and denominator.shape[0] != logp.shape[0]:
+            denominator = denominator[segments.sequence_ids()]
+    grad_logp = torch.where(keep, grad / denominator, 0.0)  # in the working dtype: the incoming gradient comes before the one rounding
+    grad_entropy = grad_logp.new_zeros(0)
     if entropy is not None:
-        weight = 0.0 if entropy_weight is None and entropy_weights is None else entropy_weight if entropy_weights is None else entropy_weights
-        grad_entropy = torch.where(keep, torch.zeros_like(grad) - weight / denominator, 0.0).to(entropy.dtype)
+        weight = (entropy_weight or 0.0) if entropy_weights is None else entropy_weights.to(dtype)
+        grad_entropy = torch.where(keep, torch.zeros_like(grad) - weight / denominator, 0.0)
     return loss, metrics, grad_logp, grad_entropy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import _checks as check
 from . import _torch, reference
@@ -45,7 +46,7 @@ def policy_loss(
         [B] (one a sequence: sequence-mean GRPO, GSPO) or [N]; None is the number of unmasked tokens of this call. loss is 0-d, metrics
         are 0-d. To accumulate micro-batches pass the denominator of the whole optimisation step.
     Dtypes
-        float32, bfloat16, float16 (loss float32) or float64; mask bool. Differentiable in logp and entropy.
+        float32, bfloat16, float16 (loss float32) or float64; mask bool. Differentiable in logp and entropy; second derivatives raise.
     Units
         Nats. old_logp=None is on-policy: old = sg[logp]. Masked tokens add nothing and get gradient 0. An empty call returns 0.
         Metrics over unmasked tokens: `tokens`; `clip_ratio/low_mean`, `clip_ratio/high_mean` (shares clipped); `ratio/mean|min|max`;
@@ -112,23 +113,26 @@ def _fake(logp, old_logp, advantages, token_offsets, sequence_offsets, mask, cli
     return (
         logp.new_empty((), dtype=dtype),
         metrics,
-        logp.new_empty(logp.shape),
-        logp.new_empty(0) if entropy is None else entropy.new_empty(entropy.shape),
+        logp.new_empty(logp.shape, dtype=dtype),
+        logp.new_empty(0 if entropy is None else entropy.shape, dtype=dtype),
     )
 
 
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.has_entropy = inputs[9] is not None
+    ctx.dtypes = inputs[0].dtype, None if inputs[9] is None else inputs[9].dtype
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(output[2], output[3])
 
 
+@once_differentiable
 def _backward(ctx, grad_loss, *_):
     grads = [None] * 18
     if grad_loss is not None:
         grad_logp, grad_entropy = ctx.saved_tensors
-        grads[0] = (grad_logp * grad_loss).to(grad_logp.dtype)
-        grads[9] = (grad_entropy * grad_loss).to(grad_entropy.dtype) if ctx.has_entropy else None
+        of_logp, of_entropy = ctx.dtypes
+        grads[0] = (grad_logp * grad_loss).to(of_logp)
+        grads[9] = None if of_entropy is None else (grad_entropy * grad_loss).to(of_entropy)
     return tuple(grads)
 
 

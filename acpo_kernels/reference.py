@@ -39,7 +39,7 @@ def _log_softmax_parts(logits: Tensor, active: Tensor, temperature: float | Tens
     top = z.argmax(-1, keepdim=True)
     d = z - z.gather(-1, top)
     rest = torch.exp(d).scatter(-1, top, 0.0).sum(-1)
-    return d, torch.log1p(rest)
+    return d, torch.log1p(rest) + d.gather(-1, top).squeeze(-1)  # d is 0 at the maximum, and NaN where that is NaN or infinite
 
 
 def logprob_entropy(logits: Tensor, ids: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None) -> LogprobEntropy:
@@ -54,7 +54,8 @@ def logprob_entropy(logits: Tensor, ids: Tensor, *, temperature: float | Tensor 
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
     dtype = working_dtype(hidden.dtype)
-    logits = hidden.to(dtype) @ weight.to(dtype).T
+    with torch.autocast(hidden.device.type, enabled=False):  # which would round this product's operands and the logits
+        logits = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
         logits = logits + bias.to(dtype)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -102,8 +103,8 @@ def hindsight_information(
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) as the sum of p log(p/q) - p + q: each term is non-negative, so nothing cancels between columns."""
     p, q = torch.exp(log_p), torch.exp(log_q)
-    terms = torch.where(log_p == -math.inf, q, p * (log_p - log_q) - p + q)
-    return terms.clamp(min=0.0).sum(-1)
+    terms = torch.where(log_p == -math.inf, q, p * (log_p - log_q) - p + q).clamp(min=0.0)
+    return torch.where((log_p > -math.inf) & (log_q == -math.inf), math.inf, terms).sum(-1)  # possible, even where p underflows to 0
 
 
 def linear_hindsight_information(
@@ -124,7 +125,7 @@ def linear_hindsight_information(
 def segment_reduce(values: Tensor, segments: Segments, *, reduce: str = "sum", level: str = "segment", mask: Tensor | None = None) -> Tensor:
     index = segments.segment_ids() if level == "segment" else segments.sequence_ids()
     size = segments.num_segments if level == "segment" else segments.num_sequences
-    channels = values.reshape(-1, segments.num_tokens).to(working_dtype(values.dtype))
+    channels = (values if values.ndim == 2 else values.unsqueeze(0)).to(working_dtype(values.dtype))
     neutral = -math.inf if reduce == "max" else 0.0
     if mask is not None:
         channels = torch.where(mask, channels, neutral)
@@ -170,7 +171,7 @@ def segment_credit(
 
     if form == "additive":
         shaping = rho * gain * (phi / scale).clamp(-3.0, 3.0) * ordinary
-        per_segment = advantages[sequence] + shaping
+        per_segment = torch.where(shaping == 0, advantages[sequence], advantages[sequence] + shaping)  # -0.0 + 0.0 is not -0.0
         weights = torch.ones_like(phi)
     else:
         count = segment_reduce(tokens, segments)  # n_k
@@ -227,7 +228,8 @@ def policy_loss(
             root = segment_reduce(count, segments)[index].clamp(min=1.0).sqrt()
             low, high = low / root, high / root
     r = s * through
-    surrogate = torch.minimum(r * advantages, _clamp(r, 1.0 - low, 1.0 + high) * advantages)
+    clipped = _clamp(r.detach(), 1.0 - low, 1.0 + high) * advantages
+    surrogate = torch.where(r * advantages <= clipped, r * advantages, clipped)  # the minimum; its gradient is whole on a border of the clip
     if rollout_logp is not None:  # truncated importance sampling against the engine that sampled
         drift = (old - unmasked(rollout_logp)).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         surrogate = surrogate * torch.exp(drift).clamp(max=rollout_cap)
@@ -245,8 +247,10 @@ def policy_loss(
     tokens = count.sum()
     if denominator is None:
         denominator = tokens.clamp(min=1.0)
-    elif isinstance(denominator, Tensor) and denominator.ndim == 1 and denominator.shape[0] == segments.num_sequences != logp.shape[0]:
-        denominator = denominator.to(dtype)[segments.sequence_ids()]
+    elif isinstance(denominator, Tensor):
+        denominator = denominator.to(dtype)
+        if denominator.ndim == 1 and denominator.shape[0] != logp.shape[0]:
+            denominator = denominator[segments.sequence_ids()]
     loss = torch.where(mask, per_token / denominator, 0.0).sum()
 
     with torch.no_grad():

@@ -13,7 +13,7 @@ from . import _checks as check
 from ._token_bytes import token_bytes
 from .segments import Segments
 
-# One-time weights: a boundary's score is that of the heaviest rule that meets there. Only their order and the places of the
+# A boundary's score is that of the heaviest rule that meets there. Only their order and the places of the
 # forks matter much, because the price (below) always lies between two levels. Paragraphs are the steps that people and models
 # write; a line break is a step where paragraphs are missing; a list or "Step n" head makes a line break more likely one; a
 # discourse marker turns the thought but often inside a sentence group; a sentence end is the finest cut that reads well. A fork
@@ -61,10 +61,10 @@ class Segmenter:
     Forks count wherever they are, in formulas too.
 
     Partition. maximise sum(score) - lambda K over all partitions with min_tokens <= n_k <= max_tokens and K <= max_segments;
-    exact. lambda lies just below a level of b: the highest one whose boundaries, with all higher ones, are at least
-    T / (2 target_tokens); never above the paragraph's. Of equal partitions the one whose last boundary is latest wins, then the
-    one before it. max_tokens is raised to the least value with which a partition exists (ceil(T / max_segments) or more). Fewer
-    than min_tokens tokens are one segment.
+    exact. lambda lies halfway below the lowest level of b that pays: the paragraph's where paragraphs average at most
+    4 target_tokens, else the highest level that, with all above it, leaves at most 2 target_tokens a segment, else any. Of
+    equal partitions the one whose last boundary is latest wins, then the one before it. max_tokens is raised to the least
+    value with which a partition exists (ceil(T / max_segments) or more). Fewer than min_tokens tokens are one segment.
 
     Answer. The final-answer span is one terminal segment of any length, cut off before the rest is partitioned into at most
     max_segments - 1 (with max_segments 1 there is none). It begins at answer_start, or is detected: the sentence of the last

@@ -168,7 +168,8 @@ def unpack(values: Tensor, mask: Tensor, fill: float = 0) -> Tensor:
     check.tensor("values", values, None, device=mask.device)
     if values.ndim < 1:
         raise ValueError("values must be [N,...], got a 0-d tensor")
-    if mask.device.type == "cpu" and int(mask.sum()) != values.shape[0]:
+    readable = mask.device.type == "cpu" and not torch.compiler.is_compiling()  # the sum of a traced mask is not known
+    if readable and int(mask.sum()) != values.shape[0]:
         raise ValueError(f"mask must hold N = {values.shape[0]} times True, got {int(mask.sum())}")
     out = values.new_full((*mask.shape, *values.shape[1:]), fill)
     return out.masked_scatter(mask.reshape(*mask.shape, *[1] * (values.ndim - 1)).expand_as(out), values)

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -90,8 +91,9 @@ void bind_segmenter(py::module_& m) {
       .def(py::init([](const py::bytes& text, uintptr_t lengths, size_t count, int64_t vocab_size,
                        std::vector<std::pair<std::string, uint8_t>> patterns, std::array<float, acpo::kTextRules> weights, float fork_score,
                        int64_t min_tokens, int64_t max_tokens, int64_t max_segments, int64_t target_tokens) {
-        return acpo::Segmenter(acpo::Automaton(static_cast<std::string_view>(text), {pointer<const int64_t>(lengths), count}, vocab_size, std::move(patterns), weights),
-                               {min_tokens, max_tokens, max_segments}, target_tokens, fork_score);
+        acpo::Automaton automaton(static_cast<std::string_view>(text), {pointer<const int64_t>(lengths), count}, vocab_size, std::move(patterns),
+                                  weights);
+        return acpo::Segmenter(std::move(automaton), {min_tokens, max_tokens, max_segments}, target_tokens, fork_score);
       }))
       .def("scores",
            [](const acpo::Segmenter& self, uintptr_t ids, bool wide, uintptr_t offsets, int64_t sequences, int threads, uintptr_t out) {

@@ -342,7 +342,7 @@ void Scan::start_match(uint8_t c) {
   start_token_ = token_solid_ ? -1 : std::max(solid_token_, newline_token_);
   if (start_token_ == t_) start_token_ = -1;  // its own token begins with the line break
   start_clause_ = clause_;
-  start_head_ = head_ == Head::start && reads_text();
+  start_head_ = (head_ == Head::start || newlines_ > 0) && reads_text();  // a wide character's line begins when it is complete
   arrive(c);
 }
 

@@ -1,0 +1,309 @@
+"""linear_policy_loss: from hidden states to the loss, equal to the two operations that it joins."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ragged import LENGTHS, assert_right, hierarchies, segments_of
+
+from acpo_kernels import Segments, linear_logprob_entropy, linear_policy_loss, policy_loss
+from acpo_kernels.reference import head_logits, logprob_entropy
+
+IMPLS = (None, "reference")
+RATIOS = ("token", "segment", "sequence")
+NAMES = ("loss", "logp", "entropy", "gradient of hidden", "gradient of weight", "gradient of bias")
+
+
+def inputs(segments, vocab=13, width=4, dtype=torch.float64, device="cpu", **head):
+    n = segments.num_tokens
+    values = dict(
+        hidden=torch.randn(n, width, device=device),
+        weight=torch.randn(vocab, width, device=device),
+        bias=torch.randn(vocab, device=device),
+    )
+    values = {name: x.to(dtype) for name, x in values.items()}
+    ids = torch.randint(vocab, (n,), device=device)
+    logp = linear_logprob_entropy(**values, ids=ids, **head).logp
+    rest = dict(
+        old_logp=logp + 0.3 * torch.randn(n, device=device, dtype=logp.dtype),
+        advantages=torch.randn(n, device=device, dtype=logp.dtype),
+        ref_logp=logp + torch.randn(n, device=device, dtype=logp.dtype),
+        rollout_logp=logp + 0.3 * torch.randn(n, device=device, dtype=logp.dtype),
+        entropy_weight=torch.rand(n, device=device, dtype=logp.dtype) * 0.1,
+    )
+    return values | {name: x.to(dtype) for name, x in rest.items()} | {"ids": ids}
+
+
+def forward_backward(values, segments, impl, upstream=1.0, **settings):
+    """Loss, logp, entropy, gradients of hidden, weight and bias; and the metrics."""
+    values = dict(values)
+    leaves = [values.pop(name).detach().clone().requires_grad_() for name in ("hidden", "weight", "bias")]
+    ids, old_logp, advantages = (values.pop(name) for name in ("ids", "old_logp", "advantages"))
+    result = linear_policy_loss(*leaves[:2], ids, old_logp, advantages, segments, bias=leaves[2], **values, **settings, impl=impl)
+    grads = torch.autograd.grad(result.loss * upstream, leaves)
+    return [result.loss.detach(), result.logp, result.entropy, *grads], result.metrics
+
+
+# 1. Oracle
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_by_hand(impl, device):
+    # Two tokens with probability 1/4 and 3/4 under the head, on-policy: loss -A/2 + kl k3 - w H, gradient of the bias by p - 1[j = id].
+    segments = segments_of([[1, 1]], device=device)
+    weight = torch.tensor([[math.log(3.0)], [0.0]], dtype=torch.float64, device=device)
+    values = dict(
+        hidden=torch.ones(2, 1, dtype=torch.float64, device=device), weight=weight, bias=torch.zeros(2, dtype=torch.float64, device=device),
+        ids=torch.tensor([1, 0], device=device), old_logp=None, advantages=torch.tensor([1.0, -2.0], dtype=torch.float64, device=device),
+        ref_logp=torch.tensor([0.25, 0.75], dtype=torch.float64, device=device).log() + 0.5,
+    )  # fmt: skip
+    result, metrics = forward_backward(values, segments, impl, kl_weight=0.1, entropy_weight=0.2)
+    entropy = -0.25 * math.log(0.25) - 0.75 * math.log(0.75)
+    k3 = math.exp(0.5) - 1.5
+    assert float(result[0]) == pytest.approx((-1.0 + 2.0) / 2 + 0.1 * k3 - 0.2 * entropy, rel=1e-14)
+    assert result[1].tolist() == pytest.approx([math.log(0.25), math.log(0.75)], rel=1e-14)
+    assert result[2].tolist() == pytest.approx([entropy] * 2, rel=1e-14)
+    # d loss / d logp = (-A - 0.1 * 0.5)/2; d logp_t / d z_0 = -3/4 and 1/4; d H / d z_0 = -p_0 (log p_0 + H)
+    of_logp = [(-1.0 - 0.05) / 2 * -0.75, (2.0 - 0.05) / 2 * 0.25]
+    of_entropy = -0.2 * -0.75 * (math.log(0.75) + entropy)
+    assert result[5].tolist() == pytest.approx([sum(of_logp) + of_entropy, -sum(of_logp) - of_entropy], rel=1e-13)
+    assert float(metrics["entropy"]) == pytest.approx(entropy)
+    assert float(metrics["kl/ref"]) == pytest.approx(k3)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradcheck(impl):
+    """At token level with a given old_logp the gradient is the derivative of the value."""
+    segments = segments_of([[2, 1], [2]])
+    values = inputs(segments, vocab=4, width=3)
+    leaves = [values.pop(name).requires_grad_() for name in ("hidden", "weight", "bias")]
+    head = [values.pop(name) for name in ("ids", "old_logp", "advantages")]
+
+    def loss(hidden, weight, bias):
+        settings = dict(bias=bias, kl_weight=0.1, clip=(0.9, 9.0), softcap=4.0, temperature=1.3)
+        return linear_policy_loss(hidden, weight, *head, segments, **values, **settings, impl=impl).loss
+
+    torch.autograd.gradcheck(loss, leaves)
+
+
+# 2. Implementation against the oracle
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_against_the_reference(ratio, dtype, device):
+    segments = segments_of([*LENGTHS, (60, 7, 1)], device=device)
+    head = dict(softcap=8.0, temperature=1.2)
+    values = inputs(segments, 101, 12, dtype, device, **head)
+    mask = torch.rand(segments.num_tokens, device=device) < 0.8
+    settings = dict(mask=mask, ratio=ratio, kl_weight=0.2, upstream=0.37, **head)
+
+    def run(kind, impl):
+        return forward_backward({name: x.to(kind) if x.is_floating_point() else x for name, x in values.items()}, segments, impl, **settings)
+
+    actual, metrics = run(dtype, None)
+    exact, exact_metrics = run(torch.float64, "reference")
+    single, single_metrics = (exact, exact_metrics) if dtype == torch.float64 else run(torch.float32, "reference")
+    for i, (name, x, y, z) in enumerate(zip(NAMES, actual, single, exact, strict=True)):
+        assert x.dtype == (dtype if i >= 3 or dtype == torch.float64 else torch.float32), name
+        assert_right(name, x, y, z, factor=4.0, gradient_dtype=dtype if i >= 3 else None)
+    for name, value in exact_metrics.items():
+        assert_right(name, metrics[name], single_metrics[name], value, factor=4.0)
+
+
+# 3. Properties
+
+
+@given(hierarchies(), st.sampled_from(RATIOS), st.booleans(), st.sampled_from([None, 3.0]))
+def test_it_is_head_softmax_and_policy_loss(case, ratio, on_policy, softcap):
+    segments, mask = case
+    values = inputs(segments)
+    if on_policy:
+        values["old_logp"] = None
+    settings = dict(mask=mask, ratio=ratio, kl_weight=0.2, denominator=3.0)
+    actual, metrics = forward_backward(values, segments, None, temperature=0.8, softcap=softcap, **settings)
+    leaves = [values.pop(name).requires_grad_() for name in ("hidden", "weight", "bias")]
+    logp, entropy = logprob_entropy(head_logits(*leaves, softcap), values["ids"], temperature=0.8, mask=mask)
+    ids, old_logp, advantages = (values.pop(name) for name in ("ids", "old_logp", "advantages"))
+    assert ids.shape == logp.shape
+    loss, wanted = policy_loss(logp, old_logp, advantages, segments, entropy=entropy, **values, **settings)
+    results = [loss, logp, entropy, *torch.autograd.grad(loss, leaves)]
+    for name, x, y in zip(NAMES, actual, results, strict=True):
+        torch.testing.assert_close(x, y.detach(), rtol=1e-10, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+    for name, value in wanted.items():
+        torch.testing.assert_close(metrics[name], value, rtol=1e-10, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_micro_batches_change_nothing(ratio):
+    lengths = [[3, 2], [4], [1, 1, 5], [2]]
+    segments = segments_of(lengths)
+    values = inputs(segments)
+    settings = dict(ratio=ratio, kl_weight=0.1, denominator=11.0)
+    whole, _ = forward_backward(values, segments, None, **settings)
+    parts, begin = [], 0
+    for some in (lengths[:1], lengths[1:3], lengths[3:]):
+        end = begin + sum(map(sum, some))
+        rows = {name: x if name in ("weight", "bias") else x[begin:end] for name, x in values.items()}
+        parts.append(forward_backward(rows, segments_of(some), None, **settings)[0])
+        begin = end
+    for i, name in enumerate(NAMES):
+        pieces = [part[i] for part in parts]
+        total = torch.cat(pieces) if i in (1, 2, 3) else sum(pieces)
+        torch.testing.assert_close(total, whole[i], rtol=1e-12, atol=1e-13, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_same_call_twice_is_bitwise_the_same():
+    segments = segments_of([[40, 30], [1], [60]])
+    values = inputs(segments, 300, 16, torch.float32)
+    for name, x, y in zip(NAMES, *(forward_backward(values, segments, None, kl_weight=0.1)[0] for _ in range(2)), strict=True):
+        assert torch.equal(x, y), name
+
+
+# 4. Edges
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_masked_rows_may_hold_anything(ratio, impl, device):
+    segments = segments_of([[2, 3], [2]], device=device)
+    mask = torch.tensor([1, 0, 1, 1, 1, 0, 0], dtype=torch.bool, device=device)
+    clean = inputs(segments, dtype=torch.float32, device=device)
+    clean["ids"][3] = -100  # left out by its id, without the mask
+    active = mask & (clean["ids"] != -100)
+    wanted, metrics = forward_backward(clean, segments, impl, mask=mask, ratio=ratio, kl_weight=0.1)
+    dirty = dict(clean)
+    for name in ("old_logp", "advantages", "ref_logp", "rollout_logp", "entropy_weight"):
+        dirty[name] = torch.where(active, clean[name], math.nan)
+    dirty["hidden"] = torch.where(active.unsqueeze(-1), clean["hidden"], math.nan)
+    actual, dirty_metrics = forward_backward(dirty, segments, impl, mask=mask, ratio=ratio, kl_weight=0.1)
+    for name, x, y in zip(NAMES, actual, wanted, strict=True):
+        assert torch.equal(x, y), name
+        assert x.isfinite().all(), name
+    assert metrics["tokens"] == active.sum()
+    assert dirty_metrics == metrics
+    for x in wanted[1:4]:
+        assert (x[~active] == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_empty_and_masked_calls(ratio, impl, device):
+    for lengths in ([], [[]], [[0, 0], []], [[2, 1]]):
+        segments = segments_of(lengths, device=device)
+        mask = torch.zeros(segments.num_tokens, dtype=torch.bool, device=device)
+        results, metrics = forward_backward(inputs(segments, device=device), segments, impl, mask=mask, ratio=ratio, kl_weight=0.1)
+        assert metrics["tokens"] == 0
+        for name, x in zip(NAMES, results, strict=True):
+            assert (x == 0).all(), name
+
+
+def test_a_clipped_row_adds_nothing_to_the_gradients_but_has_its_log_prob():
+    segments = segments_of([[1, 1]])
+    values = {name: x for name, x in inputs(segments).items() if name not in ("ref_logp", "rollout_logp", "entropy_weight")}
+    logp = linear_logprob_entropy(values["hidden"], values["weight"], values["ids"], bias=values["bias"]).logp
+    values["old_logp"], values["advantages"] = logp - torch.tensor([1.0, 0.0]), torch.ones(2, dtype=torch.float64)
+    (_, actual_logp, _, grad_hidden, *_), metrics = forward_backward(values, segments, None)
+    assert torch.equal(actual_logp, logp)
+    assert (grad_hidden[0] == 0).all()
+    assert (grad_hidden[1] != 0).any()
+    assert metrics["clip_ratio/high_mean"] == 0.5
+
+
+def test_one_token_to_seventeen_and_strided_rows():
+    for n in (1, 2, 15, 16, 17):
+        segments = Segments(torch.tensor([0, n]), torch.tensor([0, 1]))
+        values = inputs(segments)
+        wanted, _ = forward_backward(values, segments, "reference", kl_weight=0.1)
+        strided = {name: torch.stack([x, x], 1)[:, 0] for name, x in values.items()}
+        for case in (values, strided):
+            actual, _ = forward_backward(case, segments, None, kl_weight=0.1)
+            for name, x, y in zip(NAMES, actual, wanted, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_results_are_detached_and_frozen_leaves_are_left_alone():
+    segments = segments_of([[3]])
+    values = inputs(segments)
+    hidden = values["hidden"].requires_grad_()
+    result = linear_policy_loss(hidden, values["weight"], values["ids"], None, values["advantages"], segments)
+    assert result.loss.requires_grad
+    assert not result.logp.requires_grad
+    assert not result.entropy.requires_grad
+    assert not any(x.requires_grad for x in result.metrics.values())
+    result.loss.backward()
+    assert values["weight"].grad is None
+    with torch.no_grad():
+        assert not linear_policy_loss(hidden, values["weight"], values["ids"], None, values["advantages"], segments).loss.requires_grad
+
+
+def test_autocast():
+    segments = segments_of([[3, 4]])
+    values = {name: x.float() if x.is_floating_point() else x for name, x in inputs(segments).items()}
+    low = values | {name: values[name].bfloat16() for name in ("hidden", "weight", "bias")}
+    wanted, _ = forward_backward(low, segments, None, kl_weight=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual, _ = forward_backward(values, segments, None, kl_weight=0.1)
+    for name, x, y in zip(NAMES, actual, wanted, strict=True):
+        assert x.dtype == torch.float32
+        assert torch.equal(x, y.float()), name
+
+
+# 5. Registration: the two operations that it joins carry the schemas
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_compiles_in_one_graph(ratio):
+    def objective(hidden, weight, values, segments):
+        rest = {name: values[name] for name in ("ref_logp", "rollout_logp", "entropy_weight")}
+        head = (values["ids"], values["old_logp"], values["advantages"], segments)
+        return linear_policy_loss(hidden.tanh(), weight, *head, kl_weight=0.1, ratio=ratio, **rest)
+
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
+    for n in (1, 2, 15, 16, 17):
+        segments = segments_of([[n], [1]])
+        values = inputs(segments, dtype=torch.float32)
+        leaves = [values[name].requires_grad_() for name in ("hidden", "weight")]
+        eager, actual = objective(*leaves, values, segments), compiled(*leaves, values, segments)
+        torch.testing.assert_close(actual.loss, eager.loss, rtol=1e-5, atol=1e-6)
+        for x, y in zip(torch.autograd.grad(actual.loss, leaves), torch.autograd.grad(eager.loss, leaves), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+# 6. Bad input: the errors of the two operations, and what joins them
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.ones(5, 3)}, r"weight must be \[V,H\] with hidden's H = 4"),
+        ({"weight": torch.ones(5, 4, dtype=torch.bfloat16)}, "weight must have hidden's dtype"),
+        ({"weight": torch.ones(5, 4).to(torch.float8_e4m3fn)}, "fp8 is not supported"),
+        ({"ids": torch.tensor([0, 1, 5])}, r"ids must lie in \[0, V\) with V = 5"),
+        ({"segments": segments_of([[4]])}, r"ids must have shape \[N\] of segments = \(4,\), got \(3,\)"),
+        ({"old_logp": torch.ones(2)}, r"old_logp must have shape \[N\]"),
+        ({"advantages": torch.ones(1)}, r"advantages must have shape \[N\]"),
+        ({"bias": torch.ones(4)}, r"bias must have shape \[V\]"),
+        ({"temperature": 0.0}, "temperature must be greater than 0"),
+        ({"softcap": 0.0}, "softcap must be greater than 0"),
+        ({"mask": torch.ones(3)}, "mask must have dtype bool"),
+        ({"ratio": "step"}, "ratio must be one of"),
+        ({"clip": (0.2,)}, "clip must be a pair"),
+        ({"kl_weight": 0.1}, "ref_logp must be given with kl_weight > 0"),
+        ({"rollout_cap": 0.0}, "rollout_cap must be greater than 0"),
+        ({"entropy_weight": torch.ones(2)}, "entropy_weight must be a number or have shape"),
+        ({"denominator": 0.0}, "denominator must be greater than 0"),
+        ({"impl": "triton"}, "impl must be one of None, 'reference'"),
+    ],
+)
+def test_bad_input(change, message):
+    arguments = dict(
+        hidden=torch.ones(3, 4), weight=torch.ones(5, 4), ids=torch.zeros(3, dtype=torch.int64), old_logp=None, advantages=torch.ones(3),
+        segments=segments_of([[3]]),
+    ) | change  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        linear_policy_loss(**arguments)
