@@ -5,6 +5,7 @@ The dispatcher chooses the implementation, torch.compile sees one node, and auto
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -28,8 +29,8 @@ def define(
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, cpu, "CPU")
-    _LIBRARY.impl(name, cuda, "CUDA")
+    _LIBRARY.impl(name, _without_autocast(cpu, "cpu"), "CPU")
+    _LIBRARY.impl(name, _without_autocast(cuda, "cuda"), "CUDA")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     if backward is None:
@@ -39,3 +40,16 @@ def define(
 
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _without_autocast(function: Callable, device: str) -> Callable:
+    """Autocast has cast the arguments (see `_checks.autocast`); it must not round the products inside once more."""
+
+    @functools.wraps(function)
+    def run(*args):
+        if not torch.is_autocast_enabled(device):
+            return function(*args)
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return run
