@@ -58,7 +58,7 @@ def load_jsonl(path: str | Path, *, question: str = "problem", answer: str = "an
         if not isinstance(row, dict):
             raise ProblemError(f"{where}: wanted a JSON object, got {type(row).__name__}")
         for name in (question, answer):
-            if not isinstance(row.get(name), (str, int, float)) or str(row[name]).strip() == "":
+            if not isinstance(row.get(name), (str, int, float)) or isinstance(row[name], bool) or str(row[name]).strip() == "":
                 raise ProblemError(f"{where}: wanted a non-empty field {name!r}, got the fields {', '.join(map(repr, row)) or 'none'}")
         extra = {"hint": hint} if hint else {}
         prompt = template.replace("{problem}", str(row[question]))
@@ -68,7 +68,7 @@ def load_jsonl(path: str | Path, *, question: str = "problem", answer: str = "an
     return problems
 
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 
 
 def last_boxed(text: str) -> str | None:
