@@ -8,7 +8,6 @@ import numpy as np
 
 from .problems import Problem, extract_answer
 
-
 _NUMBER = re.compile(r"[-+]?(\d+|\d{1,3}(,\d{3})+)(\.\d*)?", re.ASCII)
 
 

@@ -62,12 +62,12 @@ def test_bad_file(tmp_path, text, message):
 
 
 def test_missing_and_unreadable_file(tmp_path):
-    with pytest.raises(ProblemError, match="problems.path: no such file: .*absent.jsonl"):
+    with pytest.raises(ProblemError, match=r"problems\.path: no such file: .*absent\.jsonl"):
         load_jsonl(tmp_path / "absent.jsonl")
-    with pytest.raises(ProblemError, match="problems.path: cannot read"):
+    with pytest.raises(ProblemError, match=r"problems\.path: cannot read"):
         load_jsonl(tmp_path)
     (tmp_path / "latin.jsonl").write_bytes(b'{"problem": "caf\xe9", "answer": "1"}')
-    with pytest.raises(ProblemError, match="problems.path: cannot read"):
+    with pytest.raises(ProblemError, match=r"problems\.path: cannot read"):
         load_jsonl(tmp_path / "latin.jsonl")
 
 
