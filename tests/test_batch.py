@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -95,6 +97,6 @@ def test_micro_batches_hold_the_budget_and_every_rollout_once(sizes, budget, dat
     size = [prompt + length for prompt, length in sizes]
     for part in parts:
         assert len(part) == 1 or max(size[b] for b in part) * len(part) <= budget
-    for one, following in zip(parts, parts[1:], strict=False):
+    for one, following in itertools.pairwise(parts):
         assert max(size[b] for b in one) * (len(one) + 1) > budget, "no micro-batch closes while the next rollout fits"
         assert min(size[b] for b in one) >= max(size[b] for b in following)
