@@ -5,17 +5,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
 from ._layout import row_layout
 
-try:
+available = importlib.util.find_spec(f"{__package__}._C") is not None
+if available:  # one that is there and does not load is an error, not a reason to be slow
     from . import _C
-except ImportError:
-    _C = None
-
-available = _C is not None
 
 
 def _address(tensor: Tensor | None) -> int:

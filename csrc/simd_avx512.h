@@ -5,6 +5,10 @@
 
 #include "floats.h"
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC bug 105593: its own intrinsics begin from an undefined register
+#endif
+
 namespace acpo {
 namespace {
 

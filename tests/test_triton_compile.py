@@ -8,12 +8,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("under the interpreter nothing compiles", allow_module_level=True)
 
-from triton_compile import ARCHITECTURES, ELEMENTS, Compiled, compile_kernel  # noqa: E402
+from triton_compile import ARCHITECTURES, ELEMENTS, Compiled, compile_kernel, launched  # noqa: E402
 
 from acpo_kernels._triton import logprob_entropy as kernels  # noqa: E402
 
@@ -25,7 +26,7 @@ def logprob_entropy(which: str, element: str, aligned: bool, architecture: int) 
     sizes = {"V": "i32", "inner": "i32", "stride_outer": "i32", "stride_inner": "i32", "inverse_temperature": "fp32"}
     common = {
         "ALIGNED": 16 // ELEMENTS[element] if aligned else 1, "HAS_MASK": True, "HAS_TEMPERATURES": False, "temperatures_ptr": None,
-        "IGNORED": -100, "BLOCK": kernels.BLOCK.value,
+        "IGNORED": -100, "BLOCK": kernels.BLOCK,
     }  # fmt: skip
     pointers = {"logits_ptr": f"*{element}", "ids_ptr": "*i64", "mask_ptr": "*u8"}
     statistics = {f"{name}_ptr": "*fp32" for name in ("entropy", "maximum", "logsumexp")}
@@ -61,7 +62,7 @@ def test_logprob_entropy(which, element, aligned, architecture, recorded):
         (loop,) = compiled.loops()
         assert set(compiled.accesses(loop, "ld")) == {bits}
         assert not re.search(r"shfl|bar\.|\bmembar|ld\.shared|st\.shared|\bdiv\.|\brcp\.|\bst\.", loop)
-        per_thread = 4 * kernels.BLOCK.value // (32 * kernels.NUM_WARPS)
+        per_thread = 4 * kernels.BLOCK // (32 * kernels.NUM_WARPS)
         assert loop.count("ex2.approx") == per_thread * 5 // 4  # one a logit, and one for each lane's step of four
     else:
         # The row's scalars are narrow; every other access is wide. Divisions: one of the row number, one of a row constant.
@@ -82,12 +83,24 @@ def test_row_offsets_are_64_bit():
         assert re.search(r"mul\.(wide\.s32|lo\.s64)|mad\.wide\.s32|mad\.lo\.s64", logprob_entropy(which, "bf16", True, 90).ptx)
 
 
-def test_numbers_of_rows_do_not_specialise():
-    """What varies with the batch never leads to another compilation; V and the pointers' alignment may."""
-    for kernel in (kernels._logprob_entropy_fwd_kernel, kernels._logprob_entropy_bwd_kernel):
-        free = {p.name for p in kernel.params if p.do_not_specialize}
-        assert free == {"inner", "stride_outer", "stride_inner", "inverse_temperature"}
-        assert not {"N", "n_rows"} & set(kernel.arg_names)
+def test_launcher_compiles_once_for_every_number_of_rows(monkeypatch):
+    """What varies with the batch never leads to another compilation; V and the alignment of rows may."""
+    compiled = launched(monkeypatch, 90, kernels._logprob_entropy_fwd_kernel, kernels._logprob_entropy_bwd_kernel)
+
+    def launch(logits, temperatures=None):
+        n = logits.shape[:-1]
+        ids, results, gradient = torch.zeros(n, dtype=torch.int64), [torch.empty(n) for _ in range(4)], torch.empty_like(logits)
+        kernels.forward(logits, ids, 0.7, temperatures, None, tuple(results))
+        kernels.backward(results[0], results[0], logits, ids, tuple(results[1:]), 0.7, temperatures, None, gradient)
+
+    for n in (1, 2, 15, 16, 17):
+        launch(torch.empty(n, 1024, dtype=torch.bfloat16))
+        launch(torch.empty(3, n + 1, 1024, dtype=torch.bfloat16)[:, :-1])
+    assert compiled() == [1, 1]
+    launch(torch.empty(2, 1001, dtype=torch.bfloat16))
+    assert compiled() == [2, 2]
+    launch(torch.empty(2, 1024, dtype=torch.bfloat16), torch.ones(2))
+    assert compiled() == [3, 3]
 
 
 if __name__ == "__main__":  # records the table for this version of triton

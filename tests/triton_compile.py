@@ -61,3 +61,32 @@ def compile_kernel(kernel, types: dict[str, str], constants: dict, divisible: se
         usage = subprocess.run([tool, "--dump-resource-usage", cubin.name], check=True, capture_output=True, text=True).stdout
     numbers = {key: int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "SHARED", "LOCAL")}
     return Compiled(compiled.asm["ptx"], numbers["REG"], numbers["STACK"], numbers["SHARED"], numbers["LOCAL"])
+
+
+class Driver:
+    """As much of a GPU driver as a launch asks for before it compiles."""
+
+    def __init__(self, architecture: int):
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+def launched(monkeypatch, architecture: int, *kernels):
+    """Launches of these kernels compile, with what the launcher passes and hints, and stop there. The result counts, kernel by
+    kernel, what was compiled."""
+    from triton.runtime.driver import driver
+
+    monkeypatch.setattr(driver, "_active", Driver(architecture))
+    for kernel in kernels:
+        monkeypatch.setattr(kernel, "run", lambda *args, run=kernel.run, **options: run(*args, **{**options, "warmup": True}))
+    return lambda: [len(kernel.device_caches[architecture][0]) for kernel in kernels]

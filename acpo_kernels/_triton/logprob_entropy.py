@@ -26,7 +26,7 @@ from ..reference import IGNORED
 
 # 128 threads x 16 bytes of bf16 = 1024 logits: each thread reads whole 16-byte words, and the 3 x 8 registers of lane state leave
 # room for five programs a multiprocessor, 40 KB of reads in flight (Little's law asks for about 25 KB at 4.8 TB/s on an H200).
-BLOCK = tl.constexpr(1024)
+BLOCK = 1024
 NUM_WARPS = 4
 CHUNK = 4096  # of the backward, four blocks: the scalar work of a row is spread over 32 logits a thread
 
