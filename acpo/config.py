@@ -29,6 +29,7 @@ class ProblemsConfig:
     path: str = ""  # a JSON-lines file
     question: str = "problem"  # its field with the question
     answer: str = "answer"  # its field with the answer
+    cell: str = ""  # its field with the difficulty: problems of one cell share a curriculum posterior; empty: each has its own
     template: str = "{problem}"  # the prompt around the question
     chat: bool = False  # put the prompt through the tokenizer's chat template as a user message
     hint: str = ""  # the prompt of the hindsight stream, with {answer} and {prompt}; empty: a default
@@ -132,6 +133,7 @@ class EntropyConfig:
 @dataclass
 class CurriculumConfig:
     sampler: Literal["thompson", "uniform"] = "thompson"
+    candidates: int = 2  # problems drawn for each that is taken
     decay: float = 0.9
     uniform_share: float = 0.1
     mastered_share: float = 0.1
@@ -334,6 +336,7 @@ _POSITIVE = (
     "trainer.micro_batch_tokens", "trainer.eval_every", "trainer.checkpoint_every", "trainer.keep_checkpoints", "optimizer.learning_rate",
     "optimizer.max_grad_norm", "warmup.batch", "warmup.learning_rate", "segmenter.min_tokens", "segmenter.max_segments",
     "segmenter.target_tokens", "attribution.clamp", "eval.max_problems", "problems.train", "problems.held_out", "curriculum.max_rounds",
+    "curriculum.candidates",
     "stages.switch_window", "entropy.min_weight", "entropy.start", "entropy.end",
 )  # fmt: skip
 _SHARES = (

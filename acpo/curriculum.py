@@ -16,7 +16,7 @@ MASTERED = 0.9
 @dataclass
 class Curriculum:
     """Beta(a, b) a cell, decayed at each visit. Of the problems of a step a share is uniform over everything, a share comes from
-    mastered cells (guards against forgetting), and the rest from the cells whose sampled success is nearest to the stage's centre."""
+    mastered cells (guards against forgetting), and the rest are those whose sampled success is nearest to the stage's centre."""
 
     problems: list[Problem]
     config: CurriculumConfig
@@ -27,8 +27,6 @@ class Curriculum:
         self.cells = sorted({self._name(p) for p in self.problems})
         index = {name: i for i, name in enumerate(self.cells)}
         self.cell = np.array([index[self._name(p)] for p in self.problems])
-        order = np.argsort(self.cell, kind="stable")
-        self.members = np.split(order, np.cumsum(np.bincount(self.cell, minlength=len(self.cells)))[:-1])
         self.a, self.b = np.ones(len(self.cells)), np.ones(len(self.cells))
 
     @staticmethod
@@ -44,29 +42,31 @@ class Curriculum:
         """Indices of `count` problems, without repetition while there are enough."""
         if self.config.sampler == "uniform":
             return rng.choice(len(self.problems), count, replace=count > len(self.problems))
-        chosen: list[int] = []
         kind = rng.random(count)
-        mean = self.a / (self.a + self.b)
-        mastered = np.flatnonzero(mean > MASTERED)
-        for k in kind:
-            if k < self.config.uniform_share:
-                pool = None
-            elif k < self.config.uniform_share + self.config.mastered_share and len(mastered):
-                pool = self.members[rng.choice(mastered)]
-            else:
-                drawn = rng.beta(self.a, self.b)
-                pool = self.members[int(np.argmin(np.abs(drawn - CENTRE[stage])))]
-            chosen.append(self._pick(pool, chosen, rng))
-        return np.array(chosen)
+        anywhere = int((kind < self.config.uniform_share).sum())
+        mastered = int((kind >= 1 - self.config.mastered_share).sum())
+        wanted = [(self._anywhere(rng), anywhere), (self._mastered(rng), mastered), (self._open(count, stage, rng), count)]
+        chosen: dict[int, None] = {}  # in order, each once
+        for pool, most in wanted:
+            fresh = [i for i in dict.fromkeys(pool.tolist()) if i not in chosen]
+            chosen.update(dict.fromkeys(fresh[: min(most, count - len(chosen))]))
+        while len(chosen) < min(count, len(self.problems)):
+            chosen[int(rng.integers(len(self.problems)))] = None
+        missing = count - len(chosen)
+        return np.array([*chosen, *rng.integers(len(self.problems), size=missing).tolist()])
 
-    def _pick(self, pool: np.ndarray | None, chosen: list[int], rng: np.random.Generator) -> int:
-        for _ in range(8):
-            index = int(rng.integers(len(self.problems))) if pool is None else int(rng.choice(pool))
-            if index not in chosen:
-                return index
-            if pool is not None and len(pool) <= len(chosen):
-                pool = None  # the cell is used up
-        return index
+    def _anywhere(self, rng: np.random.Generator) -> np.ndarray:
+        return rng.permutation(len(self.problems))
+
+    def _mastered(self, rng: np.random.Generator) -> np.ndarray:
+        return rng.permutation(np.flatnonzero((self.a / (self.a + self.b))[self.cell] > MASTERED))
+
+    def _open(self, count: int, stage: int, rng: np.random.Generator) -> np.ndarray:
+        """Of `candidates` times as many problems drawn at random those whose sampled success is nearest to the stage's centre. Taking them
+        from all problems instead would give one cell at a time, and a policy that sees one kind of problem forgets the others."""
+        pool = rng.permutation(len(self.problems))[: self.config.candidates * count]
+        drawn = rng.beta(self.a[self.cell[pool]], self.b[self.cell[pool]])
+        return pool[np.argsort(np.abs(drawn - CENTRE[stage]), kind="stable")]
 
     def update(self, indices: np.ndarray, successes: np.ndarray, trials: int) -> None:
         """Adds what was seen: successes[i] of `trials` rollouts of problem indices[i]."""

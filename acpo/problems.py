@@ -33,8 +33,10 @@ class Problem:
         return self.hint.replace("{answer}", answer).replace("{prompt}", self.prompt)
 
 
-def load_jsonl(path: str | Path, *, question: str = "problem", answer: str = "answer", template: str = "{problem}", hint: str = "") -> list[Problem]:
-    """Problems from a JSON-lines file, one object a line, with the fields named by `question` and `answer`.
+def load_jsonl(
+    path: str | Path, *, question: str = "problem", answer: str = "answer", cell: str = "", template: str = "{problem}", hint: str = ""
+) -> list[Problem]:
+    """Problems from a JSON-lines file, one object a line, with the fields named by `question`, `answer` and (if given) `cell`.
 
     template is the prompt around the question ({problem}); hint the prompt around the prompt for the hindsight stream
     ({answer}, {prompt}). An `id` field is kept, otherwise the line number is the id.
@@ -57,12 +59,12 @@ def load_jsonl(path: str | Path, *, question: str = "problem", answer: str = "an
             raise ProblemError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
         if not isinstance(row, dict):
             raise ProblemError(f"{where}: wanted a JSON object, got {type(row).__name__}")
-        for name in (question, answer):
+        for name in (question, answer, *([cell] if cell else [])):
             if not isinstance(row.get(name), (str, int, float)) or isinstance(row[name], bool) or str(row[name]).strip() == "":
                 raise ProblemError(f"{where}: wanted a non-empty field {name!r}, got the fields {', '.join(map(repr, row)) or 'none'}")
         extra = {"hint": hint} if hint else {}
         prompt = template.replace("{problem}", str(row[question]))
-        problems.append(Problem(str(row.get("id", number)), prompt, str(row[answer]), data=row, **extra))
+        problems.append(Problem(str(row.get("id", number)), prompt, str(row[answer]), cell=str(row[cell]) if cell else "", data=row, **extra))
     if not problems:
         raise ProblemError(f"problems.path: {path} holds no problem")
     return problems

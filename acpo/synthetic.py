@@ -80,7 +80,7 @@ class Multiplication:
         prompt = "".join(f"{c}{d}" for c, d in zip(COLUMNS, digits, strict=False)) + f"*{multiplier}="
         product = multiplier * sum(d * 10**i for i, d in enumerate(digits))
         answer = str(product).zfill(self.digits + 1)[::-1]
-        return SyntheticProblem(prompt, prompt, answer, cell=f"x{multiplier}", data={"digits": digits, "multiplier": multiplier})
+        return SyntheticProblem(prompt, prompt, answer, data={"digits": digits, "multiplier": multiplier})
 
     def trace(self, problem: Problem, rng: np.random.Generator, noisy: bool = True) -> Trace:
         multiplier, carry, lines, units = problem.data["multiplier"], 0, [], []
@@ -144,7 +144,7 @@ class Chain:
         start, operands = int(rng.integers(self.modulus)), rng.integers(0, self.modulus, self.steps).tolist()
         prompt = f"{start}" + "".join(f"{c}{x}" for c, x in zip(COLUMNS, operands, strict=False)) + "="
         answer = str((start + sum(operands)) % self.modulus)
-        return SyntheticProblem(prompt, prompt, answer, cell=f"s{start}", luck=self.luck, data={"start": start, "operands": operands})
+        return SyntheticProblem(prompt, prompt, answer, luck=self.luck, data={"start": start, "operands": operands})
 
     def trace(self, problem: Problem, rng: np.random.Generator, noisy: bool = True) -> Trace:
         value, text, weights = problem.data["start"], "", []

@@ -494,7 +494,9 @@ def load_problems(config: Config):
         except ValueError as error:
             raise ConfigError(str(error)) from None
         return task, train, held_out
-    problems = load_jsonl(settings.path, question=settings.question, answer=settings.answer, template=settings.template, hint=settings.hint)
+    problems = load_jsonl(
+        settings.path, question=settings.question, answer=settings.answer, cell=settings.cell, template=settings.template, hint=settings.hint
+    )
     order = np.random.default_rng((settings.seed, 4)).permutation(len(problems))
     count = min(settings.held_out, len(problems) // 5)
     if count == 0:

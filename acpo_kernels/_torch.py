@@ -100,10 +100,6 @@ def linear_logprob_entropy_backward(hidden, weight, ids, bias, temperature, temp
 
 def hindsight_information(logits, hindsight_logits, ids, temperature, temperatures, mask):
     temperature = temperature if temperatures is None else temperatures
-    if ids.numel() == 1:  # torch sums a lone long row in two passes over its threads, which rounds differently: two copies of it
-        twice = [x.expand(2, *x.shape) for x in (logits, hindsight_logits, ids)]
-        temperature, mask = (x.expand(2, *x.shape) if isinstance(x, Tensor) else x for x in (temperature, mask))
-        return tuple(x[0].clone() for x in reference.hindsight_information(*twice, temperature=temperature, mask=mask))
     return tuple(reference.hindsight_information(logits, hindsight_logits, ids, temperature=temperature, mask=mask))
 
 

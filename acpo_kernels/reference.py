@@ -38,8 +38,15 @@ def _log_softmax_parts(logits: Tensor, active: Tensor, temperature: float | Tens
     z = torch.where(active.unsqueeze(-1), logits.to(working_dtype(logits.dtype)), 0.0) / temperature
     top = z.argmax(-1, keepdim=True)
     d = z - z.gather(-1, top)
-    rest = torch.exp(d).scatter(-1, top, 0.0).sum(-1)
+    rest = _row_sums(torch.exp(d).scatter(-1, top, 0.0))
     return d, torch.log1p(rest) + d.gather(-1, top).squeeze(-1)  # d is 0 at the maximum, and NaN where that is NaN or infinite
+
+
+def _row_sums(x: Tensor) -> Tensor:
+    """x.sum(-1) with the same bits for a row alone as in a batch: torch splits a lone long row over its threads, two rows never."""
+    if x.numel() != x.shape[-1]:
+        return x.sum(-1)
+    return x.expand(2, *x.shape).sum(-1)[0]
 
 
 def logprob_entropy(logits: Tensor, ids: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None) -> LogprobEntropy:
@@ -48,7 +55,7 @@ def logprob_entropy(logits: Tensor, ids: Tensor, *, temperature: float | Tensor 
     logp = d.gather(-1, torch.where(active, ids, 0).long().unsqueeze(-1)).squeeze(-1) - l
     p = torch.exp(d - l.unsqueeze(-1))
     # H = l - sum p d: both terms are sums of non-negative numbers. An impossible token contributes nothing: 0 x -inf = 0.
-    entropy = l - (p * torch.where(d == -math.inf, 0.0, d)).sum(-1)
+    entropy = l - _row_sums(p * torch.where(d == -math.inf, 0.0, d))
     return LogprobEntropy(torch.where(active, logp, 0.0), torch.where(active, entropy, 0.0))
 
 
@@ -104,7 +111,7 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) as the sum of p log(p/q) - p + q: each term is non-negative, so nothing cancels between columns."""
     p, q = torch.exp(log_p), torch.exp(log_q)
     terms = torch.where(log_p == -math.inf, q, p * (log_p - log_q) - p + q).clamp(min=0.0)
-    return torch.where((log_p > -math.inf) & (log_q == -math.inf), math.inf, terms).sum(-1)  # possible, even where p underflows to 0
+    return _row_sums(torch.where((log_p > -math.inf) & (log_q == -math.inf), math.inf, terms))  # possible, even where p underflows to 0
 
 
 def linear_hindsight_information(

@@ -59,13 +59,20 @@ def test_old_visits_fade():
 
 
 def test_stages_choose_the_open_problems():
-    curriculum = taught()
-    plain = CurriculumConfig(uniform_share=0.0, mastered_share=0.0)
+    curriculum = taught(CurriculumConfig(candidates=25))
+    plain = CurriculumConfig(uniform_share=0.0, mastered_share=0.0, candidates=25)  # all two hundred problems are looked at
     assert shares(taught(plain), 1)["half"] > 0.9 and shares(taught(plain), 2)["third"] > 0.8
     mixed = shares(curriculum, 1)
     # a tenth uniform over all four, a tenth from the mastered cell
     assert mixed["easy"] == pytest.approx(0.125, abs=0.03) and mixed["never"] == pytest.approx(0.025, abs=0.02)
     assert mixed["half"] == pytest.approx(0.82, abs=0.05)
+
+
+def test_few_candidates_keep_the_mixture():
+    """Of twice as many problems drawn from everything the nearer half: all of the open ones, and nothing that is far while they last."""
+    found = shares(taught(CurriculumConfig(uniform_share=0.0, mastered_share=0.0, candidates=2)), 1)
+    assert found["half"] > 0.35 and found["third"] > 0.35 and found["easy"] + found["never"] < 0.12
+    assert all(0.2 < share < 0.3 for share in shares(taught(CurriculumConfig(candidates=1, mastered_share=0.0)), 1).values())
 
 
 def test_nothing_mastered_yet():

@@ -452,7 +452,7 @@ def test_views_are_read_in_place():
     assert float(expanded) == pytest.approx(-1.0)
 
 
-@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("ratio", ["token", "segment"])
 def test_many_rows(ratio, device):
     segments = segments_of([[64] * 8] * 150, device=device)  # 76,800 tokens
     values = inputs(segments, torch.float32, device)
