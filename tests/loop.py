@@ -21,7 +21,7 @@ rollout: {prompts: 4, group_size: 4, max_new_tokens: 14}
 verify: {extract: line}
 segmenter: {min_tokens: 2, max_tokens: 32, max_segments: 16, target_tokens: 4, entropy: false}
 optimizer: {learning_rate: 3.0e-4}
-trainer: {steps: 8, threads: 1, checkpoint_every: 2, eval_every: 4}
+trainer: {steps: 8, threads: 1, checkpoint_every: 2, eval_every: 4, keep_checkpoints: 9}
 eval: {samples: 2}
 """
 

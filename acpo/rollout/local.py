@@ -79,5 +79,6 @@ def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> tu
     if temperature == 0:
         chosen = logits.argmax(-1)
     else:
-        chosen = torch.multinomial(torch.softmax(logits.float() / temperature, -1), 1, generator=generator).squeeze(1)
+        p = torch.softmax(logits.float() / temperature, -1).nan_to_num(nan=1.0)  # such a row's log-prob is NaN: the caller sees it there
+        chosen = torch.multinomial(p, 1, generator=generator).squeeze(1)
     return chosen, logprob_entropy(logits, chosen, temperature=temperature or 1.0).logp
