@@ -150,12 +150,15 @@ def _tokenizer(config: Config):
     if not source:
         if not config.problems.task:
             raise ConfigError("policy.tokenizer must name a tokenizer folder or tokenizer.json when the policy comes from a size, got ''")
-        return characters()
-    tokenizer = load_tokenizer(source)
+        tokenizer = characters()
+    else:
+        tokenizer = load_tokenizer(source)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"policy.tokenizer: {source} has no eos token: a rollout could not end")
     if tokenizer.pad_token_id is None:
         raise ConfigError(f"policy.tokenizer: {source} has no pad token: set pad_token in its tokenizer_config.json (its eos token will do)")
+    if config.problems.chat and not getattr(tokenizer, "chat_template", None):
+        raise ConfigError("problems.chat = true needs a tokenizer with a chat template; set it to false, or give another policy.tokenizer")
     return tokenizer
 
 

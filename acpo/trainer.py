@@ -427,8 +427,6 @@ class Trainer:
         """Token ids in front of a rollout: the text as it is, or as a user message of the tokenizer's chat template."""
         if not self.config.problems.chat:
             return self._encode(text)
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise ConfigError("problems.chat = true needs a tokenizer with a chat template; set it to false, or give another policy.tokenizer")
         message = self.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
         return self._encode(message)
 
