@@ -75,10 +75,18 @@ class LocalEngine:
 
 
 def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One token a row and its log-prob at the temperature it was sampled at (greedy: at 1)."""
+    """One token a row and its log-prob at the temperature it was sampled at (greedy: at 1).
+
+    Sampled by inverting the cumulative distribution: one uniform number a row, where torch.multinomial draws one a logit (a sixth of the
+    time at V = 151,936 on CPU). A token of probability 0 is never chosen.
+    """
     if temperature == 0:
         chosen = logits.argmax(-1)
     else:
-        p = torch.softmax(logits.float() / temperature, -1).nan_to_num(nan=1.0)  # such a row's log-prob is NaN: the caller sees it there
-        chosen = torch.multinomial(p, 1, generator=generator).squeeze(1)
+        cumulative = torch.softmax(logits.float() / temperature, -1).cumsum(-1)
+        total = cumulative[:, -1:]
+        u = torch.rand(total.shape, generator=generator, device=total.device) * total
+        u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))
+        # A row of NaN finds no place: any token then, its log-prob is NaN and the caller sees it there.
+        chosen = torch.searchsorted(cumulative, u, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
     return chosen, logprob_entropy(logits, chosen, temperature=temperature or 1.0).logp
