@@ -202,8 +202,9 @@ class Trainer:
             texts = self.tokenizer.batch_decode(batch.responses(), skip_special_tokens=True)
             special = torch.tensor(self.tokenizer.all_special_ids, device=entropy.device)
             start = torch.tensor([
-                int((~torch.isin(ids, special)).nonzero()[text.rfind("\nA") + 1]) if "\nA" in text else -1  # one character a token with text
+                int((~torch.isin(ids, special)).nonzero()[at]) if at >= 0 else -1  # one character a token with text
                 for ids, text in zip(batch.responses(), texts, strict=True)
+                for at in [("\n" + text).rfind("\nA")]
             ])  # fmt: skip
         batch.segments = self.segmenter(batch.token["ids"], batch.segments.cu_seqlens, answer_start=start, **forks).to(self.policy.device)
 

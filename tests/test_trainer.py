@@ -30,6 +30,7 @@ from acpo.trainer import Trainer, TrainingError
 
 ROOT = Path(__file__).resolve().parents[1]
 TREE = "attribution.source=tree", "credit.scope=all"
+MANY = "rollout.prompts=8", "rollout.group_size=8"  # so many that some groups have both outcomes and rollouts that share their first line
 
 
 @pytest.fixture(autouse=True)
@@ -67,21 +68,30 @@ def test_a_step_as_the_parts_say(tmp_path, warmed):
     ids = trainer.tokenizer.batch_decode([batch.token["ids"][a:b] for a, b in itertools.pairwise(ends)], skip_special_tokens=True)
     terminal = batch.segments.is_terminal().tolist()
     assert sum(terminal) > 8
-    for text, last in zip(ids, terminal, strict=True):
-        assert text.startswith("A") == last
+    assert all(re.match("A.*(\n(?!A).*)*$", text) for text, last in zip(ids, terminal, strict=True) if last)
+    for text, marked in zip(texts, batch.segments.terminal.tolist(), strict=True):
+        assert marked == bool(re.search("^A", text, re.M))
     assert torch.isfinite(batch.token["advantages"]).all() and batch.token["advantages"].shape == batch.token["ids"].shape
     assert attribution.rows.all() and not torch.equal(batch.token["advantages"], advantages[batch.segments.sequence_ids()])
 
 
-def test_the_answer_line_is_found_behind_tokens_without_text(tmp_path):
-    """A policy may sample the padding token, which a decoder leaves out: the answer's place is counted in tokens."""
+@pytest.mark.parametrize(
+    ("ids", "start"),
+    [
+        (lambda e: [*e("a31\n"), 0, 0, *e("b02\nA2"), 1], 10),
+        (lambda e: [0, *e("A2\n"), 1], 1),
+        (lambda e: [*e("a31\nA1\nb02\nA2"), 1], 11),
+        (lambda e: [*e("a31\nbA2\n"), 1], None),
+    ],
+    ids=["behind tokens without text", "first line", "last of two", "none"],
+)
+def test_the_place_of_the_answer_line(tmp_path, ids, start):
+    """Counted in tokens: a policy may sample the padding token, which a decoder leaves out."""
     trainer = trainer_of(tmp_path)
-    encode = trainer._encode
-    ids = torch.tensor([*encode("a31\n"), 0, 0, *encode("b02\nA2"), 1])
-    batch = trainer_batch(ids)
+    batch = trainer_batch(torch.tensor(ids(trainer._encode)))
     trainer._segment(batch)
-    assert batch.segments.terminal.tolist() == [True]
-    assert batch.segments.token_offsets[-2].item() == len(encode("a31\nb02\n")) + 2
+    assert batch.segments.terminal.tolist() == [start is not None]
+    assert start is None or batch.segments.token_offsets[-2].item() == start
 
 
 def trainer_batch(ids: torch.Tensor) -> Batch:
@@ -155,7 +165,7 @@ def test_micro_batches_change_no_gradient(tmp_path, warmed, ratio, denominator):
 )
 def test_reliability_zero_is_the_plain_update_bitwise(tmp_path, warmed, credit, advantage):
     """All else equal: the same entropy bonus, curriculum and stages, the switch among the steps."""
-    common = f"credit.advantage={advantage}", "trainer.steps=4", "stages.switch_share=0.5"
+    common = f"credit.advantage={advantage}", "trainer.steps=4", "stages.switch_share=0.5", *MANY
     trainers = {
         "plain": trainer_of(tmp_path / "a", *common, "attribution.source=none", "credit.form=none", weights=warmed),
         "zero": trainer_of(tmp_path / "b", *common, *credit, "attribution.reliability=0", weights=warmed),
@@ -178,7 +188,7 @@ def test_reliability_zero_is_the_plain_update_bitwise(tmp_path, warmed, credit, 
 @pytest.mark.parametrize("source", ["tree", "hindsight"])
 def test_weights_conserve_each_rollouts_credit(tmp_path, warmed, source):
     trainer = trainer_of(
-        tmp_path, f"attribution.source={source}", "credit.scope=all", "credit.form=weights", "attribution.reliability=1", weights=warmed
+        tmp_path, f"attribution.source={source}", "credit.scope=all", "credit.form=weights", "attribution.reliability=1", *MANY, weights=warmed
     )
     batch, _, _, advantages, weights = rolled_out(trainer)
     assert weights.max() > 1.05 > 0.95 > weights.min()
