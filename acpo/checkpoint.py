@@ -84,10 +84,14 @@ def read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+        if not isinstance(state, dict):
+            raise ValueError("state.json does not hold an object")
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error}") from None
     if state.get("format") != FORMAT:
         raise CheckpointError(f"the checkpoint {path} has format {state.get('format')!r}, this version reads {FORMAT}")
+    if "files" not in state:
+        raise CheckpointError(f"cannot read the checkpoint {path}: its state.json lists no files")
     missing = [name for name in state["files"] if name not in tensors]
     if missing:
         raise CheckpointError(f"the checkpoint {path} lacks {', '.join(missing)}.safetensors")

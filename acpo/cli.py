@@ -81,7 +81,7 @@ def _eval(options) -> int:
 
     directory = Path(options.run)
     settings = config.load(directory / "config.yaml", [f"run_dir={directory}", f"eval.samples={options.samples}"])
-    trainer = Trainer(settings, Run(settings, write=False))
+    trainer = Trainer(settings, Run(settings))
     result = trainer.evaluate_checkpoint()
     if options.json:
         print(json.dumps(result))

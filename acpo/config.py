@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -230,11 +231,12 @@ METHODS: dict[str, dict[str, Any]] = {
 def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The configuration of a YAML file (None: the defaults) under `key=value` overrides."""
     config = Config()
+    command = dict(_override(text) for text in overrides)
     if path is not None:
-        _apply(config, _flatten(_read(Path(path)), str(path)), str(path))
+        _apply(config, _flatten(_read(Path(path)), str(path)), str(path), expand="method" not in command)
         if config.name == "run":
             config.name = Path(path).stem
-    _apply(config, dict(_override(text) for text in overrides), "the command line")
+    _apply(config, command, "the command line")
     _check(config)
     return config
 
@@ -270,10 +272,14 @@ def _override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"an override must be key=value, got {text!r}")
+    key = key.strip()
+    kind = keys().get(key)
+    if value == "" or ((kind is str or typing.get_origin(kind) is Literal) and value[0] not in "'\""):
+        return key, value  # text is what was typed, not the number or the truth value that YAML reads in it
     try:
-        return key.strip(), yaml.safe_load(value) if value != "" else ""
+        return key, yaml.safe_load(value)
     except yaml.YAMLError:
-        return key.strip(), value
+        return key, value
 
 
 def keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
@@ -289,13 +295,14 @@ def keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _apply(config: Config, layer: dict[str, Any], where: str) -> None:
+def _apply(config: Config, layer: dict[str, Any], where: str, expand: bool = True) -> None:
+    """Sets a layer's settings. expand=False: a later layer names another method, whose settings stand instead of this one's."""
     known = keys()
     for key in layer:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise ConfigError(f"{where}: unknown setting {key!r}; the nearest is {near!r}")
-    if isinstance(layer.get("method"), str):
+    if expand and isinstance(layer.get("method"), str):
         layer = {**METHODS.get(layer["method"], {}), **layer}
     for key, value in layer.items():
         parent, _, leaf = key.rpartition(".")
@@ -319,6 +326,8 @@ def _typed(key: str, value: Any, kind: Any, where: str) -> Any:
         value = str(value)
     if isinstance(kind, types.UnionType) or not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"{where}: {key} must be {'an' if kind is int else 'a'} {kind.__name__}, got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"{where}: {key} must be finite, got {value}")
     return value
 
 
@@ -338,7 +347,7 @@ _SHARES = (
 _NOT_NEGATIVE = (
     "warmup.steps", "trainer.steps", "trainer.threads", "eval.samples", "attribution.kappa", "credit.gain", "loss.clip_high", "stages.kl_weight",
     "stages.clip_high", "entropy.weight", "entropy.rate", "entropy.dead_band", "optimizer.warmup_steps", "optimizer.weight_decay", "seed",
-    "problems.seed",
+    "problems.seed", "problems.distractors",
 )  # fmt: skip
 
 
@@ -365,8 +374,12 @@ def _check(config: Config) -> None:
         raise ConfigError(
             f"segmenter.max_tokens must be at least segmenter.min_tokens = {config.segmenter.min_tokens}, got {config.segmenter.max_tokens}"
         )
-    if not 0 <= config.credit.bound < 1:
-        raise ConfigError(f"credit.bound must lie in [0, 1), got {config.credit.bound}")
+    for key in ("credit.bound", "optimizer.beta1", "optimizer.beta2"):
+        if not 0 <= value_of(config, key) < 1:
+            raise ConfigError(f"{key} must lie in [0, 1), got {value_of(config, key)}")
+    for low, high in (("problems.wrong_low", "problems.wrong_high"), ("entropy.min_weight", "entropy.max_weight")):
+        if value_of(config, high) < value_of(config, low):
+            raise ConfigError(f"{high} must be at least {low} = {value_of(config, low)}, got {value_of(config, high)}")
     if not 0 <= config.stages.confidence < 1:
         raise ConfigError(f"stages.confidence must lie in [0, 1), where a right answer outranks a wrong one, got {config.stages.confidence}")
     if config.attribution.reliability != -1.0 and not 0 <= config.attribution.reliability <= 1:
@@ -381,6 +394,10 @@ def _check(config: Config) -> None:
         raise ConfigError("one of problems.task and problems.path must be given, got " + ("both" if config.problems.task else "neither"))
     if bool(config.policy.path) == bool(config.policy.from_config):
         raise ConfigError("one of policy.path and policy.from_config must be given, got " + ("both" if config.policy.path else "neither"))
+    if "{problem}" not in config.problems.template:
+        raise ConfigError(f"problems.template must hold {{problem}}, got {config.problems.template!r}")
+    if config.problems.hint and not ("{answer}" in config.problems.hint and "{prompt}" in config.problems.hint):
+        raise ConfigError(f"problems.hint must hold {{answer}} and {{prompt}}, got {config.problems.hint!r}")
     if config.problems.path and config.warmup.steps:
         raise ConfigError("warmup.steps needs a synthetic task with traces of its own: set it to 0 with problems.path")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .config import CurriculumConfig
+from .config import ConfigError, CurriculumConfig
 from .problems import Problem
 
 CENTRE = {1: 0.5, 2: 0.35}  # success probability that a stage looks for
@@ -80,5 +80,5 @@ class Curriculum:
 
     def load(self, state: dict) -> None:
         if state["cells"] != self.cells:
-            raise ValueError("the checkpoint's curriculum is of other problems: the problem set has changed since")
+            raise ConfigError("the checkpoint's curriculum is of other problems: the problem set has changed since; give another run_dir")
         self.a, self.b = np.array(state["a"]), np.array(state["b"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -83,8 +84,10 @@ SIZES = {"tiny": (64, 128, 2, 2), "small": (96, 288, 2, 4)}
 def build(config: Config) -> tuple[Policy, object]:
     """The policy and its tokenizer. Weights of a `from_config` policy are drawn from torch's global generator (the run's seed)."""
     settings = config.policy
+    if settings.path and not Path(settings.path).is_dir():
+        raise ConfigError(f"policy.path: no such folder: {settings.path}")
     tokenizer = _tokenizer(config)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
+    device = _device(settings.device)
     dtype = getattr(torch, settings.dtype)
     model = _pretrained(settings, dtype) if settings.path else _from_config(settings, tokenizer).to(dtype)
     if settings.gradient_checkpointing:
@@ -96,17 +99,29 @@ def build(config: Config) -> tuple[Policy, object]:
     return Policy(model.to(device), tokenizer.pad_token_id), tokenizer
 
 
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch's own words differ by build
+        raise ConfigError(f"policy.device: {name!r} cannot be used: {' '.join(str(error).split())}") from None
+
+
 def _pretrained(settings: PolicyConfig, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    if not Path(settings.path).is_dir():
-        raise ConfigError(f"policy.path: no such folder: {settings.path}")
     try:
         return AutoModelForCausalLM.from_pretrained(settings.path, dtype=dtype, attn_implementation=settings.attention, local_files_only=True)
     except ImportError as error:
-        raise ConfigError(f"policy.attention = {settings.attention!r}: {error}; pip install --no-build-isolation -e '.[flash-attn]'") from None
+        raise _attention_missing(settings, error) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"policy.path: cannot load {settings.path}: {' '.join(str(error).split())}") from None
+
+
+def _attention_missing(settings: PolicyConfig, error: ImportError) -> ConfigError:
+    why = " ".join(str(error).split())
+    return ConfigError(f"policy.attention = {settings.attention!r}: {why}; pip install --no-build-isolation -e '.[flash-attn]'")
 
 
 def _from_config(settings: PolicyConfig, tokenizer) -> nn.Module:
@@ -116,13 +131,15 @@ def _from_config(settings: PolicyConfig, tokenizer) -> nn.Module:
     # Qwen2 pads its 151,646 tokenizer entries to 151,936 logits, a multiple of 128 and more; a character vocabulary stays as it is.
     size = len(tokenizer)
     vocab = size if size < 1024 else 151_936 if 151_000 < size <= 151_936 else -(-size // 128) * 128
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=heads, max_position_embeddings=32768, tie_word_embeddings=True, attn_implementation=settings.attention,
-            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )
+    shape = Qwen2Config(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads, max_position_embeddings=32768, tie_word_embeddings=True, attn_implementation=settings.attention,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
+    try:
+        return Qwen2ForCausalLM(shape)
+    except ImportError as error:
+        raise _attention_missing(settings, error) from None
 
 
 def _tokenizer(config: Config):
@@ -133,12 +150,15 @@ def _tokenizer(config: Config):
     if not source:
         if not config.problems.task:
             raise ConfigError("policy.tokenizer must name a tokenizer folder or tokenizer.json when the policy comes from a size, got ''")
-        return characters()
-    tokenizer = load_tokenizer(source)
+        tokenizer = characters()
+    else:
+        tokenizer = load_tokenizer(source)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"policy.tokenizer: {source} has no eos token: a rollout could not end")
     if tokenizer.pad_token_id is None:
         raise ConfigError(f"policy.tokenizer: {source} has no pad token: set pad_token in its tokenizer_config.json (its eos token will do)")
+    if config.problems.chat and not getattr(tokenizer, "chat_template", None):
+        raise ConfigError("problems.chat = true needs a tokenizer with a chat template; set it to false, or give another policy.tokenizer")
     return tokenizer
 
 
@@ -152,6 +172,17 @@ def load_tokenizer(source: str):
     try:
         if path.is_file():
             return PreTrainedTokenizerFast(tokenizer_file=str(path))
+        if _generic(path):  # beside a model's config.json AutoTokenizer would take the model family's class, with another pre-tokenizer
+            return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
         raise ConfigError(f"policy.tokenizer: cannot load {source}: {' '.join(str(error).split())}") from None
+
+
+def _generic(folder: Path) -> bool:
+    """Whether a tokenizer folder says that its tokenizer.json is all there is to it."""
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (folder / "tokenizer.json").exists() and settings.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")

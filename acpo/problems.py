@@ -60,7 +60,7 @@ def load_jsonl(
         if not isinstance(row, dict):
             raise ProblemError(f"{where}: wanted a JSON object, got {type(row).__name__}")
         for name in (question, answer, *([cell] if cell else [])):
-            if not isinstance(row.get(name), (str, int, float)) or str(row[name]).strip() == "":
+            if not isinstance(row.get(name), (str, int, float)) or isinstance(row[name], bool) or str(row[name]).strip() == "":
                 raise ProblemError(f"{where}: wanted a non-empty field {name!r}, got the fields {', '.join(map(repr, row)) or 'none'}")
         extra = {"hint": hint} if hint else {}
         prompt = template.replace("{problem}", str(row[question]))
@@ -70,7 +70,7 @@ def load_jsonl(
     return problems
 
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 
 
 def last_boxed(text: str) -> str | None:

@@ -20,7 +20,7 @@ PANELS = (
 def read(directory: Path) -> list[dict]:
     path = directory / "metrics.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # behind the last end of line: nothing, or what is being written
     except OSError:
         raise ConfigError(f"{directory} is no run directory: it has no metrics.jsonl") from None
     try:
@@ -62,6 +62,8 @@ def draw(runs: list[Path], out: Path | None = None) -> Path:
     axes.flat[0].set_ylim(0, 1)
     axes.flat[0].legend(fontsize=8, loc="lower right")
     path = out or runs[0] / "curves.png"
+    if path.suffix[1:] not in figure.canvas.get_supported_filetypes():
+        raise ConfigError(f"--out: no picture can be written as {path.name}; end it in .png")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return path

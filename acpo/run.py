@@ -19,16 +19,19 @@ WATCHED = (
 
 
 class Run:
-    def __init__(self, config: Config, *, write: bool = True):
+    def __init__(self, config: Config):
+        self.config = config
         self.directory = config.directory
         self.checkpoints = self.directory / "checkpoints"
         self.metrics = self.directory / "metrics.jsonl"
         self.console = Console(file=sys.stdout)
         self.progress: Progress | None = None
         self.shown: dict[str, float] = {}
-        if write:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            (self.directory / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+
+    def begin(self) -> None:
+        """Makes the directory this run's own. Nothing is written before: a run that is refused leaves no trace in another's directory."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "config.yaml").write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False), encoding="utf-8")
 
     def records(self) -> list[dict]:
         """The lines of metrics.jsonl; a last line that a kill cut off is left out."""

@@ -167,8 +167,9 @@ class Chain:
         tables.reverse()
         values = [float(tables[0][problem.data["start"]])]
         for i, line in enumerate(response.split("\n")[: len(operands)]):
-            head = f"{COLUMNS[i]}{operands[i]}"
-            if len(line) != len(head) + 1 + self.distractors or not line.startswith(head) or not line[2].isdigit() or int(line[2]) >= self.modulus:
+            head, filler = f"{COLUMNS[i]}{operands[i]}", line[3:]
+            form = line.startswith(head) and len(line) == len(head) + 1 + self.distractors and set(filler) <= set(FILLER)
+            if not form or not line[2].isdigit() or int(line[2]) >= self.modulus:
                 return values + [float("nan")] * (len(operands) - i)
             values.append(float(tables[i + 1][int(line[2])]))
         return values

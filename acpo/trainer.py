@@ -40,6 +40,8 @@ from .synthetic import TASKS
 from .synthetic import problems as synthetic_problems
 from .warmup import examples
 
+STANDS = "the last checkpoint stands; a lower optimizer.learning_rate is the usual way out"
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the last checkpoint stands."""
@@ -156,7 +158,10 @@ class Trainer:
 
     def _generate(self, prompts: list[list[int]]):
         settings = self.config.rollout
-        return self.engine.generate(prompts, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, generator=self.generator)
+        samples = self.engine.generate(prompts, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, generator=self.generator)
+        if not torch.cat([s.logp for s in samples]).isfinite().all():
+            raise TrainingError(f"the policy's log-probs are not finite at step {self.step_number}: {STANDS}")
+        return samples
 
     @torch.no_grad()
     def _score(self, batch: Batch, outcome: Tensor, indices: np.ndarray) -> None:
@@ -195,7 +200,12 @@ class Trainer:
         start = None
         if self.config.problems.task:
             texts = self.tokenizer.batch_decode(batch.responses(), skip_special_tokens=True)
-            start = torch.tensor([t.rfind("\nA") + 1 if "\nA" in t else -1 for t in texts])
+            special = torch.tensor(self.tokenizer.all_special_ids, device=entropy.device)
+            start = torch.tensor([
+                int((~torch.isin(ids, special)).nonzero()[at]) if at >= 0 else -1  # one character a token with text
+                for ids, text in zip(batch.responses(), texts, strict=True)
+                for at in [("\n" + text).rfind("\nA")]
+            ])  # fmt: skip
         batch.segments = self.segmenter(batch.token["ids"], batch.segments.cu_seqlens, answer_start=start, **forks).to(self.policy.device)
 
     def _attribute(self, batch: Batch, outcome: Tensor, indices: np.ndarray) -> Attribution | None:
@@ -288,10 +298,7 @@ class Trainer:
                     kl_weight=config.stages.kl_weight if "ref_logp" in part.token else 0.0,
                 )  # fmt: skip
                 if not math.isfinite(result.loss.item()):
-                    raise TrainingError(
-                        f"the loss is {result.loss.item()} at step {self.step_number}: the step is not taken and the last checkpoint stands; "
-                        "a lower optimizer.learning_rate is the usual way out"
-                    )
+                    raise TrainingError(f"the loss is {result.loss.item()} at step {self.step_number}: the step is not taken and {STANDS}")
                 result.loss.backward()
                 totals["loss"] += result.loss.item() / loss_config.minibatches
                 share = float(result.metrics["tokens"])
@@ -302,7 +309,7 @@ class Trainer:
                     totals[name] = best(totals.get(name, 1.0), float(result.metrics[name]))
             norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), config.optimizer.max_grad_norm))
             if not math.isfinite(norm):
-                raise TrainingError(f"the gradient norm is {norm} at step {self.step_number}: the step is not taken and the last checkpoint stands")
+                raise TrainingError(f"the gradient norm is {norm} at step {self.step_number}: the step is not taken and {STANDS}")
             self.optimizer.step()
             totals["grad_norm"] += norm / loss_config.minibatches
         for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "kl/old", "kl/ref", "ratio/ess"):
@@ -421,8 +428,6 @@ class Trainer:
         """Token ids in front of a rollout: the text as it is, or as a user message of the tokenizer's chat template."""
         if not self.config.problems.chat:
             return self._encode(text)
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise ConfigError("problems.chat = true needs a tokenizer with a chat template; set it to false, or give another policy.tokenizer")
         message = self.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
         return self._encode(message)
 
@@ -435,6 +440,8 @@ class Trainer:
 
     def _save(self, label: str) -> None:
         parameters = dict(self.policy.named_parameters())
+        if not all(p.isfinite().all() for p in parameters.values()):
+            raise TrainingError(f"the policy's weights are not finite behind step {self.step_number}: {STANDS}")
         tensors = {
             "policy": parameters,
             "optimizer": checkpoint.optimizer_tensors(self.optimizer),
@@ -453,12 +460,15 @@ class Trainer:
     def _resume(self) -> None:
         found = checkpoint.latest(self.run.checkpoints)
         if found is None:
+            self.run.begin()
             self.run.cut_back(-1, -1)
             return
         tensors, state = found
         changed = differences(state["config"], to_dict(self.config))
         if changed:
             raise ConfigError(f"{self.run.directory} holds a run with other settings ({'; '.join(changed[:3])}): give another run_dir, or remove it")
+        self.curriculum.load(state["curriculum"])
+        self.run.begin()
         self.policy.load_state_dict(tensors["policy"], strict=False)
         self.warmup_step, self.step_number = state["warmup_step"], state["step"]
         checkpoint.load_optimizer(self.optimizer, tensors["optimizer"])
@@ -468,7 +478,6 @@ class Trainer:
         self.counters, self.fork_threshold = state["counters"], state["fork_threshold"]
         self.attributor.load(state["attributor"])
         self.entropy.load(state["entropy"])
-        self.curriculum.load(state["curriculum"])
         self.stages.load(state["stages"])
         if "reference" in tensors:
             self.reference = copy.deepcopy(self.policy).requires_grad_(False)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from .problems import Problem, extract_answer
+
+_NUMBER = re.compile(r"[-+]?(\d+|\d{1,3}(,\d{3})+)(\.\d*)?", re.ASCII)
 
 
 def normalise(answer: str) -> str:
@@ -12,11 +16,9 @@ def normalise(answer: str) -> str:
     text = answer.strip().strip("$").strip()
     if text.endswith("."):
         text = text[:-1]
-    digits = text.replace(",", "")
-    try:
-        float(digits)
-    except ValueError:
+    if not _NUMBER.fullmatch(text):
         return text
+    digits = text.replace(",", "")
     return digits.rstrip("0").rstrip(".") if "." in digits else digits
 
 

@@ -44,3 +44,21 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is absent: real data is not part of the repository")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> Path:
+    """The directory of a small run, warm-up and both stages, that nothing broke off. Not to be written to."""
+    from loop import train
+
+    folder = tmp_path_factory.mktemp("finished")
+    assert train(folder) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def warmed(finished_run) -> dict[str, torch.Tensor]:
+    """The weights at the end of that run: a policy that is right at times."""
+    from acpo.checkpoint import latest
+
+    return latest(finished_run / "checkpoints")[0]["policy"]

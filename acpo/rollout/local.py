@@ -87,5 +87,6 @@ def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> tu
         total = cumulative[:, -1:]
         u = torch.rand(total.shape, generator=generator, device=total.device) * total
         u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))
-        chosen = torch.searchsorted(cumulative, u, right=True).squeeze(1)
+        # A row of NaN finds no place: any token then, its log-prob is NaN and the caller sees it there.
+        chosen = torch.searchsorted(cumulative, u, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
     return chosen, logprob_entropy(logits, chosen, temperature=temperature or 1.0).logp

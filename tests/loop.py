@@ -1,0 +1,72 @@
+"""A run small enough for the tests of the training loop: a chain of two steps, a policy of 86 thousand parameters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from acpo import config
+from acpo.cli import main
+from acpo.run import Run
+from acpo.trainer import Trainer
+
+MINI = """
+name: mini
+problems: {task: chain, steps: 2, modulus: 4, train: 40, held_out: 16, hard: 0.5}
+policy: {from_config: tiny, device: cpu}
+warmup: {steps: 150, batch: 32}
+rollout: {prompts: 4, group_size: 4, max_new_tokens: 14}
+verify: {extract: line}
+segmenter: {min_tokens: 2, max_tokens: 32, max_segments: 16, target_tokens: 4, entropy: false}
+optimizer: {learning_rate: 3.0e-4}
+trainer: {steps: 8, threads: 1, checkpoint_every: 2, eval_every: 4, keep_checkpoints: 9}
+eval: {samples: 2}
+"""
+
+
+def write_config(folder: Path, text: str = MINI) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "mini.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def settings(folder: Path, *overrides: str) -> config.Config:
+    return config.load(write_config(folder), [f"run_dir={folder / 'run'}", *overrides])
+
+
+def trainer_of(folder: Path, *overrides: str, weights: dict | None = None) -> Trainer:
+    """A trainer without a warm-up of its own, on the given weights."""
+    chosen = settings(folder, "warmup.steps=0", *overrides)
+    trainer = Trainer(chosen, Run(chosen))
+    if weights is not None:
+        trainer.policy.load_state_dict(weights, strict=False)
+    return trainer
+
+
+def steps(trainer: Trainer, count: int) -> list[dict]:
+    """So many steps of the loop, without its evaluations and checkpoints."""
+    out = []
+    for _ in range(count):
+        trainer.step_number += 1
+        out.append(trainer.step())
+    return out
+
+
+def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.policy.named_parameters()}
+
+
+def train(folder: Path, *overrides: str) -> int:
+    """`acpo train` on the small configuration, in this process: the exit code."""
+    return main(["train", str(write_config(folder)), f"run_dir={folder / 'run'}", *overrides])
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def without_times(record: dict) -> dict:
+    return {k: v for k, v in record.items() if not k.startswith("time/") and k not in ("seconds", "step_time", "memory_gb")}

@@ -1,0 +1,353 @@
+"""Attribution: each source against a count by hand, telescoping for any values, calibration, and a reliability that is earned."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ragged import hierarchies, segments_of
+
+from acpo.attribution import (
+    MIN_BOUNDARIES,
+    Attributor,
+    Calibrator,
+    Evidence,
+    Reliability,
+    answer_copies,
+    hindsight_evidence,
+    leave_one_out,
+    logistic_fit,
+    previous_in_sequence,
+    running_sum,
+    tree_evidence,
+    zero_variance,
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(deterministic):
+    torch.set_num_threads(1)
+
+
+def everywhere(count: int) -> torch.Tensor:
+    return torch.ones(count, dtype=torch.bool)
+
+
+# --- groups -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_groups():
+    rewards = torch.tensor([1.0, 0, 0, 1, 1, 1, 0, 0, 0])
+    torch.testing.assert_close(leave_one_out(rewards, 3), torch.tensor([0, 0.5, 0.5, 1, 1, 1, 0, 0, 0]))
+    assert zero_variance(rewards, 3).tolist() == [False] * 3 + [True] * 6
+
+
+# --- running sums -------------------------------------------------------------------------------------------------------------------
+
+
+@given(hierarchies())
+def test_running_sum_and_previous(hierarchy):
+    segments, _ = hierarchy
+    values = torch.randint(-9, 9, (segments.num_segments,)).double()
+    first = torch.randint(-9, 9, (segments.num_sequences,)).double()
+    offsets = segments.sequence_offsets.tolist()
+    summed, before = [], []
+    for b, (begin, end) in enumerate(itertools.pairwise(offsets)):
+        own = values[begin:end].tolist()
+        summed += itertools.accumulate(own)
+        before += [first[b].item(), *own][: len(own)]
+    assert running_sum(values, segments).tolist() == summed
+    assert previous_in_sequence(values, first, segments).tolist() == before
+
+
+# --- hindsight ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_hindsight_evidence_by_hand():
+    segments = segments_of(((2, 1), (3,)))
+    log_ratio = torch.tensor([1.0, -2.0, 0.5, math.inf, math.nan, 4.0])
+    kl = torch.tensor([0.25, 0.25, 0.25, 0.25, 0.25, 8.0])
+    mask = torch.tensor([True, True, True, True, True, True])
+    found = hindsight_evidence(log_ratio, kl, segments, mask, everywhere(2), clamp=5.0)
+    assert found.evidence.tolist() == [-1.0, -0.5, 4.0], "raw sums, running, not finite counts as 0"
+    assert found.shaping.tolist() == [-0.5, 0.75, 5.0], "centred by the divergence, clamped"
+    mask[5] = False
+    found = hindsight_evidence(log_ratio, kl, segments, mask, everywhere(2), clamp=5.0)
+    assert found.evidence.tolist() == [-1.0, -0.5, 0.0] and found.shaping.tolist() == [-0.5, 0.75, 0.5]
+
+
+@given(hierarchies())
+def test_hindsight_evidence_telescopes(hierarchy):
+    """The last boundary of a rollout holds the sum over all its tokens, however it is cut."""
+    segments, mask = hierarchy
+    log_ratio = torch.randint(-8, 8, (segments.num_tokens,)).float() / 4
+    found = hindsight_evidence(log_ratio, torch.zeros_like(log_ratio), segments, mask, everywhere(segments.num_sequences), clamp=5.0)
+    ends = segments.cu_seqlens.tolist()
+    for b, (begin, end) in enumerate(itertools.pairwise(segments.sequence_offsets.tolist())):
+        if end > begin:
+            assert found.evidence[end - 1].item() == log_ratio[ends[b] : ends[b + 1]][mask[ends[b] : ends[b + 1]]].sum().item()
+
+
+def test_answer_copies():
+    responses = [torch.tensor([7, 4, 2, 9, 4, 2]), torch.tensor([4]), torch.tensor([5, 5, 5])]
+    mask = answer_copies(responses, [[[4, 2], [9]], [[4, 2]], [[5, 5], []]])
+    assert mask.tolist() == [True, False, False, False, False, False, True, False, False, False]
+
+
+# --- tree ---------------------------------------------------------------------------------------------------------------------------
+
+
+def tree_values(prefixes, rewards, group_size, kappa):
+    """The tree's values, from its evidence and the leave-one-out mean."""
+    lengths = tuple((1,) * len(p) for p in prefixes)
+    segments = segments_of(lengths)
+    found = tree_evidence(prefixes, rewards, group_size, segments, kappa)
+    low = 0.5 / group_size
+    base = leave_one_out(rewards, group_size)[segments.segment_sequence_ids()]
+    return torch.sigmoid(found.evidence.double() + torch.logit(base.double(), low)), found
+
+
+def test_tree_by_hand():
+    prefixes = [[b"a", b"ab"], [b"a", b"ac"], [b"a", b"ab", b"abd"], [b"x"]]
+    rewards = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
+    values, found = tree_values(prefixes, rewards, 4, kappa=2.0)
+    base = [1 / 3, 2 / 3, 1 / 3, 2 / 3]
+    counted = [
+        (0 + 1 + 2 * base[0]) / 4, (1 + 2 * base[0]) / 3,
+        (1 + 1 + 2 * base[1]) / 4, base[1],
+        (1 + 0 + 2 * base[2]) / 4, (1 + 2 * base[2]) / 3, base[2],
+        base[3],
+    ]  # fmt: skip
+    torch.testing.assert_close(values, torch.tensor(counted, dtype=torch.float64))
+    assert found.shaping is None and found.rows.all()
+    assert found.evidence[3].item() == found.evidence[6].item() == found.evidence[7].item() == 0.0, "nobody shares it: nothing is said"
+
+
+def test_tree_keeps_groups_apart():
+    prefixes = [[b"a"], [b"b"], [b"a"], [b"a"]]
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    values, _ = tree_values(prefixes, rewards, 2, kappa=0.0)
+    low = 0.25
+    torch.testing.assert_close(values, torch.tensor([low, 1 - low, 1 - low, low], dtype=torch.float64))
+
+
+def test_tree_is_unbiased_without_shrinkage():
+    """Every group of three rollouts of a two-step process, weighed by its probability: where the prefix is shared, the leave-one-out
+    value is V of the prefix on average."""
+    first = {b"a": 0.6, b"b": 0.4}
+    success = {b"a": 0.3, b"b": 0.8}
+    rollouts = [(p, r, first[p] * (success[p] if r else 1 - success[p])) for p in first for r in (0.0, 1.0)]
+    total, weight = dict.fromkeys(first, 0.0), dict.fromkeys(first, 0.0)
+    for group in itertools.product(rollouts, repeat=3):
+        p = math.prod(q for _, _, q in group)
+        rewards = torch.tensor([r for _, r, _ in group], dtype=torch.float64)
+        # prefixes of length one: evidence is clipped in log-odds only at values 0 and 1, so the tree's own count is recovered from means
+        values, _ = tree_values([[prefix] for prefix, _, _ in group], rewards, 3, kappa=0.0)
+        low = 0.5 / 3
+        own = group[0][0]
+        if any(other[0] == own for other in group[1:]):
+            value = values[0].item()
+            value = 0.0 if value <= low + 1e-9 else 1.0 if value >= 1 - low - 1e-9 else value
+            total[own] += p * value
+            weight[own] += p
+    for prefix in first:
+        assert total[prefix] / weight[prefix] == pytest.approx(success[prefix], abs=1e-9)
+
+
+# --- phi and iota -------------------------------------------------------------------------------------------------------------------
+
+
+def noisy_batch(signal: float, groups: int = 16, size: int = 4, seed: int = 0, noise: float = 1.0):
+    """Rollouts of three steps and an answer; the evidence of each boundary points at the outcome with strength `signal`."""
+    generator = torch.Generator().manual_seed(seed)
+    count = groups * size
+    outcome = (torch.rand(count, generator=generator) < 0.5).float()
+    segments = segments_of(((2, 2, 2, 1),) * count, (True,) * count)
+    sequence = segments.segment_sequence_ids()
+    evidence = signal * (2 * outcome[sequence] - 1) + noise * torch.randn(segments.num_segments, generator=generator)
+    return outcome, Evidence(evidence, None, everywhere(count)), segments
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_phi_and_iota_telescope_for_any_values(terminal):
+    torch.manual_seed(1)
+    size = 4
+    lengths = tuple((1,) * n for n in (3, 1, 4, 2, 1, 5, 2, 2))
+    segments = segments_of(lengths, (terminal,) * 8)
+    attributor = Attributor()
+    attributor.calibrator.with_evidence, attributor.calibrator.before = [0.3, 0.7, 1.4], [-0.2, 0.5]
+    outcome = torch.tensor([1.0, 0, 1, 0, 1, 1, 1, 1])
+    base = torch.rand(8)
+    evidence = Evidence(4 * torch.randn(segments.num_segments), None, torch.tensor([True, True, False, True, True, True, True, False]))
+    found = attributor(evidence, outcome, base, segments, size)
+    first = found.previous[segments.sequence_offsets[:-1]]
+    low = 0.5 / size
+    assert ((found.values >= low) & (found.values <= 1 - low)).all()
+    for b, (begin, end) in enumerate(itertools.pairwise(segments.sequence_offsets.tolist())):
+        last, r = found.values[end - 1].item(), outcome[b].item()
+        assert found.phi[begin:end].sum().item() == pytest.approx(last - first[b].item(), abs=1e-12)
+        surprise = math.log(last / first[b]) if r else math.log((1 - last) / (1 - first[b]))
+        assert found.iota[begin:end].sum().item() == pytest.approx(surprise, abs=1e-6)
+        if not evidence.rows[b]:
+            assert not found.phi[begin:end].any(), "a rollout that nobody looked at says nothing"
+        elif terminal:
+            assert last == pytest.approx(min(max(r, low), 1 - low)), "behind the answer the outcome is known"
+    wanted = torch.sigmoid(-0.2 + 0.5 * torch.logit(base.double(), low)).clamp(low, 1 - low)
+    torch.testing.assert_close(first, wanted)
+
+
+# --- calibration --------------------------------------------------------------------------------------------------------------------
+
+
+def test_calibrator_recovers_known_coefficients():
+    generator = torch.Generator().manual_seed(3)
+    calibrator = Calibrator()
+    a, b, c, n = 0.4, 0.6, 1.7, 4000
+    for _ in range(8):
+        base = torch.rand(n, generator=generator, dtype=torch.float64) * 0.8 + 0.1
+        evidence = torch.randn(n, generator=generator, dtype=torch.float64)
+        p = torch.sigmoid(a + b * torch.logit(base) + c * evidence)
+        outcome = (torch.rand(n, generator=generator, dtype=torch.float64) < p).double()
+        calibrator.fit(base, evidence, outcome, torch.ones(n), low=1 / 16)
+    # 32,000 outcomes: the coefficients' standard errors are about 0.02
+    assert calibrator.with_evidence == pytest.approx([a, b, c], abs=0.08)
+    predicted = calibrator.predict(torch.tensor([0.5]), torch.tensor([0.3]), 1 / 16)
+    assert predicted.item() == pytest.approx(1 / (1 + math.exp(-(a + c * 0.3))), abs=0.02)
+
+
+def test_calibrator_without_data_trusts_its_inputs():
+    calibrator = Calibrator()
+    base, low = torch.tensor([0.3]), 1 / 16
+    assert calibrator.predict_before(base, low).item() == pytest.approx(0.3, abs=1e-6)
+    assert calibrator.predict(base, torch.tensor([1.0]), low).item() == pytest.approx(1 / (1 + math.exp(-(math.log(3 / 7) + 1))), abs=1e-6)
+    nothing = torch.zeros(0)
+    calibrator.fit(nothing, nothing, nothing, nothing, low)
+    assert calibrator.with_evidence == [0.0, 1.0, 1.0]
+
+
+def test_calibrator_clips_to_chance():
+    calibrator = Calibrator()
+    assert calibrator.predict(torch.tensor([0.0, 1.0]), torch.tensor([-50.0, 50.0]), 0.0625).tolist() == [0.0625, 0.9375]
+
+
+def test_evidence_that_points_the_wrong_way_is_not_turned_round():
+    outcome, evidence, segments = noisy_batch(-2.0, groups=64)
+    calibrator = Calibrator()
+    r = outcome[segments.segment_sequence_ids()]
+    calibrator.fit(torch.full_like(r, 0.5), evidence.evidence, r, torch.ones_like(r), 0.125)
+    assert calibrator.with_evidence[2] == 0.0
+
+
+def test_logistic_fit_is_the_penalised_optimum():
+    torch.manual_seed(0)
+    features = torch.randn(50, 3, dtype=torch.float64)
+    y, weight = (torch.rand(50) < 0.4).double(), torch.rand(50, dtype=torch.float64)
+    prior = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+    w = torch.tensor(logistic_fit(features, y, weight, prior), dtype=torch.float64, requires_grad=True)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(features @ w, y, weight, reduction="sum") + (w - prior).square().sum() / 2
+    (gradient,) = torch.autograd.grad(loss, w)
+    assert gradient.abs().max() < 1e-8
+    assert logistic_fit(features, y, torch.zeros(50, dtype=torch.float64), prior) == prior.tolist()
+
+
+# --- reliability --------------------------------------------------------------------------------------------------------------------
+
+
+def learn(attributor: Attributor, signal: float, batches: int, seed: int = 0, noise: float = 1.0, size: int = 4) -> list[float]:
+    out = []
+    for i in range(batches):
+        outcome, evidence, segments = noisy_batch(signal, size=size, seed=1000 * seed + i, noise=noise)
+        out.append(attributor(evidence, outcome, leave_one_out(outcome, size), segments, size).reliability)
+    return out
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pure_noise_earns_no_reliability(seed):
+    found = learn(Attributor(), 0.0, 30, seed)
+    assert found[0] == 0.0
+    assert sum(found) / len(found) < 0.02 and found[-1] == 0.0
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_perfect_evidence_earns_full_reliability(seed):
+    found = learn(Attributor(), 6.0, 30, seed, noise=0.0)
+    assert found[0] == 0.0, "nothing is trusted before it was measured"
+    assert found[-1] > 0.95
+
+
+def test_reliability_grows_with_the_signal():
+    ends = [learn(Attributor(), signal, 30)[-1] for signal in (0.0, 0.2, 0.5, 1.0)]
+    assert ends[0] == 0.0 and ends == sorted(ends) and ends[1] < ends[3]
+
+
+def test_a_batch_does_not_choose_its_own_reliability_or_values():
+    """Prequential: with the outcomes of the newest batch turned round, its own reliability and calibrated values are the same, and only
+    what comes after differs."""
+    one, other = Attributor(), Attributor()
+    learn(one, 1.0, 6), learn(other, 1.0, 6)
+    outcome, evidence, segments = noisy_batch(1.0, seed=77)
+    base = torch.full_like(outcome, 0.5)
+    a, b = one(evidence, outcome, base, segments, 4), other(evidence, 1 - outcome, base, segments, 4)
+    assert a.reliability == b.reliability > 0
+    ordinary = ~segments.is_terminal()
+    assert torch.equal(a.values[ordinary], b.values[ordinary]) and torch.equal(a.phi[ordinary], b.phi[ordinary])
+    assert not torch.equal(a.values[~ordinary], b.values[~ordinary])
+    outcome, evidence, segments = noisy_batch(1.0, seed=78)
+    c, d = one(evidence, outcome, base, segments, 4), other(evidence, outcome, base, segments, 4)
+    assert c.reliability != d.reliability and not torch.equal(c.values[ordinary], d.values[ordinary])
+
+
+def test_one_sided_outcomes_measure_nothing():
+    attributor = Attributor()
+    for i in range(10):
+        _, evidence, segments = noisy_batch(3.0, seed=i)
+        ones = torch.ones(segments.num_sequences)
+        assert attributor(evidence, ones, torch.full_like(ones, 0.5), segments, 4).reliability == 0.0
+    assert attributor.reliability.boundaries == 0
+
+
+def test_reliability_by_hand():
+    measured = Reliability()
+    outcome = torch.tensor([1.0, 0.0]).repeat(100)
+    measured.update(torch.where(outcome > 0, 0.9, 0.1), torch.full_like(outcome, 0.5), torch.full_like(outcome, 0.6), outcome)
+    assert measured.boundaries == 200 >= MIN_BOUNDARIES
+    assert measured.m1 == pytest.approx(0.1 * 0.01) and measured.m0 == pytest.approx(0.1 * 0.25), "the better of the two baselines"
+    assert measured.value == 1.0
+    weak = Reliability(m1=0.99, m0=1.0, boundaries=10_000)
+    assert weak.value == 0.0, "3 (1 - 0.99) is below the threshold"
+    assert Reliability(m1=0.9, m0=1.0, boundaries=10_000).value == pytest.approx(0.3)
+    assert Reliability(m1=0.9, m0=1.0, boundaries=MIN_BOUNDARIES - 1).value == 0.0
+    assert Reliability(m1=1.2, m0=1.0, boundaries=10_000).value == 0.0
+    assert Reliability(fixed=0.7).value == 0.7
+
+
+def test_a_fixed_reliability_is_not_measured():
+    assert learn(Attributor(0.25), 6.0, 5) == [0.25] * 5
+    assert learn(Attributor(0.0), 6.0, 30)[-1] == 0.0
+
+
+@pytest.mark.parametrize("batches", [0, 1, 12])
+def test_state_through_json(batches):
+    one, other = Attributor(), Attributor()
+    learn(one, 0.8, batches)
+    other.load(json.loads(json.dumps(one.state())))
+    assert other.state() == one.state()
+    assert learn(one, 0.8, 6, seed=5) == learn(other, 0.8, 6, seed=5)
+    assert one.state() == other.state()
+
+
+@given(st.integers(0, 2**31))
+def test_evidence_of_unseen_rollouts_does_not_matter(seed):
+    torch.manual_seed(seed)
+    segments = segments_of(((1, 1), (2, 1), (1,), (3, 1)), (True,) * 4)
+    outcome, base = torch.tensor([1.0, 0, 0, 1]), torch.rand(4)
+    rows = torch.tensor([True, False, True, False])
+    evidence = torch.randn(segments.num_segments)
+    other = torch.where(rows[segments.segment_sequence_ids()], evidence, torch.randn(segments.num_segments))
+    one, two = (Attributor()(Evidence(e, None, rows), outcome, base, segments, 2) for e in (evidence, other))
+    assert torch.equal(one.phi, two.phi) and torch.equal(one.values, two.values)

@@ -1,0 +1,237 @@
+"""The console script: whatever a user gets wrong is one line on stderr and a non-zero exit, and a run can be looked at afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from loop import records, write_config
+
+from acpo.cli import main
+from acpo.policy import Policy
+from acpo.synthetic import tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+GOOD = '{"problem": "1+1", "answer": "2"}\n' * 10
+
+
+@pytest.fixture(autouse=True)
+def one_thread(deterministic):
+    torch.set_num_threads(1)
+
+
+def one_line(capsys, arguments: list[str]) -> tuple[int, str]:
+    """The exit code and the only line on stderr."""
+    code = main(arguments)
+    error = capsys.readouterr().err
+    assert error.endswith("\n") and error.count("\n") == 1, error
+    assert "Traceback" not in error and error.startswith("acpo: ")
+    return code, error.strip()
+
+
+def tokenizer_without(folder: Path, *missing: str) -> Path:
+    tokens = tokenizer()
+    tokens.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    kept = {k: v for k, v in json.loads(path.read_text()).items() if k not in missing}
+    path.write_text(json.dumps(kept))
+    return folder
+
+
+BAD = [
+    ("missing configuration", ["absent.yaml"], 2, "no such configuration file: absent.yaml"),
+    ("unknown key", ["mini.yaml", "trainer.stepz=3"], 2, "unknown setting 'trainer.stepz'; the nearest is 'trainer.steps'"),
+    ("ill-typed", ["mini.yaml", "trainer.steps=three"], 2, "trainer.steps must be an int, got 'three'"),
+    ("not an override", ["mini.yaml", "fast"], 2, "an override must be key=value, got 'fast'"),
+    ("group of one", ["mini.yaml", "method=grpo", "rollout.group_size=1"], 2, "rollout.group_size must be at least 2"),
+    ("missing problems", ["mini.yaml", "problems.task=", "problems.path=absent.jsonl"], 2, "problems.path: no such file: absent.jsonl"),
+    ("malformed problems", ["mini.yaml", "problems.task=", "problems.path=malformed.jsonl"], 2, "malformed.jsonl, line 11: not valid JSON"),
+    ("no problems", ["mini.yaml", "problems.task=", "problems.path=empty.jsonl"], 2, "empty.jsonl holds no problem"),
+    ("too few problems", ["mini.yaml", "problems.task=", "problems.path=few.jsonl"], 2, "at least 5 are needed"),
+    (
+        "field missing", ["mini.yaml", "problems.task=", "problems.path=good.jsonl", "problems.answer=solution"], 2,
+        "good.jsonl, line 1: wanted a non-empty field 'solution'",
+    ),
+    ("too many digits", ["mini.yaml", "problems.modulus=1"], 2, "problems.modulus must lie in [2, 10], got 1"),
+    ("no tokenizer", ["mini.yaml", "problems.task=", "problems.path=good.jsonl"], 2, "policy.tokenizer must name a tokenizer folder"),
+    ("tokenizer missing", ["mini.yaml", "policy.tokenizer=absent"], 2, "policy.tokenizer: no such file or folder: absent"),
+    ("tokenizer without pad", ["mini.yaml", "policy.tokenizer=no_pad"], 2, "no_pad has no pad token"),
+    ("tokenizer without eos", ["mini.yaml", "policy.tokenizer=no_eos"], 2, "no_eos has no eos token"),
+    ("bare tokenizer", ["mini.yaml", "policy.tokenizer=no_eos/tokenizer.json"], 2, "tokenizer.json has no eos token"),
+    ("policy missing", ["mini.yaml", "policy.from_config=", "policy.path=absent"], 2, "policy.path: no such folder: absent"),
+    ("no chat template", ["mini.yaml", "problems.chat=true"], 2, "problems.chat = true needs a tokenizer with a chat template"),
+    ("device", ["mini.yaml", "policy.device=gpu"], 2, "policy.device: 'gpu' cannot be used"),
+    ("not a number", ["mini.yaml", "optimizer.learning_rate=1e30", "optimizer.warmup_steps=0"], 1, "the loss is nan at step 1"),
+    ("run directory is a file", ["mini.yaml", "run_dir=good.jsonl"], 1, "File exists: good.jsonl"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, code, message):
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path)
+    (tmp_path / "good.jsonl").write_text(GOOD)
+    (tmp_path / "malformed.jsonl").write_text(GOOD + '{"problem": "2+2", "answer" "4"}\n')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "few.jsonl").write_text(GOOD[: len(GOOD) // 10 * 4])
+    tokenizer_without(tmp_path / "no_pad", "pad_token"), tokenizer_without(tmp_path / "no_eos", "eos_token", "pad_token")
+    small = ["warmup.steps=0", "trainer.steps=1", "eval.samples=0"]
+    overrides = arguments[1:]
+    found, error = one_line(capsys, ["train", arguments[0], *small, *overrides])
+    assert found == code and message in error
+    left = {p.name for p in tmp_path.iterdir()}
+    if code == 2:
+        assert "runs" not in left, "a run that did not begin leaves nothing behind"
+
+
+def test_a_real_process_says_one_line(tmp_path):
+    """The same from outside: no warning of a library's on stderr, no traceback, the exit code."""
+    done = subprocess.run(
+        [sys.executable, "-m", "acpo.cli", "train", str(write_config(tmp_path)), "problems.task=", "problems.path=absent.jsonl", "warmup.steps=0"],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["acpo: problems.path: no such file: absent.jsonl"]
+
+
+def test_not_a_number_keeps_the_checkpoints_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    arguments = ["train", str(write_config(tmp_path)), f"run_dir={tmp_path / 'run'}", "warmup.steps=0", "trainer.steps=4", "eval.samples=0"]
+    forward, calls = Policy.forward, []
+
+    def broken(self, *a, **k):
+        calls.append(1)
+        found = forward(self, *a, **k)
+        return found._replace(loss=found.loss * float("nan")) if len(calls) > 5 else found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Policy, "forward", broken)
+        code, error = one_line(capsys, arguments)
+    assert code == 1 and "the loss is nan at step 3" in error and "the last checkpoint stands" in error
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
+    assert main(arguments) == 0
+    assert "resumed from step 2" in capsys.readouterr().out and [r["step"] for r in records(tmp_path / "run")] == [0, 1, 2, 3, 4]
+
+
+def test_other_settings_under_the_same_directory(tmp_path, finished_run, capsys):
+    shutil.copytree(finished_run, tmp_path / "run")
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    code, error = one_line(capsys, ["train", str(write_config(tmp_path)), f"run_dir={tmp_path / 'run'}", "optimizer.learning_rate=0.01"])
+    assert code == 2 and "holds a run with other settings" in error and "optimizer.learning_rate: 0.0003 -> 0.01" in error
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+    from acpo import checkpoint
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    code, error = one_line(
+        capsys, ["train", str(write_config(tmp_path)), f"run_dir={tmp_path / 'run'}", "warmup.steps=0", "trainer.steps=2", "eval.samples=0"]
+    )
+    assert code == 1 and "cannot write the checkpoint" in error and "No space left on device" in error
+
+
+def test_interrupted(tmp_path, monkeypatch, capsys):
+    from acpo.trainer import Trainer
+
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "step", interrupt)
+    code, error = one_line(capsys, ["train", str(write_config(tmp_path)), f"run_dir={tmp_path / 'run'}", "warmup.steps=0", "eval.samples=0"])
+    assert code == 130 and "the same command continues" in error
+
+
+def test_train_leaves_a_run_to_look_at(finished_run):
+    names = {p.name for p in finished_run.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "curves.png", "report.html", "policy"} <= names
+    assert (finished_run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    page = (finished_run / "report.html").read_text()
+    last = records(finished_run)[-1]
+    assert f"{last['eval/accuracy']:.3f}" in page and "stage2" in page and "learning_rate: 0.0003" in page
+
+
+def test_the_exported_policy_is_the_trained_one(finished_run, warmed):
+    from acpo import config
+    from acpo.policy import build
+
+    folder = finished_run / "policy"
+    policy, tokens = build(config.load(None, ["problems.task=chain", f"policy.path={folder}", "policy.device=cpu"]))
+    assert all(torch.equal(warmed[n], p) for n, p in policy.named_parameters())
+    text = "a31\nb02\nA2"
+    assert tokens(text)["input_ids"] == tokenizer()(text)["input_ids"] and tokens.decode(tokens(text)["input_ids"]) == text
+
+
+def test_eval(finished_run, capsys):
+    last = records(finished_run)[-1]
+    assert main(["eval", str(finished_run), "--samples", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (
+        found["step"] == 8
+        and found["eval/accuracy"] == last["eval/accuracy"]
+        and set(found) == {"step", "eval/accuracy", "eval/pass@1", "eval/pass@2"}
+    )
+    assert main(["eval", str(finished_run), "--samples", "0"]) == 0
+    assert capsys.readouterr().out == f"step 8  eval/accuracy {last['eval/accuracy']:.4g}\n"
+
+
+def test_eval_writes_nothing(tmp_path, finished_run, capsys):
+    shutil.copytree(finished_run, tmp_path / "moved: run")
+    before = {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()}
+    assert main(["eval", str(tmp_path / "moved: run"), "--samples", "0"]) == 0
+    assert {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()} == before
+
+
+def test_report(tmp_path, finished_run, capsys):
+    out = tmp_path / "two.png"
+    assert main(["report", str(finished_run), str(finished_run), "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG") and str(out) in capsys.readouterr().out
+
+
+def test_report_of_a_run_that_is_still_writing(tmp_path, finished_run):
+    shutil.copytree(finished_run, tmp_path / "run")
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"phase": "stage2", "st')
+    assert main(["report", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "absent"], "no such configuration file: absent/config.yaml"),
+        (["eval", "no_checkpoint"], "no_checkpoint/checkpoints holds no checkpoint"),
+        (["eval", "no_checkpoint", "--samples", "-1"], "eval.samples must be at least 0, got -1"),
+        (["report", "absent"], "absent is no run directory: it has no metrics.jsonl"),
+        (["report", "damaged"], "holds a line that is not JSON"),
+        (["report", "no_checkpoint", "--out", "absent/x.png"], "No such file or directory"),
+        (["report", "no_checkpoint", "--out", "x.xyz"], "--out: no picture can be written as x.xyz"),
+    ],
+)
+def test_bad_input_of_the_other_verbs(tmp_path, monkeypatch, finished_run, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("no_checkpoint", "damaged"):
+        (tmp_path / name).mkdir()
+        for file in ("config.yaml", "metrics.jsonl"):
+            shutil.copy(finished_run / file, tmp_path / name)
+    with open(tmp_path / "damaged" / "metrics.jsonl", "a") as file:
+        file.write('{"phase": \n{"phase": "stage2", "step": 9}\n')
+    code, error = one_line(capsys, arguments)
+    assert code in (1, 2) and re.search(message, error), error
+
+
+def test_help_and_no_verb(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 2
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--help"])
+    assert caught.value.code == 0 and "key=value" in capsys.readouterr().out

@@ -1,0 +1,126 @@
+"""The entropy controller and where its bonus goes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from ragged import segments_of
+
+from acpo.attribution import Attribution
+from acpo.config import EntropyConfig
+from acpo.entropy import FIRST_BATCHES, EntropyController, binary_entropy
+
+
+def fed(config: EntropyConfig, entropies, progress=0.0, stage=1) -> EntropyController:
+    controller = EntropyController(config)
+    for value in entropies:
+        controller.update(value, progress, stage)
+    return controller
+
+
+def test_start_is_measured_on_the_first_batches():
+    controller = fed(EntropyConfig(), [1.0, 2.0, 3.0, 50.0])
+    assert controller.first == pytest.approx(2.0) and FIRST_BATCHES == 3
+    assert controller.target(0.0, 1) == pytest.approx(1.6) and controller.target(1.0, 1) == pytest.approx(0.6)
+    assert controller.target(0.5, 1) == pytest.approx(1.1) and controller.target(2.0, 1) == controller.target(1.0, 1)
+    assert controller.target(0.5, 2) == pytest.approx(0.55), "half of it in stage 2"
+
+
+def test_running_mean():
+    controller = fed(EntropyConfig(), [1.0, 2.0, 0.0])
+    assert controller.running == pytest.approx(0.9 * (0.9 * 1.0 + 0.1 * 2.0))
+
+
+def test_one_step_of_the_weight_by_hand():
+    controller = fed(EntropyConfig(weight=1e-3, rate=0.05), [1.0] * 3)
+    # H = 1, target 0.8: the error is -1/4
+    assert controller.weight == pytest.approx(1e-3 * math.exp(0.05 * -0.25))
+
+
+def test_weight_rises_where_entropy_is_short_and_falls_where_it_is_not():
+    start = [1.0] * 3
+    low, high = fed(EntropyConfig(), [*start, *[0.05] * 60]), fed(EntropyConfig(), [*start, *[3.0] * 60])
+    assert low.weight > 1e-3 > high.weight
+    limits = EntropyConfig(min_weight=9e-4, max_weight=1.1e-3)
+    assert fed(limits, [*start, *[0.01] * 200]).weight == 1.1e-3
+    assert fed(limits, [*start, *[9.0] * 200]).weight == 9e-4
+
+
+def test_dead_band_holds_still():
+    config = EntropyConfig(start=1.0, dead_band=0.05)
+    assert fed(config, [1.0] * 3 + [0.97] * 30).weight == config.weight
+    assert fed(config, [1.0] * 3 + [0.90] * 30).weight > config.weight
+
+
+def test_controllers():
+    collapse = [1.0] * 3 + [0.01] * 30
+    assert fed(EntropyConfig(controller="constant"), collapse).weight == 1e-3
+    assert fed(EntropyConfig(controller="none"), collapse).weight == 0.0
+    assert fed(EntropyConfig(), [0.0] * 10).weight == 1e-3, "without any entropy at the start there is no target to steer to"
+
+
+def test_a_batch_that_is_not_finite_is_passed_over():
+    one, other = fed(EntropyConfig(), [1.0, 0.5, 0.7, 0.2]), fed(EntropyConfig(), [1.0, math.nan, 0.5, math.inf, 0.7, 0.2])
+    assert one.state() == other.state()
+
+
+def test_state_round_trip():
+    one = fed(EntropyConfig(), [1.0, 0.5, 0.2, 0.1])
+    other = EntropyController(EntropyConfig())
+    other.load(one.state())
+    for controller in (one, other):
+        controller.update(0.3, 0.4, 2)
+    assert one.state() == other.state()
+
+
+# --- where the bonus goes -----------------------------------------------------------------------------------------------------------
+
+SEGMENTS = segments_of(((2, 3, 1), (1, 4), (2, 2)), (True, True, False))
+ANSWER = torch.tensor([False] * 5 + [True] + [False] + [True] * 4 + [False] * 4)
+
+
+def attribution_of(previous, reliability: float, rows=(True, True, True)) -> Attribution:
+    previous = torch.tensor(previous, dtype=torch.float64)
+    return Attribution(previous, previous, previous, previous, None, torch.tensor(rows), reliability)
+
+
+def test_plain_bonus_is_even_and_not_on_the_answer():
+    weights = EntropyController(EntropyConfig(weight=2e-3)).token_weights(SEGMENTS, None, torch.full((3,), 0.5))
+    assert weights.dtype == torch.float32
+    assert (weights[ANSWER] == 0).all() and weights[~ANSWER].unique().numel() == 1
+    assert weights.mean().item() == pytest.approx(2e-3)
+
+
+def test_bonus_goes_where_the_outcome_is_open():
+    controller = EntropyController(EntropyConfig(weight=1e-3))
+    base = torch.tensor([0.5, 0.5, 0.9])
+    found = attribution_of([0.5, 0.9, 0.9, 0.1, 0.5, 0.2, 0.3], 1.0, (True, True, False))
+    weights = controller.token_weights(SEGMENTS, found, base)
+    h = lambda p: -(p * math.log(p) + (1 - p) * math.log(1 - p)) / math.log(2)  # noqa: E731
+    gate = torch.tensor([1.0, h(0.9), 0.0, h(0.1), 0.0, h(0.9), h(0.9)], dtype=torch.float64)[SEGMENTS.segment_ids()]
+    torch.testing.assert_close(weights, (1e-3 * gate / gate.mean()).float())
+    half = controller.token_weights(SEGMENTS, attribution_of([0.5, 0.9, 0.9, 0.1, 0.5, 0.2, 0.3], 0.5, (True, True, False)), base)
+    mixed = torch.where(gate > 0, 0.5 + 0.5 * gate, 0.0)
+    torch.testing.assert_close(half, (1e-3 * mixed / mixed.mean()).float())
+
+
+def test_without_reliability_the_gate_is_the_plain_bonus_bitwise():
+    controller, base = EntropyController(EntropyConfig()), torch.rand(3)
+    plain = controller.token_weights(SEGMENTS, None, base)
+    assert torch.equal(controller.token_weights(SEGMENTS, attribution_of([0.1] * 7, 0.0), base), plain)
+    ungated = EntropyController(EntropyConfig(gated=False))
+    assert torch.equal(ungated.token_weights(SEGMENTS, attribution_of([0.1] * 7, 1.0), base), plain)
+
+
+def test_no_bonus_is_none_and_nothing_but_answers_is_zero():
+    assert EntropyController(EntropyConfig(controller="none")).token_weights(SEGMENTS, None, torch.rand(3)) is None
+    answers = segments_of(((2,), (3,)), (True, True))
+    assert EntropyController(EntropyConfig()).token_weights(answers, None, torch.rand(2)).tolist() == [0.0] * 5
+
+
+def test_binary_entropy():
+    p = torch.tensor([0.0, 0.5, 1.0, 0.25], dtype=torch.float64)
+    wanted = [0.0, math.log(2), 0.0, -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))]
+    assert binary_entropy(p).tolist() == pytest.approx(wanted, abs=1e-15)

@@ -1,0 +1,206 @@
+"""The policy: padding changes nothing, and what cannot be a policy is refused in one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from ragged import segments_of
+
+from acpo import config
+from acpo.config import ConfigError
+from acpo.policy import SIZES, Policy, build, load_tokenizer
+
+BASE = "problems.task=chain", "policy.from_config=tiny", "policy.device=cpu"
+PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12], [13, 14]]
+RESPONSES = [torch.tensor(r) for r in ([15, 16], [17, 18, 19, 20, 21], [22], [23, 24, 0, 25])]
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    torch.manual_seed(3)
+    built, _ = build(config.load(None, BASE))
+    with torch.no_grad():  # the initial policy is all but uniform
+        built.model.model.norm.weight.normal_(0.0, 12.0)
+    return built
+
+
+def test_the_padded_forward_is_that_of_each_sequence_alone(policy):
+    hidden = policy.hidden(PROMPTS, RESPONSES)
+    at = 0
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+        ids = torch.tensor([[*prompt, *response.tolist()]])
+        alone = policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(hidden[at : at + len(response)], alone, rtol=0, atol=1e-5)
+        at += len(response)
+    assert hidden.shape == (at, SIZES["tiny"][0])
+
+
+def test_score_is_log_softmax_at_the_temperature(policy):
+    hidden = policy.hidden(PROMPTS, RESPONSES)
+    found = policy.score(hidden, torch.cat(RESPONSES), 0.7)
+    at = 0
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+        logits = policy.model(torch.tensor([[*prompt, *response.tolist()]])).logits[0, len(prompt) - 1 : -1].double() / 0.7
+        logp = torch.log_softmax(logits, -1)
+        part = slice(at, at + len(response))
+        torch.testing.assert_close(found.logp[part].double(), logp.gather(1, response.unsqueeze(1)).squeeze(1), rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.entropy[part].double(), -(logp.exp() * logp).sum(1), rtol=0, atol=1e-5)
+        at += len(response)
+
+
+def test_hindsight_compares_the_two_prompts(policy):
+    ids = torch.cat(RESPONSES)
+    hinted = [[30, *p] for p in PROMPTS]
+    found = policy.hindsight(policy.hidden(PROMPTS, RESPONSES), policy.hidden(hinted, RESPONSES), ids, 1.0)
+    plain, informed = (policy.score(policy.hidden(p, RESPONSES), ids, 1.0).logp for p in (PROMPTS, hinted))
+    torch.testing.assert_close(found.log_ratio, informed - plain, rtol=0, atol=1e-5)
+    assert (found.kl > 0).all()
+    same = policy.hindsight(policy.hidden(PROMPTS, RESPONSES), policy.hidden(PROMPTS, RESPONSES), ids, 1.0)
+    assert not same.log_ratio.any() and same.kl.abs().max() < 1e-6
+
+
+def test_the_gradient_of_the_loss_reaches_every_parameter(policy):
+    ids = torch.cat(RESPONSES)
+    segments = segments_of(tuple((len(r),) for r in RESPONSES))
+    old = policy.score(policy.hidden(PROMPTS, RESPONSES), ids, 1.0).logp.detach()
+    advantages = torch.linspace(-1, 1, len(ids))
+    result = policy(PROMPTS, RESPONSES, old, advantages, segments, temperature=1.0)
+    policy.zero_grad()
+    result.loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.parameters())
+    # The same loss from logits, by the equation: on-policy the ratio is 1 and the gradient is that of -mean(A logp).
+    fused = {n: p.grad.clone() for n, p in policy.named_parameters()}
+    policy.zero_grad()
+    plain = torch.cat([
+        torch.log_softmax(policy.model(torch.tensor([[*p, *r.tolist()]])).logits[0, len(p) - 1 : -1], -1).gather(1, r.unsqueeze(1)).squeeze(1)
+        for p, r in zip(PROMPTS, RESPONSES, strict=True)
+    ])  # fmt: skip
+    (-(advantages * plain).mean()).backward()
+    for name, parameter in policy.named_parameters():
+        torch.testing.assert_close(fused[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_build_is_the_seeds():
+    settings = config.load(None, BASE)
+    weights = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        weights.append(build(settings)[0].model.get_output_embeddings().weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes(size):
+    built, tokenizer = build(config.load(None, [*BASE, f"policy.from_config={size}"]))
+    assert built.vocab_size == len(tokenizer), "a character vocabulary is not padded"
+    assert built.model.config.hidden_size == SIZES[size][0] and built.model.config.tie_word_embeddings
+    count = sum(p.numel() for p in built.parameters())
+    assert {"tiny": 80_000, "small": 240_000}[size] < count < {"tiny": 90_000, "small": 260_000}[size]
+
+
+def test_a_saved_policy_is_read_back(tmp_path, policy):
+    _, tokenizer = build(config.load(None, BASE))
+    policy.model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    other, _ = build(config.load(None, [*BASE, "policy.from_config=", f"policy.path={tmp_path / 'saved'}"]))
+    torch.testing.assert_close(other.hidden(PROMPTS, RESPONSES), policy.hidden(PROMPTS, RESPONSES), rtol=0, atol=0)
+    assert other.pad_id == policy.pad_id
+    half, _ = build(config.load(None, [*BASE, "policy.from_config=", f"policy.path={tmp_path / 'saved'}", "policy.dtype=bfloat16"]))
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    ids, segments = torch.cat(RESPONSES), segments_of(tuple((len(r),) for r in RESPONSES))
+    gradients = []
+    for switch in ("false", "true"):
+        torch.manual_seed(0)
+        built, _ = build(config.load(None, [*BASE, f"policy.gradient_checkpointing={switch}"]))
+        built.train()
+        built(PROMPTS, RESPONSES, None, torch.ones(len(ids)), segments, temperature=1.0).loss.backward()
+        gradients.append({n: p.grad for n, p in built.named_parameters()})
+    assert all(torch.equal(gradients[0][n], gradients[1][n]) for n in gradients[0])
+
+
+# --- refused ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("policy.from_config= policy.path=/nowhere", "policy.path: no such folder: /nowhere"),
+        ("policy.tokenizer=/nowhere", "policy.tokenizer: no such file or folder: /nowhere"),
+        ("problems.task= problems.path=x.jsonl", "policy.tokenizer must name a tokenizer folder or tokenizer.json"),
+        ("policy.device=gpu", "policy.device: .*gpu"),
+        ("policy.attention=flash_attention_2", r"policy.attention = 'flash_attention_2': .*pip install"),
+    ],
+)
+def test_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        build(config.load(None, [*BASE, *overrides.split()]))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_without_cuda():
+    with pytest.raises(ConfigError, match=r"policy.device: 'cuda' cannot be used"):
+        build(config.load(None, [*BASE, "policy.device=cuda"]))
+
+
+def test_folder_that_is_no_model(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    tokenizer = build(config.load(None, BASE))[1]
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"policy.path: cannot load") as caught:
+        build(config.load(None, [*BASE, "policy.from_config=", f"policy.path={tmp_path}"]))
+    assert "\n" not in str(caught.value)
+
+
+def test_malformed_tokenizer(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", ')
+    for source in (tmp_path / "tokenizer.json", tmp_path):
+        with pytest.raises(ConfigError, match=r"policy.tokenizer: cannot load") as caught:
+            load_tokenizer(str(source))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("missing", "message"), [("eos_token", "has no eos token"), ("pad_token", "has no pad token")])
+def test_tokenizer_without(tmp_path, missing, message):
+    build(config.load(None, BASE))[1].save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings[missing]
+    path.write_text(json.dumps(settings))
+    (tmp_path / "special_tokens_map.json").unlink(missing_ok=True)
+    with pytest.raises(ConfigError, match=f"policy.tokenizer: .* {message}"):
+        build(config.load(None, [*BASE, f"policy.tokenizer={tmp_path}"]))
+
+
+def test_a_model_with_fewer_logits_than_the_tokenizer(tmp_path, policy):
+    _, tokenizer = build(config.load(None, BASE))
+    policy.model.save_pretrained(tmp_path)
+    tokenizer.add_tokens([f"<{i}>" for i in range(9)])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="the tokenizer has 66 entries and the model only 57 logits"):
+        build(config.load(None, [*BASE, "policy.from_config=", f"policy.path={tmp_path}"]))
+
+
+def test_a_head_that_is_not_a_plain_linear_layer(policy):
+    class Strange:
+        config = policy.model.config
+
+        def get_output_embeddings(self):
+            return torch.nn.Sequential(torch.nn.Linear(2, 2))
+
+    with pytest.raises(ConfigError, match=r"the head must be a plain linear layer \(no LoRA, no fp8\), got Sequential"):
+        Policy(Strange(), 0)
+
+
+def test_the_real_vocabulary(shared_data):
+    """Qwen2's tokenizer has 151,646 entries and its model 151,936 logits; the 290 beyond are opaque tokens."""
+    built, tokenizer = build(config.load(None, [*BASE, f"policy.tokenizer={shared_data / 'tokenizer_qwen2'}"]))
+    assert built.vocab_size == 151_936 and len(tokenizer) <= 151_646
+    ids = torch.tensor([5, 151_935, 151_700])
+    found = built.score(built.hidden([[1, 2]], [ids]), ids, 1.0)
+    assert found.logp.isfinite().all() and found.entropy.max() < 11.94

@@ -1,0 +1,104 @@
+"""Problem files: every row of a good one, one clear line for a bad one; and what counts as the answer of a rollout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from acpo.problems import Problem, ProblemError, extract_answer, last_boxed, load_jsonl
+
+FIXTURE = Path(__file__).parent / "fixtures" / "problems.jsonl"
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "problems.jsonl"
+    path.write_bytes(text.encode())
+    return path
+
+
+def test_fixture():
+    problems = load_jsonl(FIXTURE, template="Q: {problem}\nA:")
+    assert len(problems) == 20 and len({p.id for p in problems}) == 20
+    assert problems[0].id == "fixture-0" and problems[0].answer == "57"
+    assert problems[0].prompt.startswith("Q: A farmer has 3 fields") and problems[0].prompt.endswith("left?\nA:")
+
+
+def test_fields_ids_and_blank_lines(tmp_path):
+    path = write(tmp_path, '{"q": "a{x}", "r": 7}\n\n  \r\n{"q": "b", "r": "8", "id": 5}\r\n')
+    first, second = load_jsonl(path, question="q", answer="r", template="<{problem}>{x}")
+    assert (first.id, first.prompt, first.answer) == ("1", "<a{x}>{x}", "7")
+    assert (second.id, second.prompt, second.answer) == ("5", "<b>{x}", "8")
+    assert first.data == {"q": "a{x}", "r": 7}
+
+
+def test_separators_inside_a_string_do_not_end_a_line(tmp_path):
+    question = "one\u2028two\u2029three\x85four\x0bfive"
+    path = write(tmp_path, f'{{"problem": "{question}", "answer": "1"}}\n{{"problem": "next", "answer": "2"}}\n'.replace("\x0b", "\\u000b"))
+    assert [p.prompt for p in load_jsonl(path)] == [question, "next"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"problem": "a", "answer": "1"}\n{"problem": "b", "answer": }\n', "problems.jsonl, line 2: not valid JSON: .* at column 28"),
+        ('{"problem": "a", "answer": "1"}\n\n{"problem": "b"', "problems.jsonl, line 3: not valid JSON"),
+        ('["a", "1"]', "line 1: wanted a JSON object, got list"),
+        ('{"question": "a", "answer": "1"}', "line 1: wanted a non-empty field 'problem', got the fields 'question', 'answer'"),
+        ('{"problem": "a", "answer": "1"}\n{"problem": "a"}', "line 2: wanted a non-empty field 'answer', got the fields 'problem'"),
+        ("{}", "line 1: wanted a non-empty field 'problem', got the fields none"),
+        ('{"problem": " ", "answer": "1"}', "line 1: wanted a non-empty field 'problem'"),
+        ('{"problem": "a", "answer": null}', "line 1: wanted a non-empty field 'answer'"),
+        ('{"problem": "a", "answer": ["1"]}', "line 1: wanted a non-empty field 'answer'"),
+        ('{"problem": "a", "answer": true}', "line 1: wanted a non-empty field 'answer'"),
+        ("", "problems.path: .*problems.jsonl holds no problem"),
+        ("\n \n", "holds no problem"),
+    ],
+)
+def test_bad_file(tmp_path, text, message):
+    with pytest.raises(ProblemError, match=message) as caught:
+        load_jsonl(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_unreadable_file(tmp_path):
+    with pytest.raises(ProblemError, match=r"problems\.path: no such file: .*absent\.jsonl"):
+        load_jsonl(tmp_path / "absent.jsonl")
+    with pytest.raises(ProblemError, match=r"problems\.path: cannot read"):
+        load_jsonl(tmp_path)
+    (tmp_path / "latin.jsonl").write_bytes(b'{"problem": "caf\xe9", "answer": "1"}')
+    with pytest.raises(ProblemError, match=r"problems\.path: cannot read"):
+        load_jsonl(tmp_path / "latin.jsonl")
+
+
+def test_hinted_prompt(tmp_path):
+    path = write(tmp_path, '{"problem": "with {answer} in it", "answer": "{prompt}"}')
+    (problem,) = load_jsonl(path, hint="[{answer}] {prompt}")
+    assert problem.hinted_prompt("9") == "[9] with {answer} in it", "braces of the problem are its own"
+    assert Problem("x", "p", "a").hinted_prompt("3") == "The answer is 3.\np"
+
+
+@pytest.mark.parametrize(
+    ("text", "boxed"),
+    [
+        (r"so \boxed{3} and \boxed{\frac{1}{2}} end", r"\frac{1}{2}"), (r"\boxed{}", ""), (r"\boxed{1", None), ("none", None),
+        (r"\boxed{4} then \boxed{5", None), (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+    ],
+)  # fmt: skip
+def test_last_boxed(text, boxed):
+    assert last_boxed(text) == boxed
+
+
+@pytest.mark.parametrize(
+    ("how", "text", "answer"),
+    [
+        ("line", "a31\nA42", "42"), ("line", "A1\nb\nA2", "2"), ("line", "A42\n", "42"), ("line", "a\nxA4", None), ("line", "A", ""),
+        ("boxed", r"7 is \boxed{8}", "8"), ("boxed", "7", None),
+        ("number", r"\boxed{8} or 9", "9"), ("number", "no", None), ("number", "costs $1,234.50.", "1,234.50"), ("number", "x = -3", "-3"),
+        ("number", "the first 3, the other 12,", "12"), ("number", "the roots 3,4", "4"), ("number", "12,345,678", "12,345,678"),
+        ("auto", r"3 \boxed{8} 9", "8"), ("auto", "3\n#### 1,000\n", "1,000"), ("auto", "#### 5\n#### 6 apples", "6"), ("auto", "3 then 4", "4"),
+        ("auto", "", None), ("auto", "7 #### none", None),
+    ],
+)  # fmt: skip
+def test_extract_answer(how, text, answer):
+    assert extract_answer(text, how) == answer

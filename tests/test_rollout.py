@@ -1,0 +1,133 @@
+"""The local engine: its log-probs are the scoring forward's, and neither padding nor company changes a rollout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from acpo import config
+from acpo.policy import Policy, build
+from acpo.rollout.local import LocalEngine, sample
+
+EOS = 1
+PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12], [13, 14]]
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    torch.manual_seed(3)
+    built, _ = build(config.load(None, ["problems.task=chain", "policy.from_config=tiny", "policy.device=cpu"]))
+    with torch.no_grad():  # the initial policy is all but uniform: sharpen it, so that rollouts have likely and unlikely tokens
+        built.model.model.norm.weight.normal_(0.0, 12.0)
+    return built
+
+
+@pytest.fixture(autouse=True)
+def one_thread(deterministic):
+    torch.set_num_threads(1)
+
+
+def generate(policy, prompts, *, eos=(EOS,), new=24, temperature=1.0, seed=0, batch_tokens=10_000):
+    engine = LocalEngine(policy, list(eos), batch_tokens)
+    return engine.generate(prompts, max_new_tokens=new, temperature=temperature, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def rescored(policy, prompt, ids, temperature) -> torch.Tensor:
+    """The log-probs from one plain forward of one sequence, in float64 after the logits."""
+    logits = policy.model(torch.tensor([[*prompt, *ids.tolist()]])).logits[0, len(prompt) - 1 : -1].double()
+    return torch.log_softmax(logits / temperature, -1).gather(1, ids.unsqueeze(1)).squeeze(1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+@pytest.mark.parametrize("prompts", [PROMPTS * 4, [[3, 4, 5]] * 8], ids=["ragged", "one length"])
+def test_log_probs_are_those_of_the_scoring_forward(policy, prompts, temperature):
+    eos = range(1, 6)  # rows end at different times and leave the batch
+    samples = generate(policy, prompts, eos=eos, temperature=temperature)
+    assert len({len(s.ids) for s in samples}) > 2
+    for prompt, found in zip(prompts, samples, strict=True):
+        torch.testing.assert_close(found.logp.double(), rescored(policy, prompt, found.ids, temperature), rtol=0, atol=1e-5)
+        hidden = policy.hidden([prompt], [found.ids])
+        torch.testing.assert_close(found.logp, policy.score(hidden, found.ids, temperature).logp.detach(), rtol=0, atol=1e-5)
+
+
+def test_ends(policy):
+    samples = generate(policy, PROMPTS * 8, eos=(1, 2), new=12)
+    ended, cut = [s for s in samples if s.finished], [s for s in samples if not s.finished]
+    assert ended and cut
+    for found in ended:
+        assert found.ids[-1] in (1, 2) and not torch.isin(found.ids[:-1], torch.tensor([1, 2])).any() and len(found.ids) <= 12
+    for found in cut:
+        assert len(found.ids) == 12 and not torch.isin(found.ids, torch.tensor([1, 2])).any()
+    assert all(len(s.ids) == len(s.logp) > 0 for s in samples)
+
+
+def test_greedy_takes_the_likeliest_token_and_ragged_prompts_change_nothing(policy):
+    together = generate(policy, PROMPTS, temperature=0.0, eos=())
+    for prompt, found in zip(PROMPTS, together, strict=True):
+        alone = generate(policy, [prompt], temperature=0.0, eos=(), seed=9)[0]
+        assert torch.equal(found.ids, alone.ids), "left padding and the company of other prompts change nothing"
+        torch.testing.assert_close(found.logp, alone.logp, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.logp.double(), rescored(policy, prompt, found.ids, 1.0), rtol=0, atol=1e-5)
+        with torch.no_grad():
+            logits = policy.model(torch.tensor([[*prompt, *found.ids.tolist()]])).logits[0, len(prompt) - 1 : -1]
+        assert torch.equal(logits.argmax(-1), found.ids)
+
+
+def test_rows_that_leave_do_not_change_the_others(policy):
+    """Greedy rollouts with ends are the beginnings of those without."""
+    eos = (1, 2, 3, 7, 9)
+    for long, short in zip(
+        generate(policy, PROMPTS * 2, temperature=0.0, eos=()), generate(policy, PROMPTS * 2, temperature=0.0, eos=eos), strict=True
+    ):
+        assert torch.equal(long.ids[: len(short.ids)], short.ids)
+        torch.testing.assert_close(long.logp[: len(short.ids)], short.logp, rtol=0, atol=1e-5)
+
+
+def test_same_seed_same_rollouts(policy):
+    one, two, other = (generate(policy, PROMPTS, seed=seed) for seed in (5, 5, 6))
+    assert all(torch.equal(a.ids, b.ids) and torch.equal(a.logp, b.logp) for a, b in zip(one, two, strict=True))
+    assert any(not torch.equal(a.ids, b.ids) for a, b in zip(one, other, strict=True))
+
+
+def test_the_global_generator_is_left_alone(policy):
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    generate(policy, PROMPTS)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_token_budget_only_cuts_the_batch(policy):
+    whole = generate(policy, PROMPTS, temperature=0.0)
+    for budget in (1, 40, 70):
+        for a, b in zip(whole, generate(policy, PROMPTS, temperature=0.0, batch_tokens=budget), strict=True):
+            assert torch.equal(a.ids, b.ids)
+    seen = []
+    engine = LocalEngine(policy, [EOS], 70)
+    inner = engine._generate
+    engine._generate = lambda prompts, *rest: (seen.append(len(prompts)), inner(prompts, *rest))[1]
+    engine.generate(PROMPTS * 3, max_new_tokens=24, temperature=1.0, generator=torch.Generator())
+    assert seen == [2] * 6, "6 + 24 tokens a row, 70 at a time"
+
+
+def test_no_prompt_no_rollout_and_the_mode_comes_back(policy):
+    assert generate(policy, []) == []
+    policy.train()
+    generate(policy, PROMPTS, new=1)
+    assert policy.training
+    policy.eval()
+    generate(policy, PROMPTS, new=1)
+    assert not policy.training
+
+
+def test_samples_follow_the_distribution():
+    logits = torch.tensor([[2.0, 0.0, -1.0, -torch.inf]]).expand(20_000, 4)
+    for temperature in (1.0, 0.5):
+        chosen, logp = sample(logits, temperature, torch.Generator().manual_seed(0))
+        p = torch.softmax(logits[0] / temperature, -1)
+        frequency = torch.bincount(chosen, minlength=4) / len(chosen)
+        assert ((frequency - p).abs() <= 4 * (p * (1 - p) / len(chosen)).sqrt()).all() and frequency[3] == 0
+        torch.testing.assert_close(logp, p.log()[chosen], rtol=1e-5, atol=1e-6)
+    chosen, logp = sample(logits[:3], 0, torch.Generator())
+    assert chosen.tolist() == [0, 0, 0]
+    torch.testing.assert_close(logp, torch.log_softmax(logits[:3], -1)[:, 0])

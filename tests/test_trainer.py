@@ -1,0 +1,529 @@
+"""The training step and the run around it: what must not change, does not, and what must, does."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from loop import parameters, records, settings, steps, trainer_of, without_times, write_config
+
+from acpo import checkpoint, config
+from acpo import trainer as module
+from acpo.batch import Batch
+from acpo.config import METHODS, ConfigError, value_of
+from acpo.policy import Policy
+from acpo.run import Run
+from acpo.trainer import Trainer, TrainingError
+
+ROOT = Path(__file__).resolve().parents[1]
+TREE = "attribution.source=tree", "credit.scope=all"
+MANY = "rollout.prompts=8", "rollout.group_size=8"  # so many that some groups have both outcomes and rollouts that share their first line
+
+
+@pytest.fixture(autouse=True)
+def one_thread(deterministic):
+    torch.set_num_threads(1)
+
+
+def rolled_out(trainer: Trainer):
+    """The batch of one step, ready for its update, and what came before."""
+    trainer.step_number += 1
+    indices, batch, outcome = trainer._rollout()
+    trainer._score(batch, outcome, indices)
+    trainer._segment(batch)
+    attribution = trainer._attribute(batch, outcome, indices)
+    advantages, weights = trainer._credit(batch, outcome, attribution)
+    return batch, outcome, attribution, advantages, weights
+
+
+# --- the step in its parts ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_as_the_parts_say(tmp_path, warmed):
+    trainer = trainer_of(tmp_path, "attribution.reliability=1", "credit.scope=all", weights=warmed)
+    batch, outcome, attribution, advantages, _ = rolled_out(trainer)
+    size = trainer.config.rollout.group_size
+    assert len(batch) == 16 and 0 < outcome.mean() < 1, "a policy that is right at times, or this says nothing"
+    texts = trainer.tokenizer.batch_decode(batch.responses(), skip_special_tokens=True)
+    for b, (prompt, text) in enumerate(zip(batch.prompts, texts, strict=True)):
+        assert prompt == batch.prompts[b // size * size]
+        problem = next(p for p in trainer.train_problems if trainer._prompt(p.prompt) == prompt)
+        assert outcome[b] == (re.findall("^A(.*)$", text, re.M)[-1:] == [problem.answer])
+    torch.testing.assert_close(batch.token["old_logp"], batch.token["rollout_logp"], rtol=0, atol=1e-5)
+    # Lines are steps, the answer is the terminal segment and nothing else is.
+    ends = batch.segments.token_offsets.tolist()
+    ids = trainer.tokenizer.batch_decode([batch.token["ids"][a:b] for a, b in itertools.pairwise(ends)], skip_special_tokens=True)
+    terminal = batch.segments.is_terminal().tolist()
+    assert sum(terminal) > 8
+    assert all(re.match("A.*(\n(?!A).*)*$", text) for text, last in zip(ids, terminal, strict=True) if last)
+    for text, marked in zip(texts, batch.segments.terminal.tolist(), strict=True):
+        assert marked == bool(re.search("^A", text, re.M))
+    assert torch.isfinite(batch.token["advantages"]).all() and batch.token["advantages"].shape == batch.token["ids"].shape
+    assert attribution.rows.all() and not torch.equal(batch.token["advantages"], advantages[batch.segments.sequence_ids()])
+
+
+@pytest.mark.parametrize(
+    ("ids", "start"),
+    [
+        (lambda e: [*e("a31\n"), 0, 0, *e("b02\nA2"), 1], 10),
+        (lambda e: [0, *e("A2\n"), 1], 1),
+        (lambda e: [*e("a31\nA1\nb02\nA2"), 1], 11),
+        (lambda e: [*e("a31\nbA2\n"), 1], None),
+    ],
+    ids=["behind tokens without text", "first line", "last of two", "none"],
+)
+def test_the_place_of_the_answer_line(tmp_path, ids, start):
+    """Counted in tokens: a policy may sample the padding token, which a decoder leaves out."""
+    trainer = trainer_of(tmp_path)
+    batch = trainer_batch(torch.tensor(ids(trainer._encode)))
+    trainer._segment(batch)
+    assert batch.segments.terminal.tolist() == [start is not None]
+    assert start is None or batch.segments.token_offsets[-2].item() == start
+
+
+def trainer_batch(ids: torch.Tensor) -> Batch:
+    return Batch.from_responses([[3]], [ids], entropy=[torch.zeros(len(ids))])
+
+
+def test_hindsight_looks_at_groups_without_variance_alone(tmp_path, warmed):
+    trainer = trainer_of(tmp_path, weights=warmed)
+    batch, outcome, attribution, _, _ = rolled_out(trainer)
+    same = torch.tensor([len(set(g)) == 1 for g in outcome.view(-1, 4).tolist()]).repeat_interleave(4)
+    assert same.any() and not same.all()
+    assert torch.equal(attribution.rows, same)
+    looked_at = batch.token["kl"] != 0
+    assert torch.equal(looked_at.any(), torch.tensor(True)) and not looked_at[~same[batch.segments.sequence_ids()]].any()
+    rows = same.nonzero().flatten().tolist()
+    extra = sum(batch.lengths[b] + len(trainer._hinted(problem_of(trainer, batch, b))) for b in rows)
+    assert trainer.counters["tokens/forward_extra"] == extra, "the price is counted"
+
+
+def problem_of(trainer, batch, b):
+    return next(p for p in trainer.train_problems if trainer._prompt(p.prompt) == batch.prompts[b])
+
+
+# --- (a) micro-batches --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("denominator", ["tokens", "sequences", "constant"])
+@pytest.mark.parametrize("ratio", ["token", "segment", "sequence"])
+def test_micro_batches_change_no_gradient(tmp_path, warmed, ratio, denominator):
+    trainer = trainer_of(
+        tmp_path, f"loss.ratio={ratio}", f"loss.denominator={denominator}", "loss.minibatches=1", "optimizer.max_grad_norm=1e9",
+        "attribution.reliability=1", "credit.scope=all", "stages.switch_share=0", "trainer.steps=4", "optimizer.learning_rate=1e-9", weights=warmed,
+    )  # fmt: skip
+    steps(trainer, 1)  # stage 2 from here on: reference, KL and confidence take part
+    batch, *_ = rolled_out(trainer)
+    assert {"ref_logp", "entropy_weight"} <= set(batch.token)
+    torch.manual_seed(5)
+    # Off-policy, in the tokens and in whole rollouts: some are clipped.
+    drift = 0.15 * torch.randn(len(batch.token["ids"])) + 0.5 * torch.randn(16)[batch.segments.sequence_ids()]
+    batch.token["old_logp"] = batch.token["old_logp"] + drift
+    found = []
+    for budget in (1, 60, 100_000):
+        trainer.config.trainer.micro_batch_tokens = budget
+        assert len(list(batch.micro_batches(list(range(16)), budget))) == {1: 16, 100_000: 1}.get(budget, pytest.approx(5, abs=3))
+        before = parameters(trainer)
+        metrics = trainer._update(batch)
+        found.append(({n: p.grad.clone() for n, p in trainer.policy.named_parameters()}, metrics))
+        trainer.policy.load_state_dict(before, strict=False)
+    (whole, metrics) = found[-1]
+    assert max(g.abs().max() for g in whole.values()) > 1e-2 and metrics["clip_ratio/low_mean"] + metrics["clip_ratio/high_mean"] > 0
+    for gradients, other in found[:-1]:
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, whole[name], rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        for key in ("loss", "clip_ratio/low_mean", "kl/ref", "kl/old", "grad_norm"):
+            assert other[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-6), key
+
+
+# --- (b) reliability 0 --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "rloo"])
+@pytest.mark.parametrize(
+    "credit",
+    [
+        ("attribution.source=hindsight", "credit.form=additive", "credit.scope=zero_variance"),
+        ("attribution.source=hindsight", "credit.form=weights", "credit.scope=all"),
+        (*TREE, "credit.form=additive"),
+        (*TREE, "credit.form=weights"),
+    ],
+    ids=["hindsight-additive", "hindsight-weights", "tree-additive", "tree-weights"],
+)
+def test_reliability_zero_is_the_plain_update_bitwise(tmp_path, warmed, credit, advantage):
+    """All else equal: the same entropy bonus, curriculum and stages, the switch among the steps."""
+    common = f"credit.advantage={advantage}", "trainer.steps=4", "stages.switch_share=0.5", *MANY
+    trainers = {
+        "plain": trainer_of(tmp_path / "a", *common, "attribution.source=none", "credit.form=none", weights=warmed),
+        "zero": trainer_of(tmp_path / "b", *common, *credit, "attribution.reliability=0", weights=warmed),
+        "full": trainer_of(tmp_path / "c", *common, *credit, "attribution.reliability=1", weights=warmed),
+    }
+    found = {name: (steps(trainer, 3), parameters(trainer)) for name, trainer in trainers.items()}
+    assert trainers["plain"].stages.stage == 2
+    plain = found["plain"][1]
+    assert any(not torch.equal(warmed[n], p) for n, p in plain.items()), "the update moved the policy"
+    for name, parameter in plain.items():
+        assert torch.equal(parameter, found["zero"][1][name]), name
+    assert any(not torch.equal(parameter, found["full"][1][name]) for name, parameter in plain.items()), "with reliability it is another update"
+    for one, other in zip(found["plain"][0], found["zero"][0], strict=True):
+        assert one["reward"] == other["reward"] and one["loss"] == other["loss"] and one["entropy/weight"] == other["entropy/weight"]
+
+
+# --- (c) conservation ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["tree", "hindsight"])
+def test_weights_conserve_each_rollouts_credit(tmp_path, warmed, source):
+    trainer = trainer_of(
+        tmp_path, f"attribution.source={source}", "credit.scope=all", "credit.form=weights", "attribution.reliability=1", *MANY, weights=warmed
+    )
+    batch, _, _, advantages, weights = rolled_out(trainer)
+    assert weights.max() > 1.05 > 0.95 > weights.min()
+    totals = torch.stack([part.double().sum() for part in batch.token["advantages"].split(batch.lengths)])
+    torch.testing.assert_close(totals, advantages.double() * torch.tensor(batch.lengths), rtol=1e-5, atol=1e-6)
+    token_weights = weights[batch.segments.segment_ids()]
+    for length, part in zip(batch.lengths, token_weights.split(batch.lengths), strict=True):
+        assert part.sum().item() == pytest.approx(length, rel=1e-5)
+
+
+# --- (d) stages ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_switch_takes_the_policy_of_its_moment_as_reference(tmp_path, warmed, monkeypatch):
+    trainer = trainer_of(tmp_path, "trainer.steps=5", "stages.switch_share=0.6", weights=warmed)
+    clips = []
+    forward = Policy.forward
+    monkeypatch.setattr(Policy, "forward", lambda self, *a, **k: (clips.append((k["clip"], k["kl_weight"])), forward(self, *a, **k))[1])
+    first = steps(trainer, 2)
+    assert trainer.reference is None and all("confidence" not in m and m["kl/ref"] == 0 and m["stage"] == 1 for m in first)
+    assert set(clips) == {((0.2, 0.28), 0.0)}
+    third = steps(trainer, 1)[0]
+    assert trainer.stages.stage == 2 and trainer.stages.switched_at == 3 and third["stage"] == 1
+    switch = parameters(trainer)
+    reference = dict(trainer.reference.named_parameters())
+    assert all(torch.equal(switch[n], reference[n]) and not reference[n].requires_grad for n in switch)
+    clips.clear()
+    later = steps(trainer, 2)
+    assert set(clips) == {((0.2, 0.2), 0.01)}
+    assert all(m["stage"] == 2 and 0 < m["confidence"] < 1 for m in later)
+    assert later[1]["kl/ref"] > 0, "the policy has left its reference"
+    assert later[0]["entropy/target"] < 0.6 * third["entropy/target"]
+    assert trainer.stages.switched_at == 3, "once"
+    assert all(torch.equal(switch[n], p) for n, p in trainer.reference.named_parameters()), "the reference stays where it was"
+    assert any(not torch.equal(switch[n], p) for n, p in trainer.policy.named_parameters())
+
+
+def test_confidence_is_that_of_the_answer(tmp_path, warmed):
+    trainer = trainer_of(tmp_path, weights=warmed)
+    batch, *_ = rolled_out(trainer)
+    confidence = trainer._confidence(batch)
+    ends, terminal = batch.segments.token_offsets.tolist(), batch.segments.terminal.tolist()
+    assert any(terminal)
+    for b, last in enumerate(batch.segments.sequence_offsets.tolist()[1:]):
+        wanted = batch.token["rollout_logp"][ends[last - 1] : ends[last]].mean().exp().item() if terminal[b] else 0.0
+        assert confidence[b].item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_one_switch_in_a_whole_run(finished_run):
+    phases = [r["phase"] for r in records(finished_run)]
+    assert phases == ["warmup"] * 3 + ["start"] + ["stage1"] * 5 + ["stage2"] * 3
+    found = records(finished_run)
+    assert [r["step"] for r in found if "eval/accuracy" in r] == [0, 4, 8]
+    assert [r["tokens/generated"] for r in found[3:]] == sorted(r["tokens/generated"] for r in found[3:]) and found[-1]["tokens/generated"] > 0
+    assert {"eval/pass@1", "eval/pass@2"} <= set(found[3]) and "eval/pass@2" not in found[7] and "eval/pass@2" in found[-1]
+
+
+# --- (e) broken off and continued ---------------------------------------------------------------------------------------------------
+
+
+def launch(folder: Path) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "acpo.cli", "train", str(write_config(folder)), f"run_dir={folder / 'run'}"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
+
+
+def lines(path: Path) -> int:
+    return path.read_text(encoding="utf-8").count("\n") if path.exists() else 0
+
+
+def test_killed_at_any_instant_and_continued_ends_the_same(tmp_path, finished_run):
+    """SIGKILL at instants drawn at random: in the warm-up, and twice between the rollouts of the two stages."""
+    draw = random.Random(20)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    resumed = []
+    for low, high in ((1, 3), (4, 7), (8, 10)):
+        process = launch(tmp_path)
+        wanted, delay = draw.randint(low, high), draw.uniform(0.0, 0.08)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline and lines(metrics) < wanted:
+            time.sleep(0.002)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        out, error = process.communicate(timeout=30)
+        assert process.returncode == -signal.SIGKILL, error
+        resumed.append("resumed from" in out)
+    process = launch(tmp_path)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    assert "resumed from step" in out
+    one, other = records(finished_run), records(tmp_path / "run")
+    assert [without_times(r) for r in other] == [without_times(r) for r in one]
+    whole, continued = (checkpoint.latest(run / "checkpoints") for run in (finished_run, tmp_path / "run"))
+    assert whole[1]["step"] == continued[1]["step"] == 8
+    for name in ("policy", "reference", "optimizer", "random"):
+        assert whole[0][name].keys() == continued[0][name].keys()
+        assert all(torch.equal(value, continued[0][name][key]) for key, value in whole[0][name].items()), name
+
+
+def trainer_of_run(run: Path) -> Trainer:
+    """A trainer that takes a copied run for its own."""
+    for state in (run / "checkpoints").glob("*/state.json"):
+        content = json.loads(state.read_text())
+        content["config"]["run_dir"] = str(run)
+        state.write_text(json.dumps(content))
+    chosen = config.load(run / "config.yaml", [f"run_dir={run}"])
+    return Trainer(chosen, Run(chosen))
+
+
+@pytest.mark.parametrize("label", ["warmup-100", "warmup-150", "step-2", "step-4", "step-6"])
+def test_continued_from_any_checkpoint_ends_the_same(tmp_path, finished_run, label):
+    """As if broken off while the next checkpoint was being written, in the middle of a line of metrics."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    labels = ["warmup-100", "warmup-150", "step-2", "step-4", "step-6", "step-8"]
+    assert {p.name for p in (run / "checkpoints").iterdir()} == set(labels)
+    for later in labels[labels.index(label) + 1 :]:
+        shutil.rmtree(run / "checkpoints" / later)
+    (run / "checkpoints" / ".writing-step-9").mkdir()
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"phase": "stage2", "st')
+    trainer = trainer_of_run(run)
+    trainer.train()
+    assert [without_times(r) for r in records(run)] == [without_times(r) for r in records(finished_run)]
+    whole = checkpoint.latest(finished_run / "checkpoints")[0]["policy"]
+    assert all(torch.equal(whole[n], p) for n, p in trainer.policy.named_parameters())
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path, finished_run):
+    shutil.copytree(finished_run, tmp_path / "run")
+    trainer = trainer_of_run(tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    last = trainer.train()
+    assert trainer.step_number == 8 and (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert last["step"] == 8 and 0 <= last["eval/accuracy"] <= 1
+
+
+def test_other_settings_are_refused_and_leave_the_run_as_it_is(tmp_path, finished_run):
+    shutil.copytree(finished_run, tmp_path / "run")
+    trainer_of_run(tmp_path / "run").train()
+    before = {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()}
+    trainer = trainer_of(tmp_path, "warmup.steps=150", "optimizer.learning_rate=1e-3")
+    with pytest.raises(ConfigError, match=r"holds a run with other settings \(optimizer.learning_rate: 0.0003 -> 0.001\): give another run_dir"):
+        trainer.train()
+    after = {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()}
+    assert before == after
+
+
+def test_other_problems_under_the_same_settings_are_refused(tmp_path, finished_run, monkeypatch):
+    shutil.copytree(finished_run, tmp_path / "run")
+    real = module.load_problems
+
+    def others(config):
+        task, train_problems, held_out = real(config)
+        return task, train_problems[1:], held_out
+
+    monkeypatch.setattr(module, "load_problems", others)
+    with pytest.raises(ConfigError, match="other problems"):
+        trainer_of_run(tmp_path / "run").train()
+
+
+# --- (f) not a number ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoints(tmp_path, warmed, monkeypatch):
+    trainer = trainer_of(tmp_path, "trainer.steps=6", weights=warmed)
+    forward, calls = Policy.forward, []
+
+    def broken(self, *a, **k):
+        calls.append(1)
+        found = forward(self, *a, **k)
+        return found._replace(loss=found.loss * float("nan")) if len(calls) > 6 else found
+
+    monkeypatch.setattr(Policy, "forward", broken)
+    with pytest.raises(TrainingError, match="the loss is nan at step 4: the step is not taken and the last checkpoint stands") as caught:
+        trainer.train()
+    assert "\n" not in str(caught.value)
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints")[1]["step"] == 2
+    monkeypatch.undo()
+    again = trainer_of(tmp_path, "trainer.steps=6")
+    again.train()
+    assert [r["step"] for r in records(tmp_path / "run")] == list(range(7))
+
+
+def test_a_gradient_that_is_not_a_number_is_not_taken(tmp_path, warmed):
+    trainer = trainer_of(tmp_path, weights=warmed)
+    trainer.policy.model.model.norm.weight.register_hook(lambda g: g * float("inf"))
+    before = parameters(trainer)
+    with pytest.raises(TrainingError, match=r"the gradient norm is (inf|nan) at step 1: the step is not taken"):
+        steps(trainer, 1)
+    assert all(torch.equal(before[n], p) for n, p in trainer.policy.named_parameters())
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_a_policy_that_blows_up_is_one_clear_error(tmp_path, warmed, minibatches):
+    """Not a complaint of the sampler's from deep inside."""
+    trainer = trainer_of(
+        tmp_path, "optimizer.learning_rate=1e30", "optimizer.warmup_steps=0", f"loss.minibatches={minibatches}", "trainer.checkpoint_every=1",
+        "trainer.eval_every=1", weights=warmed,
+    )  # fmt: skip
+    with pytest.raises(TrainingError, match=r"at step [12]"):
+        trainer.train()
+
+
+def test_weights_that_are_not_numbers_are_not_saved(tmp_path, warmed):
+    trainer = trainer_of(tmp_path, weights=warmed)
+    trainer._save("step-1")
+    with torch.no_grad():
+        trainer.policy.model.model.norm.weight[3] = float("inf")
+    with pytest.raises(TrainingError, match=r"the policy's weights are not finite .* the last checkpoint stands"):
+        trainer._save("step-2")
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-1"]
+
+
+def test_a_warm_up_that_blows_up_is_one_clear_error(tmp_path):
+    chosen = settings(tmp_path, "warmup.learning_rate=1e38")
+    with pytest.raises(TrainingError, match="the warm-up loss is nan at step"):
+        Trainer(chosen, Run(chosen)).train()
+
+
+# --- (g) methods --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("source", ["own", "tree"])
+def test_methods_run_with_their_settings(tmp_path, warmed, method, source, monkeypatch):
+    extra = (*TREE, "credit.form=additive") if source == "tree" else ()
+    trainer = trainer_of(tmp_path, f"method={method}", "trainer.steps=4", *extra, weights=warmed)
+    calls = []
+    forward = Policy.forward
+    monkeypatch.setattr(Policy, "forward", lambda self, *a, **k: (calls.append(k), forward(self, *a, **k))[1])
+    for key, wanted in METHODS[method].items():
+        if source == "own" or key not in ("attribution.source", "credit.form", "credit.scope"):
+            assert value_of(trainer.config, key) == wanted, key
+    found = steps(trainer, 2)
+    for metrics in found:
+        assert all(np.isfinite(v) for v in metrics.values())
+        assert metrics["grad_norm"] > 0 and metrics["tokens/generated"] > 0
+        assert ("attribution/rows" in metrics) == (method == "acpo" or source == "tree")
+    ratio, low, high = {"gspo": ("sequence", 3e-4, 4e-4)}.get(method, ("token", 0.2, 0.28))
+    assert {(k["ratio"], k["clip"]) for k in calls} == {(ratio, (low, high))}
+    assert all((k["entropy_weight"] is not None) == (method == "acpo") for k in calls)
+    denominators = [k["denominator"] for k in calls]
+    if method == "dr_grpo":
+        assert set(denominators) == {14.0 * 8}, "a constant: new tokens at most, times rollouts"
+    elif method == "gspo":
+        assert all(torch.is_tensor(d) for d in denominators)
+    else:
+        assert all(isinstance(d, float) and 0 < d < 14 * 8 for d in denominators)
+    assert any(not torch.equal(warmed[n], p) for n, p in trainer.policy.named_parameters())
+
+
+def test_denominators_add_up_to_their_means(tmp_path, warmed):
+    """tokens: each token the same; sequences: each rollout the same, its tokens sharing; checked on the gradient of a loss that is
+    minus the sum of the advantages over the denominators."""
+    wanted = {
+        "tokens": lambda lengths, sums: sum(sums) / sum(lengths),
+        "sequences": lambda lengths, sums: sum(s / n for s, n in zip(sums, lengths, strict=True)) / len(lengths),
+        "constant": lambda lengths, sums: sum(sums) / (14 * len(lengths)),
+    }
+    for name, mean in wanted.items():
+        trainer = trainer_of(
+            tmp_path / name, f"loss.denominator={name}", "loss.minibatches=1", "entropy.controller=none", "trainer.micro_batch_tokens=50",
+            "credit.advantage=rloo", weights=warmed,
+        )  # fmt: skip
+        batch, *_ = rolled_out(trainer)
+        torch.manual_seed(0)
+        batch.token["advantages"] = torch.randn_like(batch.token["advantages"])
+        sums = [part.sum().item() for part in batch.token["advantages"].split(batch.lengths)]
+        assert trainer._update(batch)["loss"] == pytest.approx(-mean(batch.lengths, sums), rel=1e-4, abs=1e-6), name
+
+
+def test_dynamic_sampling_counts_what_it_throws_away(tmp_path, warmed):
+    trainer = trainer_of(tmp_path, "method=dapo", "curriculum.max_rounds=12", weights=warmed)
+    generated = []
+    generate = trainer._generate
+
+    def counting(prompts):
+        samples = generate(prompts)
+        generated.append((len(prompts), sum(len(s.ids) for s in samples)))
+        return samples
+
+    trainer._generate = counting
+    mixed = again = 0
+    for _ in range(3):
+        generated.clear()
+        before = trainer.counters["tokens/generated"]
+        trainer.step_number += 1
+        _, batch, outcome = trainer._rollout()
+        assert trainer.counters["tokens/generated"] - before == sum(n for _, n in generated)
+        assert len(batch) == 16 and len(trainer.tried) == sum(n for n, _ in generated) // 4
+        spread = outcome.view(4, 4).std(1)
+        mixed += int((spread > 0).sum())
+        again += len(generated) > 1
+        wanted = 16
+        for (count, _), following in itertools.pairwise(generated):
+            assert count == wanted and following[0] < 16
+            wanted = following[0]
+    assert mixed == 12, "twelve rounds find four groups with both outcomes from a policy that is right one time in four"
+    assert again, "none of these batches needed a second round"
+
+
+def test_dynamic_sampling_gives_up_in_the_end(tmp_path):
+    """An untrained policy is never right: the rounds end, the batch is full, and everything was paid for."""
+    trainer = trainer_of(tmp_path, "method=dapo", "curriculum.max_rounds=3")
+    metrics = steps(trainer, 1)[0]
+    assert metrics["frac_reward_zero_std"] == 1.0
+    assert len(trainer.tried) == 12 and metrics["tokens/generated"] > 2.5 * 16 * metrics["completions/mean_length"]
+
+
+# --- what a step may not depend on --------------------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_steps_other_seed_others(tmp_path, warmed):
+    one, two, other = (steps(trainer_of(tmp_path / str(i), f"seed={seed}", weights=warmed), 2) for i, seed in enumerate((0, 0, 1)))
+    assert [without_times(m) for m in one] == [without_times(m) for m in two]
+    assert [without_times(m) for m in one] != [without_times(m) for m in other]
+
+
+def test_evaluation_leaves_training_alone(tmp_path, warmed):
+    one, other = trainer_of(tmp_path / "a", weights=warmed), trainer_of(tmp_path / "b", weights=warmed)
+    first = [*steps(one, 1), *steps(one, 1)]
+    second = steps(other, 1)
+    evaluation = other._evaluate(0)
+    assert evaluation == other._evaluate(0) and 0 < evaluation["eval/pass@1"] <= evaluation["eval/pass@2"] < 1
+    second += steps(other, 1)
+    assert [without_times(m) for m in first] == [without_times(m) for m in second]
+
+
+def test_the_curriculum_learns_from_every_group(tmp_path, warmed):
+    trainer = trainer_of(tmp_path, weights=warmed)
+    trainer.step_number += 1
+    indices, _, outcome = trainer._rollout()
+    expected = copy.deepcopy(trainer.curriculum)
+    for i, wins in zip(indices, outcome.view(-1, 4).sum(1).tolist(), strict=True):
+        expected.update(np.array([i]), np.array([wins]), 4)
+    trainer._control(indices, outcome, 1.0)
+    assert np.array_equal(trainer.curriculum.a, expected.a) and np.array_equal(trainer.curriculum.b, expected.b)
