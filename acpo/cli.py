@@ -91,9 +91,22 @@ def _eval(options) -> int:
 
 
 def _report(options) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
     from . import report
 
-    print(f"curves: {report.draw([Path(r) for r in options.runs], Path(options.out) if options.out else None)}")
+    runs = [Path(r) for r in options.runs]
+    rows = [report.summary(run) for run in runs]
+    path = report.draw(runs, Path(options.out) if options.out else None)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in (row.get(key, "") for key in columns)))
+    console = Console()
+    # Piped into a file, a table keeps every column.
+    Console(width=None if console.is_terminal else 200).print(table)
+    print(f"curves: {path}")
     return 0
 
 

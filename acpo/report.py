@@ -39,23 +39,47 @@ def area(records: list[dict]) -> float:
     return total / (points[-1][0] - points[0][0])
 
 
+def summary(directory: Path) -> dict[str, float | str]:
+    """The figures of a run that people compare: accuracy before and after, area, pass@k, entropy, time and memory."""
+    records = read(directory)
+    evaluations = [r for r in records if "eval/accuracy" in r]
+    steps = [r for r in records if "entropy" in r]
+    if not evaluations or not steps:
+        raise ConfigError(f"{directory} has no finished step yet")
+    first, last = evaluations[0], evaluations[-1]
+    return {
+        "run": directory.name, "steps": last["step"], "before": first["eval/accuracy"], "after": last["eval/accuracy"], "area": area(records),
+        **{f"{k.removeprefix('eval/')} {when}": r[k] for when, r in (("before", first), ("after", last)) for k in r if "pass@" in k},
+        "least entropy / first": min(r["entropy"] for r in steps) / steps[0]["entropy"],
+        "stage 2 from": next((r["step"] for r in steps if r["phase"] == "stage2"), "-"),
+        "reliability": sum(r["attribution/reliability"] for r in steps) / len(steps),
+        "step seconds": sum(r["step_time"] for r in steps) / len(steps), "memory GB": max(r["memory_gb"] for r in steps),
+    }  # fmt: skip
+
+
 def draw(runs: list[Path], out: Path | None = None) -> Path:
-    """The curves of the runs, overlaid, as a PNG; the step at which stage 2 begins is a dashed line."""
+    """The curves of the runs, overlaid, as a PNG. Runs whose names differ in the last part alone (the seed) share a colour; the first
+    step of stage 2 is a dashed line."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    loaded = [(run.name or str(run), read(run)) for run in runs]
+    loaded = [(run.name.rpartition("-")[0] if len(runs) > 1 else run.name, read(run)) for run in runs]
+    groups = list(dict.fromkeys(group for group, _ in loaded))
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
     for axis, (key, title) in zip(axes.flat, PANELS, strict=True):
-        for i, (name, records) in enumerate(loaded):
+        named = set()
+        for group, records in loaded:
+            colour = f"C{groups.index(group)}"
             points = [(r["step"], r[key]) for r in records if key in r]
             if points:
-                axis.plot(*zip(*points, strict=True), label=name, color=f"C{i}", marker="o" if key.startswith("eval/") else None, markersize=3)
+                label = None if group in named else group
+                named.add(group)
+                axis.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=1.2, alpha=0.8)
             switch = next((r["step"] for r in records if r.get("phase") == "stage2"), None)
             if switch is not None:
-                axis.axvline(switch, color=f"C{i}", linestyle="--", linewidth=0.7)
+                axis.axvline(switch, color=colour, linestyle="--", linewidth=0.7)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=9)
         axis.grid(alpha=0.3)
