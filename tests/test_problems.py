@@ -32,6 +32,14 @@ def test_fields_ids_and_blank_lines(tmp_path):
     assert first.data == {"q": "a{x}", "r": 7}
 
 
+def test_difficulty_cells(tmp_path):
+    path = write(tmp_path, '{"problem": "a", "answer": "1", "level": 3}\n{"problem": "b", "answer": "2"}\n')
+    assert [p.cell for p in load_jsonl(path)] == ["", ""]
+    with pytest.raises(ProblemError, match="line 2: wanted a non-empty field 'level', got the fields 'problem', 'answer'"):
+        load_jsonl(path, cell="level")
+    assert load_jsonl(write(tmp_path, '{"problem": "a", "answer": "1", "level": 3}'), cell="level")[0].cell == "3"
+
+
 def test_separators_inside_a_string_do_not_end_a_line(tmp_path):
     question = "one\u2028two\u2029three\x85four\x0bfive"
     path = write(tmp_path, f'{{"problem": "{question}", "answer": "1"}}\n{{"problem": "next", "answer": "2"}}\n'.replace("\x0b", "\\u000b"))
