@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -134,18 +135,19 @@ class Calibrator:
         """Adds a batch of boundaries and fits again. weight says how much of an independent outcome each is: the boundaries of one rollout
         share its outcome. Evidence that points the wrong way gets coefficient 0."""
         if len(outcome):
-            self.batches.append(torch.stack([torch.logit(base.double(), low), evidence.double(), outcome.double(), weight.double()]).cpu())
+            rows = torch.stack([torch.logit(base.double(), low), evidence.double(), outcome.double(), weight.double()])
+            self.batches.append(rows.cpu().numpy())
         if not self.batches:
             return
-        logit, seen, y, weight = torch.cat(list(self.batches), 1)
-        one = torch.ones_like(logit)
-        self.with_evidence = logistic_fit(torch.stack([one, logit, seen], 1), y, weight, torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64))
+        logit, seen, y, independent = np.concatenate(self.batches, 1)
+        one = np.ones_like(logit)
+        self.with_evidence = logistic_fit(np.stack([one, logit, seen], 1), y, independent, np.array([0.0, 1.0, 1.0]))
         self.with_evidence[2] = max(0.0, self.with_evidence[2])
-        self.before = logistic_fit(torch.stack([one, logit], 1), y, weight, torch.tensor([0.0, 1.0], dtype=torch.float64))
+        self.before = logistic_fit(np.stack([one, logit], 1), y, independent, np.array([0.0, 1.0]))
 
     def both_outcomes(self) -> bool:
         """Whether the batches that the next prediction rests on hold both outcomes: without that, skill cannot be told from luck."""
-        mean = float(torch.cat([b[2] for b in self.batches]).mean()) if self.batches else 0.0
+        mean = float(np.concatenate([b[2] for b in self.batches]).mean()) if self.batches else 0.0
         return MINORITY <= mean <= 1.0 - MINORITY
 
     def state(self) -> dict:
@@ -153,19 +155,20 @@ class Calibrator:
 
     def load(self, state: dict) -> None:
         self.with_evidence, self.before = list(state["with_evidence"]), list(state["before"])
-        self.batches = deque((torch.tensor(b, dtype=torch.float64).view(4, -1) for b in state["batches"]), maxlen=FIT_BATCHES)
+        self.batches = deque((np.array(b, dtype=np.float64).reshape(4, -1) for b in state["batches"]), maxlen=FIT_BATCHES)
 
 
-def logistic_fit(features: Tensor, y: Tensor, weight: Tensor, prior: Tensor) -> list[float]:
-    """Weighted logistic regression by Newton's method under the penalty |w - prior|^2 / 2."""
-    w = prior.clone()
+def logistic_fit(features: np.ndarray, y: np.ndarray, weight: np.ndarray, prior: np.ndarray) -> list[float]:
+    """Weighted logistic regression by Newton's method under the penalty |w - prior|^2 / 2. In numpy: for a few hundred rows torch's
+    threads cost more than the arithmetic."""
+    w = prior.copy()
     for _ in range(50):
-        p = torch.sigmoid(features @ w)
+        p = 1.0 / (1.0 + np.exp(-np.clip(features @ w, -500.0, 500.0)))
         gradient = features.T @ (weight * (p - y)) + (w - prior)
-        hessian = features.T @ (features * (weight * p * (1 - p)).unsqueeze(1)) + torch.eye(len(w), dtype=w.dtype)
-        step = torch.linalg.solve(hessian, gradient).clamp(-1.0, 1.0)
-        w = w - step
-        if float(step.abs().max()) < 1e-9:
+        hessian = features.T @ (features * (weight * p * (1 - p))[:, None]) + np.eye(len(w))
+        step = np.clip(np.linalg.solve(hessian, gradient), -1.0, 1.0)
+        w -= step
+        if np.abs(step).max() < 1e-9:
             break
     return w.tolist()
 

@@ -412,7 +412,8 @@ class Trainer:
         return {"step": state["step"], **self._evaluate(0)}
 
     def export(self) -> None:
-        """The policy and its tokenizer as a folder that policy.path and transformers read."""
+        """The policy and its tokenizer as a folder that policy.path reads, and transformers (the characters of a synthetic task need
+        PreTrainedTokenizerFast: AutoTokenizer would take the tokenizer class of the model type)."""
         folder = self.run.directory / "policy"
         self.policy.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)

@@ -100,8 +100,17 @@ def linear_logprob_entropy_backward(hidden, weight, ids, bias, temperature, temp
 
 
 def hindsight_information(logits, hindsight_logits, ids, temperature, temperatures, mask):
-    temperature = temperature if temperatures is None else temperatures
-    return tuple(reference.hindsight_information(logits, hindsight_logits, ids, temperature=temperature, mask=mask))
+    """The log-prob kernel gives each stream's statistics, the reference's sum the two divergences."""
+    active = reference.active_rows(ids, mask)
+    number, t = (temperature, temperature) if temperatures is None else (1.0, torch.where(active, temperatures, 1.0).unsqueeze(-1))
+    streams = []
+    for stream in (logits, hindsight_logits):
+        logp, entropy, maximum, logsumexp = torch.ops.acpo_kernels.logprob_entropy(stream, ids, number, temperatures, mask)
+        z = torch.where(active.unsqueeze(-1), stream, 0.0).to(logp.dtype)
+        streams.append((logp, entropy, (z - maximum.unsqueeze(-1)) / t - logsumexp.unsqueeze(-1)))
+    (logp, entropy, log_p), (hindsight_logp, _, log_q) = streams
+    kl, information = (torch.where(active, reference.kl_divergence(*pair), 0.0) for pair in ((log_p, log_q), (log_q, log_p)))
+    return logp, hindsight_logp, entropy, hindsight_logp - logp, kl, information
 
 
 def linear_hindsight_information(hidden, hindsight_hidden, weight, ids, bias, temperature, temperatures, softcap, mask):

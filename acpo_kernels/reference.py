@@ -97,7 +97,7 @@ def hindsight_information(
     log_p = d - l.unsqueeze(-1)
     d, l = _log_softmax_parts(hindsight_logits, active, temperature)  # noqa: E741
     log_q = d - l.unsqueeze(-1)
-    kl, information = _kl(log_p, log_q), _kl(log_q, log_p)
+    kl, information = kl_divergence(log_p, log_q), kl_divergence(log_q, log_p)
     zero = torch.zeros((), dtype=logp.dtype, device=logp.device)
     return HindsightInformation(
         logp, hindsight_logp, entropy,
@@ -107,7 +107,7 @@ def hindsight_information(
     )  # fmt: skip
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) as the sum of p log(p/q) - p + q: each term is non-negative, so nothing cancels between columns."""
     p, q = torch.exp(log_p), torch.exp(log_q)
     terms = torch.where(log_p == -math.inf, q, p * (log_p - log_q) - p + q).clamp(min=0.0)
