@@ -147,7 +147,7 @@ def test_it_is_the_head_and_then_the_operation_on_logits(rows, vocab, width, see
 def test_a_row_is_bitwise_the_same_alone_in_any_batch_and_at_any_position(vocab, width, dtype, device, monkeypatch):
     """Contract line 5, with V past the size where torch splits a lone row over its threads; 70 rows are two tiles there."""
     if vocab > 40_000:
-        monkeypatch.setattr(_torch, "TILE_ELEMENTS", 0)
+        monkeypatch.setattr(_torch, "TILE_ELEMENTS", {"cpu": 0, "cuda": 0})
     hidden, weight, ids, bias = inputs(70, vocab, width, dtype, device)
     upstream = torch.randn(70, device=device), torch.randn(70, device=device)
     whole = forward_backward(hidden, weight, ids, bias, *upstream)[:3]
