@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from acpo_kernels import Segmenter, linear_logprob_entropy, segment_reduce
+from acpo_kernels import Segmenter, segment_reduce
 
 from . import checkpoint, credit, verify
 from .attribution import Attribution, Attributor, answer_copies, hindsight_evidence, leave_one_out, tree_evidence, zero_variance
@@ -375,7 +375,7 @@ class Trainer:
             responses = [torch.tensor([*self._encode(e.response), self.tokenizer.eos_token_id], device=self.policy.device) for e in drawn]
             weights = torch.tensor([w for e in drawn for w in (*e.weights, 1.0)], device=self.policy.device)
             hidden = self.policy.hidden([self._prompt(e.prompt) for e in drawn], responses)
-            logp, _ = linear_logprob_entropy(hidden, ids=torch.cat(responses), **self.policy.head())
+            logp, _ = self.policy.score(hidden, torch.cat(responses), 1.0)
             loss = -(logp * weights).sum() / weights.sum()
             if not math.isfinite(loss.item()):
                 raise TrainingError(f"the warm-up loss is {loss.item()} at step {self.warmup_step}; a lower warmup.learning_rate is the way out")

@@ -108,7 +108,14 @@ def test_a_saved_policy_is_read_back(tmp_path, policy):
     torch.testing.assert_close(other.hidden(PROMPTS, RESPONSES), policy.hidden(PROMPTS, RESPONSES), rtol=0, atol=0)
     assert other.pad_id == policy.pad_id
     half, _ = build(config.load(None, [*BASE, "policy.from_config=", f"policy.path={tmp_path / 'saved'}", "policy.dtype=bfloat16"]))
-    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in half.parameters()} == {torch.float32}, "small steps would be lost in bfloat16 weights"
+    hidden = half.hidden(PROMPTS, RESPONSES)
+    assert hidden.dtype == torch.bfloat16
+    wanted = policy.hidden(PROMPTS, RESPONSES)
+    assert 0 < (hidden.float() - wanted).abs().max() < 0.1 * wanted.abs().max()
+    segments = segments_of(tuple((len(r),) for r in RESPONSES))
+    half(PROMPTS, RESPONSES, None, torch.ones(len(hidden)), segments).loss.backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in half.parameters())
 
 
 def test_gradient_checkpointing_changes_no_gradient():

@@ -52,7 +52,8 @@ class LocalEngine:
         cache = None
         for step in range(max_new_tokens):
             extra = {"attention_mask": mask.long(), "position_ids": positions} if ragged else {}
-            out = model(input_ids=current, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra)
+            with self.policy.precision():
+                out = model(input_ids=current, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra)
             cache = out.past_key_values
             chosen, chosen_logp = sample(out.logits[:, -1], temperature, generator)
             ids[alive, step], logp[alive, step] = chosen, chosen_logp
