@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,22 +34,35 @@ class Problem:
         return self.hint.replace("{answer}", answer).replace("{prompt}", self.prompt)
 
 
-def load_jsonl(
+def load(
     path: str | Path, *, question: str = "problem", answer: str = "answer", cell: str = "", template: str = "{problem}", hint: str = ""
 ) -> list[Problem]:
-    """Problems from a JSON-lines file, one object a line, with the fields named by `question`, `answer` and (if given) `cell`.
+    """Problems from a JSON-lines or parquet file, with the fields named by `question`, `answer` and (if given) `cell`.
 
     template is the prompt around the question ({problem}); hint the prompt around the prompt for the hindsight stream
-    ({answer}, {prompt}). An `id` field is kept, otherwise the line number is the id.
+    ({answer}, {prompt}). An `id` field is kept, otherwise the line or row number is the id.
     """
     path = Path(path)
+    problems = []
+    for where, number, row in _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path):
+        for name in (question, answer, *([cell] if cell else [])):
+            if not isinstance(row.get(name), (str, int, float)) or isinstance(row[name], bool) or str(row[name]).strip() == "":
+                raise ProblemError(f"{where}: wanted a non-empty field {name!r}, got the fields {', '.join(map(repr, row)) or 'none'}")
+        extra = {"hint": hint} if hint else {}
+        prompt = template.replace("{problem}", str(row[question]))
+        problems.append(Problem(str(row.get("id", number)), prompt, str(row[answer]), cell=str(row[cell]) if cell else "", data=row, **extra))
+    if not problems:
+        raise ProblemError(f"problems.path: {path} holds no problem")
+    return problems
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, int, dict]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 may stand inside a JSON string
     except FileNotFoundError:
         raise ProblemError(f"problems.path: no such file: {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ProblemError(f"problems.path: cannot read {path}: {error}") from None
-    problems = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -59,15 +73,23 @@ def load_jsonl(
             raise ProblemError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
         if not isinstance(row, dict):
             raise ProblemError(f"{where}: wanted a JSON object, got {type(row).__name__}")
-        for name in (question, answer, *([cell] if cell else [])):
-            if not isinstance(row.get(name), (str, int, float)) or isinstance(row[name], bool) or str(row[name]).strip() == "":
-                raise ProblemError(f"{where}: wanted a non-empty field {name!r}, got the fields {', '.join(map(repr, row)) or 'none'}")
-        extra = {"hint": hint} if hint else {}
-        prompt = template.replace("{problem}", str(row[question]))
-        problems.append(Problem(str(row.get("id", number)), prompt, str(row[answer]), cell=str(row[cell]) if cell else "", data=row, **extra))
-    if not problems:
-        raise ProblemError(f"problems.path: {path} holds no problem")
-    return problems
+        yield where, number, row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, int, dict]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ProblemError(f"problems.path: {path} needs pyarrow: pip install -e '.[data]'") from None
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except FileNotFoundError:
+        raise ProblemError(f"problems.path: no such file: {path}") from None
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ProblemError(f"problems.path: cannot read {path}: {' '.join(str(error).split())}") from None
+    for number, row in enumerate(rows, 1):
+        yield f"{path}, row {number}", number, row
 
 
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")

@@ -1,7 +1,8 @@
-"""A run's directory and what is shown while it runs: config.yaml, metrics.jsonl, checkpoints/, and one progress bar a phase."""
+"""A run's directory and what is shown while it runs: config.yaml, metrics.jsonl, checkpoints/, rollouts/, and one progress bar a phase."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -27,6 +28,7 @@ class Run:
         self.console = Console(file=sys.stdout)
         self.progress: Progress | None = None
         self.shown: dict[str, float] = {}
+        self.keeps_rollouts = importlib.util.find_spec("pyarrow") is not None
 
     def begin(self) -> None:
         """Makes the directory this run's own. Nothing is written before: a run that is refused leaves no trace in another's directory."""
@@ -54,6 +56,20 @@ class Run:
         temporary = self.metrics.with_suffix(".writing")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         os.replace(temporary, self.metrics)
+        for path in (self.directory / "rollouts").glob("step-*.parquet"):
+            if int(path.stem.partition("-")[2]) > step:
+                path.unlink()
+
+    def save_rollouts(self, step: int, columns: dict[str, list]) -> None:
+        """One parquet file a step (the extra `report`), written beside and renamed."""
+        import pyarrow
+        from pyarrow import parquet
+
+        folder = self.directory / "rollouts"
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".step-{step}.writing"
+        parquet.write_table(pyarrow.table(columns), temporary)
+        os.replace(temporary, folder / f"step-{step}.parquet")
 
     def log(self, record: dict) -> None:
         with open(self.metrics, "a", encoding="utf-8") as file:

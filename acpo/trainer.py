@@ -32,7 +32,8 @@ from .curriculum import Curriculum
 from .entropy import EntropyController
 from .evaluation import evaluate
 from .policy import Policy, build
-from .problems import Problem, load_jsonl
+from .problems import Problem
+from .problems import load as load_problem_file
 from .rollout.local import LocalEngine
 from .run import Run
 from .stages import Stages
@@ -114,6 +115,7 @@ class Trainer:
             losses = self._update(batch)
         metrics = self._metrics(batch, outcome, attribution, advantages, weights)
         self._control(indices, outcome, metrics["entropy"])
+        self._keep(batch, outcome, indices, attribution)
         self.counters["seconds"] += sum(times.values())
         timing = {f"time/{name}": value for name, value in times.items()}
         return {**metrics, **losses, **self.counters, **timing, "step_time": sum(times.values()), "memory_gb": peak_memory_gb()}
@@ -358,6 +360,27 @@ class Trainer:
             out["confidence"] = float(batch.sequence["confidence"].mean())
         return out
 
+    def _keep(self, batch: Batch, outcome: Tensor, indices: np.ndarray, attribution: Attribution | None) -> None:
+        """The step's rollouts as rollouts/step-N.parquet: one row a rollout, lists over its segments."""
+        if not self.run.keeps_rollouts:
+            return
+        size, segments = self.config.rollout.group_size, batch.segments
+        counts, lengths = segments.sequence_offsets.diff().tolist(), segments.lengths
+        credit_ = segment_reduce(batch.token["advantages"], segments, reduce="mean")
+        columns = {"segment_tokens": lengths, "segment_credit": credit_}
+        if attribution is not None:
+            columns |= {"segment_phi": attribution.phi, "segment_iota": attribution.iota}
+        problems = [self.train_problems[i] for i in indices for _ in range(size)]
+        self.run.save_rollouts(self.step_number, {
+            "problem": [p.id for p in problems],
+            "answer": [p.answer for p in problems],
+            "prompt": [p.prompt for p in problems],
+            "response": self.tokenizer.batch_decode(batch.responses(), skip_special_tokens=True),
+            "outcome": outcome.tolist(),
+            "finished": batch.sequence["finished"].tolist(),
+            **{name: [part.tolist() for part in value.split(counts)] for name, value in columns.items()},
+        })  # fmt: skip
+
     # --- warm-up, evaluation, state -----------------------------------------------------------------------------------------------
 
     def warm_up(self) -> None:
@@ -414,6 +437,9 @@ class Trainer:
     def export(self) -> None:
         """The policy and its tokenizer as a folder that policy.path reads, and transformers (the characters of a synthetic task need
         PreTrainedTokenizerFast: AutoTokenizer would take the tokenizer class of the model type)."""
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         folder = self.run.directory / "policy"
         self.policy.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
@@ -504,7 +530,7 @@ def load_problems(config: Config):
         except ValueError as error:
             raise ConfigError(str(error)) from None
         return task, train, held_out
-    problems = load_jsonl(
+    problems = load_problem_file(
         settings.path, question=settings.question, answer=settings.answer, cell=settings.cell, template=settings.template, hint=settings.hint
     )
     order = np.random.default_rng((settings.seed, 4)).permutation(len(problems))

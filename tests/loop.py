@@ -14,7 +14,7 @@ from acpo.trainer import Trainer
 
 MINI = """
 name: mini
-problems: {task: chain, steps: 2, modulus: 4, train: 40, held_out: 16, hard: 0.5}
+problems: {task: chain, steps: 2, modulus: 4, train: 40, held_out: 16, hard: 0.8, wrong_low: 0.5, wrong_high: 0.7}
 policy: {from_config: tiny, device: cpu}
 warmup: {steps: 150, batch: 32}
 rollout: {prompts: 4, group_size: 4, max_new_tokens: 14}

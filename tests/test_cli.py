@@ -160,6 +160,16 @@ def test_train_leaves_a_run_to_look_at(finished_run):
     assert f"{last['eval/accuracy']:.3f}" in page and "stage2" in page and "learning_rate: 0.0003" in page
 
 
+def test_rollouts_are_kept_as_parquet(finished_run):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = parquet.read_table(finished_run / "rollouts" / "step-1.parquet").to_pylist()
+    first = next(r for r in records(finished_run) if r["phase"] == "stage1")
+    assert sum(r["outcome"] for r in rows) / len(rows) == pytest.approx(first["reward"])
+    for row in rows:
+        assert len(row["segment_tokens"]) == len(row["segment_credit"]) == len(row["segment_phi"]) > 0
+        assert sum(row["segment_tokens"]) == len(row["response"]) + row["finished"]  # one character a token, and the end
+
+
 def test_the_exported_policy_is_the_trained_one(finished_run, warmed):
     from acpo import config
     from acpo.policy import build

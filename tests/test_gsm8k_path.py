@@ -13,7 +13,7 @@ from loop import records
 from acpo import config
 from acpo import trainer as module
 from acpo.cli import main
-from acpo.problems import load_jsonl
+from acpo.problems import load
 from acpo.rollout import Sample
 from acpo.run import Run
 from acpo.trainer import Trainer
@@ -65,7 +65,7 @@ def test_two_steps_end_to_end(tmp_path, tokenizer, method):
     assert all(r["tokens/generated"] > 0 and r["completions/max_length"] <= 24 for r in found[1:])
     assert "eval/accuracy" in found[0] and "eval/accuracy" in found[2]
     if method == "acpo":
-        assert found[2]["attribution/rows"] == 1.0, "an untrained policy is never right: every group is one without variance"
+        assert found[2]["attribution/rows"] == found[2]["frac_reward_zero_std"] > 0, "the groups without variance, and no others"
         assert found[2]["tokens/forward_extra"] > found[2]["tokens/generated"]
     else:
         assert found[2]["tokens/generated"] > 2 * 3 * 6 * found[2]["completions/mean_length"], "four rounds a step, all of them counted"
@@ -74,7 +74,7 @@ def test_two_steps_end_to_end(tmp_path, tokenizer, method):
 
 def test_prompts_hold_the_problem_and_hints_the_answer(tmp_path, tokenizer):
     trainer = trainer_of(tmp_path, tokenizer)
-    assert len(load_jsonl(FIXTURE)) == 20
+    assert len(load(FIXTURE)) == 20
     assert len(trainer.train_problems) == 16 and len(trainer.held_out) == 4
     assert not {p.id for p in trainer.train_problems} & {p.id for p in trainer.held_out}
     problem = trainer.train_problems[0]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from acpo.problems import Problem, ProblemError, extract_answer, last_boxed, load_jsonl
+from acpo.problems import Problem, ProblemError, extract_answer, last_boxed, load
 
 FIXTURE = Path(__file__).parent / "fixtures" / "problems.jsonl"
 
@@ -18,7 +18,7 @@ def write(tmp_path: Path, text: str) -> Path:
 
 
 def test_fixture():
-    problems = load_jsonl(FIXTURE, template="Q: {problem}\nA:")
+    problems = load(FIXTURE, template="Q: {problem}\nA:")
     assert len(problems) == 20 and len({p.id for p in problems}) == 20
     assert problems[0].id == "fixture-0" and problems[0].answer == "57"
     assert problems[0].prompt.startswith("Q: A farmer has 3 fields") and problems[0].prompt.endswith("left?\nA:")
@@ -26,7 +26,7 @@ def test_fixture():
 
 def test_fields_ids_and_blank_lines(tmp_path):
     path = write(tmp_path, '{"q": "a{x}", "r": 7}\n\n  \r\n{"q": "b", "r": "8", "id": 5}\r\n')
-    first, second = load_jsonl(path, question="q", answer="r", template="<{problem}>{x}")
+    first, second = load(path, question="q", answer="r", template="<{problem}>{x}")
     assert (first.id, first.prompt, first.answer) == ("1", "<a{x}>{x}", "7")
     assert (second.id, second.prompt, second.answer) == ("5", "<b>{x}", "8")
     assert first.data == {"q": "a{x}", "r": 7}
@@ -34,16 +34,16 @@ def test_fields_ids_and_blank_lines(tmp_path):
 
 def test_difficulty_cells(tmp_path):
     path = write(tmp_path, '{"problem": "a", "answer": "1", "level": 3}\n{"problem": "b", "answer": "2"}\n')
-    assert [p.cell for p in load_jsonl(path)] == ["", ""]
+    assert [p.cell for p in load(path)] == ["", ""]
     with pytest.raises(ProblemError, match="line 2: wanted a non-empty field 'level', got the fields 'problem', 'answer'"):
-        load_jsonl(path, cell="level")
-    assert load_jsonl(write(tmp_path, '{"problem": "a", "answer": "1", "level": 3}'), cell="level")[0].cell == "3"
+        load(path, cell="level")
+    assert load(write(tmp_path, '{"problem": "a", "answer": "1", "level": 3}'), cell="level")[0].cell == "3"
 
 
 def test_separators_inside_a_string_do_not_end_a_line(tmp_path):
     question = "one\u2028two\u2029three\x85four\x0bfive"
     path = write(tmp_path, f'{{"problem": "{question}", "answer": "1"}}\n{{"problem": "next", "answer": "2"}}\n'.replace("\x0b", "\\u000b"))
-    assert [p.prompt for p in load_jsonl(path)] == [question, "next"]
+    assert [p.prompt for p in load(path)] == [question, "next"]
 
 
 @pytest.mark.parametrize(
@@ -65,23 +65,23 @@ def test_separators_inside_a_string_do_not_end_a_line(tmp_path):
 )
 def test_bad_file(tmp_path, text, message):
     with pytest.raises(ProblemError, match=message) as caught:
-        load_jsonl(write(tmp_path, text))
+        load(write(tmp_path, text))
     assert "\n" not in str(caught.value)
 
 
 def test_missing_and_unreadable_file(tmp_path):
     with pytest.raises(ProblemError, match=r"problems\.path: no such file: .*absent\.jsonl"):
-        load_jsonl(tmp_path / "absent.jsonl")
+        load(tmp_path / "absent.jsonl")
     with pytest.raises(ProblemError, match=r"problems\.path: cannot read"):
-        load_jsonl(tmp_path)
+        load(tmp_path)
     (tmp_path / "latin.jsonl").write_bytes(b'{"problem": "caf\xe9", "answer": "1"}')
     with pytest.raises(ProblemError, match=r"problems\.path: cannot read"):
-        load_jsonl(tmp_path / "latin.jsonl")
+        load(tmp_path / "latin.jsonl")
 
 
 def test_hinted_prompt(tmp_path):
     path = write(tmp_path, '{"problem": "with {answer} in it", "answer": "{prompt}"}')
-    (problem,) = load_jsonl(path, hint="[{answer}] {prompt}")
+    (problem,) = load(path, hint="[{answer}] {prompt}")
     assert problem.hinted_prompt("9") == "[9] with {answer} in it", "braces of the problem are its own"
     assert Problem("x", "p", "a").hinted_prompt("3") == "The answer is 3.\np"
 
@@ -110,3 +110,19 @@ def test_last_boxed(text, boxed):
 )  # fmt: skip
 def test_extract_answer(how, text, answer):
     assert extract_answer(text, how) == answer
+
+
+def test_parquet_rows_are_problems(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "p.parquet"
+    parquet.write_table(pyarrow.table({"id": ["x", "y"], "problem": ["1+1?", "2+2?"], "answer": [2, 4]}), path)
+    assert [(p.id, p.prompt, p.answer) for p in load(path)] == [("x", "1+1?", "2"), ("y", "2+2?", "4")]
+    with pytest.raises(ProblemError, match=r"p\.parquet, row 1: wanted a non-empty field 'question', got the fields 'id', 'problem', 'answer'"):
+        load(path, question="question")
+    path.write_bytes(b"not parquet")
+    with pytest.raises(ProblemError, match=r"cannot read .*p\.parquet"):
+        load(path)
+    with pytest.raises(ProblemError, match="no such file"):
+        load(tmp_path / "q.parquet")

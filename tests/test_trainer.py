@@ -281,6 +281,8 @@ def test_killed_at_any_instant_and_continued_ends_the_same(tmp_path, finished_ru
     assert "resumed from step" in out
     one, other = records(finished_run), records(tmp_path / "run")
     assert [without_times(r) for r in other] == [without_times(r) for r in one]
+    kept = [{p.name: p.read_bytes() for p in (run / "rollouts").glob("*")} for run in (finished_run, tmp_path / "run")]
+    assert kept[0] == kept[1]
     whole, continued = (checkpoint.latest(run / "checkpoints") for run in (finished_run, tmp_path / "run"))
     assert whole[1]["step"] == continued[1]["step"] == 8
     for name in ("policy", "reference", "optimizer", "random"):
@@ -416,7 +418,7 @@ def test_a_warm_up_that_blows_up_is_one_clear_error(tmp_path):
 @pytest.mark.parametrize("source", ["own", "tree"])
 def test_methods_run_with_their_settings(tmp_path, warmed, method, source, monkeypatch):
     extra = (*TREE, "credit.form=additive") if source == "tree" else ()
-    trainer = trainer_of(tmp_path, f"method={method}", "trainer.steps=4", *extra, weights=warmed)
+    trainer = trainer_of(tmp_path, f"method={method}", "trainer.steps=4", *MANY, *extra, weights=warmed)
     calls = []
     forward = Policy.forward
     monkeypatch.setattr(Policy, "forward", lambda self, *a, **k: (calls.append(k), forward(self, *a, **k))[1])
@@ -485,7 +487,7 @@ def test_dynamic_sampling_counts_what_it_throws_away(tmp_path, warmed):
         again += len(generated) > 1
         wanted = 16
         for (count, _), following in itertools.pairwise(generated):
-            assert count == wanted and following[0] < 16
+            assert count == wanted and following[0] <= count  # equal: a round without a mixed group
             wanted = following[0]
     assert mixed == 12, "twelve rounds find four groups with both outcomes from a policy that is right one time in four"
     assert again, "none of these batches needed a second round"
