@@ -435,11 +435,11 @@ def test_methods_run_with_their_settings(tmp_path, warmed, method, source, monke
     assert all((k["entropy_weight"] is not None) == (method == "acpo") for k in calls)
     denominators = [k["denominator"] for k in calls]
     if method == "dr_grpo":
-        assert set(denominators) == {14.0 * 8}, "a constant: new tokens at most, times rollouts"
+        assert set(denominators) == {14.0 * 32}, "a constant: new tokens at most, times rollouts"
     elif method == "gspo":
         assert all(torch.is_tensor(d) for d in denominators)
     else:
-        assert all(isinstance(d, float) and 0 < d < 14 * 8 for d in denominators)
+        assert all(isinstance(d, float) and 0 < d < 14 * 32 for d in denominators)
     assert any(not torch.equal(warmed[n], p) for n, p in trainer.policy.named_parameters())
 
 
