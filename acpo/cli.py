@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         return {"train": _train, "eval": _eval, "report": _report}[options.verb](options)
-    except (ConfigError, ProblemError) as error:
+    except (ConfigError, ProblemError, ImportError) as error:  # ImportError: something optional is not installed, and says what
         print(f"acpo: {error}", file=sys.stderr)
         return 2
     except (TrainingError, CheckpointError) as error:
