@@ -31,14 +31,13 @@ from .config import Config, ConfigError, differences, to_dict
 from .curriculum import Curriculum
 from .entropy import EntropyController
 from .evaluation import evaluate
+from .metrics import rollout_rows, step_metrics
 from .policy import Policy, build
 from .problems import Problem
-from .problems import load as load_problem_file
 from .rollout.local import LocalEngine
 from .run import Run
+from .sources import load_problems
 from .stages import Stages
-from .synthetic import TASKS
-from .synthetic import problems as synthetic_problems
 from .warmup import examples
 
 STANDS = "the last checkpoint stands; a lower optimizer.learning_rate is the usual way out"
@@ -113,9 +112,15 @@ class Trainer:
             advantages, weights = self._credit(batch, outcome, attribution)
         with clock(times, "update"):
             losses = self._update(batch)
-        metrics = self._metrics(batch, outcome, attribution, advantages, weights)
+        target = self.entropy.target(self.step_number / self.config.trainer.steps, self.stages.stage)
+        metrics = {
+            **step_metrics(batch, outcome, attribution, advantages, weights, self.config.rollout.group_size),
+            "entropy/target": target, "entropy/weight": self.entropy.weight, "stage": self.stages.stage,
+        }  # fmt: skip
+        if self.run.keeps_rollouts:
+            problems = [self.train_problems[i] for i in indices for _ in range(self.config.rollout.group_size)]
+            self.run.save_rollouts(self.step_number, rollout_rows(batch, outcome, attribution, problems, self.tokenizer))
         self._control(indices, outcome, metrics["entropy"])
-        self._keep(batch, outcome, indices, attribution)
         self.counters["seconds"] += sum(times.values())
         timing = {f"time/{name}": value for name, value in times.items()}
         return {**metrics, **losses, **self.counters, **timing, "step_time": sum(times.values()), "memory_gb": peak_memory_gb()}
@@ -326,61 +331,6 @@ class Trainer:
         if self.stages.update(self.step_number, float(outcome.mean())):
             self.reference = copy.deepcopy(self.policy).requires_grad_(False)
 
-    def _metrics(self, batch: Batch, outcome: Tensor, attribution: Attribution | None, advantages: Tensor, weights: Tensor) -> dict[str, float]:
-        segments, size = batch.segments, self.config.rollout.group_size
-        lengths = torch.tensor(batch.lengths, dtype=torch.float32)
-        zero = zero_variance(outcome, size)
-        spread = batch.token["advantages"] - advantages[segments.sequence_ids()]
-        out = {
-            "reward": float(outcome.mean()),
-            "reward_std": float(outcome.view(-1, size).std(1, correction=0).mean()),
-            "frac_reward_zero_std": float(zero.float().mean()),
-            "entropy": float(batch.token["entropy"].mean()),
-            "entropy/target": self.entropy.target(self.step_number / self.config.trainer.steps, self.stages.stage),
-            "entropy/weight": self.entropy.weight,
-            "completions/mean_length": float(lengths.mean()),
-            "completions/max_length": float(lengths.max()),
-            "completions/clipped_ratio": 1.0 - float(batch.sequence["finished"].float().mean()),
-            "segments/mean_count": segments.num_segments / segments.num_sequences,
-            "segments/mean_length": float(segments.lengths.float().mean()),
-            "segments/terminal_ratio": float(segments.is_terminal().sum()) / segments.num_sequences,
-            "sampling/logp_difference": float((batch.token["old_logp"] - batch.token["rollout_logp"]).abs().mean()),
-            "credit/nonzero_ratio": float((batch.token["advantages"] != 0).float().mean()),
-            "credit/shaping_abs": float(spread.abs().mean()),
-            "credit/weight_max": float(weights.max()),
-            "stage": self.stages.stage,
-            "attribution/reliability": 0.0 if attribution is None else attribution.reliability,
-        }
-        if attribution is not None:
-            out["attribution/rows"] = float(attribution.rows.float().mean())
-            out["attribution/iota_sum"] = float(attribution.iota.sum()) / max(1.0, float(attribution.rows.sum()))
-            if "kl" in batch.token:
-                out["attribution/not_finite"] = int((~torch.isfinite(batch.token["log_ratio"] + batch.token["kl"])).sum())
-        if "confidence" in batch.sequence:
-            out["confidence"] = float(batch.sequence["confidence"].mean())
-        return out
-
-    def _keep(self, batch: Batch, outcome: Tensor, indices: np.ndarray, attribution: Attribution | None) -> None:
-        """The step's rollouts as rollouts/step-N.parquet: one row a rollout, lists over its segments."""
-        if not self.run.keeps_rollouts:
-            return
-        size, segments = self.config.rollout.group_size, batch.segments
-        counts, lengths = segments.sequence_offsets.diff().tolist(), segments.lengths
-        credit_ = segment_reduce(batch.token["advantages"], segments, reduce="mean")
-        columns = {"segment_tokens": lengths, "segment_credit": credit_}
-        if attribution is not None:
-            columns |= {"segment_phi": attribution.phi, "segment_iota": attribution.iota}
-        problems = [self.train_problems[i] for i in indices for _ in range(size)]
-        self.run.save_rollouts(self.step_number, {
-            "problem": [p.id for p in problems],
-            "answer": [p.answer for p in problems],
-            "prompt": [p.prompt for p in problems],
-            "response": self.tokenizer.batch_decode(batch.responses(), skip_special_tokens=True),
-            "outcome": outcome.tolist(),
-            "finished": batch.sequence["finished"].tolist(),
-            **{name: [part.tolist() for part in value.split(counts)] for name, value in columns.items()},
-        })  # fmt: skip
-
     # --- warm-up, evaluation, state -----------------------------------------------------------------------------------------------
 
     def warm_up(self) -> None:
@@ -511,33 +461,6 @@ class Trainer:
             self.reference.load_state_dict(tensors["reference"], strict=False)
         self.run.cut_back(self.warmup_step, self.step_number if self.step_number else -1)
         self.run.say(f"resumed from {'step ' + str(self.step_number) if self.step_number else 'warm-up step ' + str(self.warmup_step)}")
-
-
-def load_problems(config: Config):
-    """(synthetic task or None, training problems, held-out problems), the two sets disjoint."""
-    settings = config.problems
-    if settings.task:
-        kinds = {
-            "multiplication": {"digits": settings.digits},
-            "chain": {"steps": settings.steps, "modulus": settings.modulus, "distractors": settings.distractors, "luck": settings.luck},
-        }
-        try:
-            task = TASKS[settings.task](
-                **kinds[settings.task], hard=settings.hard, q=(settings.wrong_low, settings.wrong_high), table_seed=settings.seed
-            )
-            held_out = synthetic_problems(task, settings.held_out, settings.seed + 1)
-            train = synthetic_problems(task, settings.train, settings.seed + 2, frozenset(p.id for p in held_out))
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        return task, train, held_out
-    problems = load_problem_file(
-        settings.path, question=settings.question, answer=settings.answer, cell=settings.cell, template=settings.template, hint=settings.hint
-    )
-    order = np.random.default_rng((settings.seed, 4)).permutation(len(problems))
-    count = min(settings.held_out, len(problems) // 5)
-    if count == 0:
-        raise ConfigError(f"problems.path: {settings.path} holds {len(problems)} problems: at least 5 are needed to keep one apart")
-    return None, [problems[i] for i in order[count:]], [problems[i] for i in order[:count]]
 
 
 def eos_ids(policy: Policy, tokenizer) -> list[int]:

@@ -1,0 +1,66 @@
+"""What a step leaves behind: one record of numbers under the names that people know, and its rollouts as rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acpo_kernels import segment_reduce
+
+from .attribution import Attribution, zero_variance
+from .batch import Batch
+from .problems import Problem
+
+
+def step_metrics(
+    batch: Batch, outcome: Tensor, attribution: Attribution | None, advantages: Tensor, weights: Tensor, group_size: int
+) -> dict[str, float]:
+    """The figures of a batch after credit: outcome [B], advantages [B] of the rollouts, weights [S] of the segments."""
+    segments = batch.segments
+    lengths = torch.tensor(batch.lengths, dtype=torch.float32)
+    shaping = batch.token["advantages"] - advantages[segments.sequence_ids()]
+    out = {
+        "reward": float(outcome.mean()),
+        "reward_std": float(outcome.view(-1, group_size).std(1, correction=0).mean()),
+        "frac_reward_zero_std": float(zero_variance(outcome, group_size).float().mean()),
+        "entropy": float(batch.token["entropy"].mean()),
+        "completions/mean_length": float(lengths.mean()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": 1.0 - float(batch.sequence["finished"].float().mean()),
+        "segments/mean_count": segments.num_segments / segments.num_sequences,
+        "segments/mean_length": float(segments.lengths.float().mean()),
+        "segments/terminal_ratio": float(segments.is_terminal().sum()) / segments.num_sequences,
+        "sampling/logp_difference": float((batch.token["old_logp"] - batch.token["rollout_logp"]).abs().mean()),
+        "credit/nonzero_ratio": float((batch.token["advantages"] != 0).float().mean()),
+        "credit/shaping_abs": float(shaping.abs().mean()),
+        "credit/weight_max": float(weights.max()),
+        "attribution/reliability": 0.0 if attribution is None else attribution.reliability,
+    }
+    if attribution is not None:
+        out["attribution/rows"] = float(attribution.rows.float().mean())
+        out["attribution/iota_sum"] = float(attribution.iota.sum()) / max(1.0, float(attribution.rows.sum()))
+        if "kl" in batch.token:
+            out["attribution/not_finite"] = int((~torch.isfinite(batch.token["log_ratio"] + batch.token["kl"])).sum())
+    if "confidence" in batch.sequence:
+        out["confidence"] = float(batch.sequence["confidence"].mean())
+    return out
+
+
+def rollout_rows(batch: Batch, outcome: Tensor, attribution: Attribution | None, problems: list[Problem], tokenizer) -> dict[str, list[Any]]:
+    """Columns of rollouts/step-N.parquet: one row a rollout, lists over its segments."""
+    segments = batch.segments
+    columns = {"segment_tokens": segments.lengths, "segment_credit": segment_reduce(batch.token["advantages"], segments, reduce="mean")}
+    if attribution is not None:
+        columns |= {"segment_phi": attribution.phi, "segment_iota": attribution.iota}
+    counts = segments.sequence_offsets.diff().tolist()
+    return {
+        "problem": [p.id for p in problems],
+        "answer": [p.answer for p in problems],
+        "prompt": [p.prompt for p in problems],
+        "response": tokenizer.batch_decode(batch.responses(), skip_special_tokens=True),
+        "outcome": outcome.tolist(),
+        "finished": batch.sequence["finished"].tolist(),
+        **{name: [part.tolist() for part in value.split(counts)] for name, value in columns.items()},
+    }
