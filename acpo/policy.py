@@ -156,10 +156,10 @@ def _tokenizer(config: Config):
     source = config.policy.tokenizer or config.policy.path
     if not source:
         if not config.problems.task:
-            raise ConfigError("policy.tokenizer must name a tokenizer folder or tokenizer.json when the policy comes from a size, got ''")
+            raise ConfigError("policy.tokenizer must be 'bytes' or name a tokenizer folder or tokenizer.json when the policy comes from a size, got ''")
         tokenizer = characters()
     else:
-        tokenizer = load_tokenizer(source)
+        tokenizer = byte_tokenizer() if source == "bytes" else load_tokenizer(source)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"policy.tokenizer: {source} has no eos token: a rollout could not end")
     if tokenizer.pad_token_id is None:
@@ -167,6 +167,18 @@ def _tokenizer(config: Config):
     if config.problems.chat and not getattr(tokenizer, "chat_template", None):
         raise ConfigError("problems.chat = true needs a tokenizer with a chat template; set it to false, or give another policy.tokenizer")
     return tokenizer
+
+
+def byte_tokenizer():
+    """One token a byte, <pad> and <eos>: any text, nothing to download."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(symbols)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False)
 
 
 def load_tokenizer(source: str):

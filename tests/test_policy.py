@@ -8,6 +8,7 @@ import pytest
 import torch
 from ragged import segments_of
 
+import acpo_kernels
 from acpo import config
 from acpo.config import ConfigError
 from acpo.policy import SIZES, Policy, build, load_tokenizer
@@ -209,3 +210,15 @@ def test_the_real_vocabulary(shared_data):
     ids = torch.tensor([5, 151_935, 151_700])
     found = built.score(built.hidden([[1, 2]], [ids]), ids, 1.0)
     assert found.logp.isfinite().all() and found.entropy.max() < 11.94
+
+
+def test_the_byte_tokenizer_keeps_any_text():
+    chosen = config.load(None, ["problems.path=unused.jsonl", "policy.from_config=tiny", "policy.tokenizer=bytes", "policy.device=cpu"])
+    built, tokens = build(chosen)
+    text = "Wait, 3 \u2264 \u03c0?\n\n\u7b54\u6848 <eos>x"
+    ids = tokens(text, add_special_tokens=False)["input_ids"]
+    assert tokens.decode(ids) == text and built.vocab_size == len(tokens) == 258
+    assert len(tokens("abc \u03c0", add_special_tokens=False)["input_ids"]) == 6
+    segmenter = acpo_kernels.Segmenter.from_tokenizer(tokens, min_tokens=2, max_tokens=64, target_tokens=8)
+    ids = torch.tensor(tokens("First line.\n\nSecond line.\n\nThird.", add_special_tokens=False)["input_ids"])
+    assert segmenter(ids, torch.tensor([0, len(ids)])).token_offsets.tolist() == [0, 13, 27, 33]
