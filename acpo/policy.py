@@ -156,7 +156,7 @@ def _tokenizer(config: Config):
     source = config.policy.tokenizer or config.policy.path
     if not source:
         if not config.problems.task:
-            raise ConfigError("policy.tokenizer must name a tokenizer folder or tokenizer.json, or be 'bytes', when the policy comes from a size, got ''")
+            raise ConfigError("policy.tokenizer must name a tokenizer folder or tokenizer.json, or be 'bytes', with policy.from_config, got ''")
         tokenizer = characters()
     else:
         tokenizer = byte_tokenizer() if source == "bytes" else load_tokenizer(source)
