@@ -55,6 +55,17 @@ def number(name: str, value: object, *, low: float | None = None, above: float |
         raise ValueError(f"{name} must be at most {high}, got {value}")
 
 
+def tensor_or_number(name: str, value, shapes: tuple, device, *, above: float | None = None) -> None:
+    """value is None, a number, or a floating tensor of one of shapes (its values are the caller's promise)."""
+    if isinstance(value, Tensor):
+        tensor(name, value, FLOAT, device=device)
+        if tuple(value.shape) not in shapes:
+            wanted = " or ".join(str(s) for s in dict.fromkeys(shapes))
+            raise ValueError(f"{name} must be a number or have shape {wanted}, got {tuple(value.shape)}")
+    elif value is not None:
+        number(name, value, above=above)
+
+
 def choice(name: str, value: object, choices: tuple) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -80,11 +91,11 @@ def ids_in_range(ids: Tensor, active: Tensor, vocab_size: int) -> None:
         raise ValueError(f"ids must lie in [0, V) with V = {vocab_size}, or be -100, got {int(ids[at])} at index {at[0] if len(at) == 1 else at}")
 
 
-def rows(logits: Tensor, ids: Tensor, temperature_: float | Tensor, mask: Tensor | None, name: str = "logits") -> None:
+def rows(logits: Tensor, ids: Tensor, temperature_: float | Tensor, mask: Tensor | None) -> None:
     """The arguments of an operation on logits: logits[...,V] floating, ids[...], temperature, mask[...]."""
-    tensor(name, logits, FLOAT)
+    tensor("logits", logits, FLOAT)
     if logits.ndim < 1 or logits.shape[-1] == 0:
-        raise ValueError(f"{name} must be [...,V] with V >= 1, got {tuple(logits.shape)}")
+        raise ValueError(f"logits must be [...,V] with V >= 1, got {tuple(logits.shape)}")
     _ids_mask_temperature(ids, tuple(logits.shape[:-1]), logits.device, temperature_, mask)
 
 

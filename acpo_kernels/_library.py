@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 NAMESPACE = "acpo_kernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -53,3 +54,8 @@ def _without_autocast(function: Callable, device: str) -> Callable:
             return function(*args)
 
     return run
+
+
+def number_or_tensor(value: float | Tensor | None) -> tuple[float | None, Tensor | None]:
+    """A schema holds either as two arguments: the number, or the tensor."""
+    return (None, value) if isinstance(value, Tensor) else (value, None)

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from . import _checks as check
 from . import _torch, reference
-from ._library import define
+from ._library import define, number_or_tensor
 from ._results import HindsightInformation
-from .segment_credit import _number_or_tensor
 
 
 @torch.no_grad()
@@ -48,7 +47,7 @@ def hindsight_information(
     check.tensor("hindsight_logits", hindsight_logits, (logits.dtype,), shape=tuple(logits.shape), shape_name="that of logits", device=logits.device)
     if impl == "reference":
         return reference.hindsight_information(logits, hindsight_logits, ids, temperature=temperature, mask=mask)
-    return HindsightInformation(*_op(logits, hindsight_logits, ids, *_number_or_tensor(temperature), mask))
+    return HindsightInformation(*_op(logits, hindsight_logits, ids, *number_or_tensor(temperature), mask))
 
 
 def _forward_cpu(logits, hindsight_logits, ids, temperature, temperatures, mask):

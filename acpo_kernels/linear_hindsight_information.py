@@ -7,9 +7,8 @@ from torch import Tensor
 
 from . import _checks as check
 from . import _torch, reference
-from ._library import define
+from ._library import define, number_or_tensor
 from ._results import HindsightInformation
-from .segment_credit import _number_or_tensor
 
 
 @torch.no_grad()
@@ -50,7 +49,7 @@ def linear_hindsight_information(
         return reference.linear_hindsight_information(
             hidden, hindsight_hidden, weight, ids, bias=bias, temperature=temperature, softcap=softcap, mask=mask
         )
-    return HindsightInformation(*_op(hidden, hindsight_hidden, weight, ids, bias, *_number_or_tensor(temperature), softcap, mask))
+    return HindsightInformation(*_op(hidden, hindsight_hidden, weight, ids, bias, *number_or_tensor(temperature), softcap, mask))
 
 
 def _forward_cpu(hidden, hindsight_hidden, weight, ids, bias, temperature, temperatures, softcap, mask):

@@ -6,9 +6,8 @@ from torch import Tensor
 
 from . import _checks as check
 from . import _torch, reference
-from ._library import define
+from ._library import define, number_or_tensor
 from ._results import LogprobEntropy
-from .segment_credit import _number_or_tensor
 
 
 def linear_logprob_entropy(
@@ -50,7 +49,7 @@ def linear_logprob_entropy(
     check.head(hidden, weight, ids, bias, temperature, softcap, mask)
     if impl == "reference":
         return reference.linear_logprob_entropy(hidden, weight, ids, bias=bias, temperature=temperature, softcap=softcap, mask=mask)
-    return LogprobEntropy(*_op(hidden, weight, ids, bias, *_number_or_tensor(temperature), softcap, mask))
+    return LogprobEntropy(*_op(hidden, weight, ids, bias, *number_or_tensor(temperature), softcap, mask))
 
 
 def _forward_cpu(hidden, weight, ids, bias, temperature, temperatures, softcap, mask):

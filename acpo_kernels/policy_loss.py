@@ -7,9 +7,8 @@ from torch.autograd.function import once_differentiable
 
 from . import _checks as check
 from . import _torch, reference
-from ._library import define
+from ._library import define, number_or_tensor
 from ._results import PolicyLoss
-from .segment_credit import _number_or_tensor
 from .segments import Segments
 
 
@@ -66,11 +65,11 @@ def policy_loss(
             check.tensor(name, value, check.FLOAT, shape=(n,), shape_name="[N]", device=device)
     if mask is not None:
         check.tensor("mask", mask, check.BOOL, shape=(n,), shape_name="[N]", device=device)
-    low, high = loss_settings(clip, ratio, kl_weight, ref_logp, rollout_cap)
+    low, high = _loss_settings(clip, ratio, kl_weight, ref_logp, rollout_cap)
     if entropy_weight is not None and entropy is None:
         raise ValueError("entropy must be given with entropy_weight, got None")
-    tensor_or_number("entropy_weight", entropy_weight, ((n,),), device)
-    tensor_or_number("denominator", denominator, ((), (segments.num_sequences,), (n,)), device, above=0)
+    check.tensor_or_number("entropy_weight", entropy_weight, ((n,),), device)
+    check.tensor_or_number("denominator", denominator, ((), (segments.num_sequences,), (n,)), device, above=0)
     if impl == "reference":
         return reference.policy_loss(
             logp, old_logp, advantages, segments, mask=mask, clip=clip, ratio=ratio, entropy=entropy, entropy_weight=entropy_weight,
@@ -78,13 +77,13 @@ def policy_loss(
         )  # fmt: skip
     loss, metrics, _, _ = _op(
         logp, old_logp, advantages, segments.token_offsets, segments.sequence_offsets, mask, low, high, ratio, entropy,
-        *_number_or_tensor(entropy_weight), ref_logp, kl_weight, rollout_logp, rollout_cap, *_number_or_tensor(denominator),
+        *number_or_tensor(entropy_weight), ref_logp, kl_weight, rollout_logp, rollout_cap, *number_or_tensor(denominator),
     )  # fmt: skip
     return PolicyLoss(loss, dict(zip(_torch.METRICS, metrics.detach().unbind(), strict=True)))
 
 
-def loss_settings(clip, ratio, kl_weight, ref_logp, rollout_cap) -> tuple[float, float]:
-    """The checks of the settings that `policy_loss` and `linear_policy_loss` share; returns clip as two numbers."""
+def _loss_settings(clip, ratio, kl_weight, ref_logp, rollout_cap) -> tuple[float, float]:
+    """Checks the settings that are no per-token tensors; returns clip as two numbers."""
     if not isinstance(clip, (tuple, list)) or len(clip) != 2:
         raise ValueError(f"clip must be a pair (low, high), got {clip!r}")
     check.number("clip[0]", clip[0], low=0.0, high=1.0)
@@ -95,16 +94,6 @@ def loss_settings(clip, ratio, kl_weight, ref_logp, rollout_cap) -> tuple[float,
         raise ValueError("ref_logp must be given with kl_weight > 0, got None")
     check.number("rollout_cap", rollout_cap, above=0)
     return float(clip[0]), float(clip[1])
-
-
-def tensor_or_number(name: str, value, shapes: tuple, device, *, above: float | None = None) -> None:
-    if isinstance(value, Tensor):
-        check.tensor(name, value, check.FLOAT, device=device)
-        if tuple(value.shape) not in shapes:
-            wanted = " or ".join(str(s) for s in dict.fromkeys(shapes))
-            raise ValueError(f"{name} must be a number or have shape {wanted}, got {tuple(value.shape)}")
-    elif value is not None:
-        check.number(name, value, above=above)
 
 
 def _fake(logp, old_logp, advantages, token_offsets, sequence_offsets, mask, clip_low, clip_high, ratio, entropy, *rest):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _checks as check
 from . import _torch, reference
-from ._library import define
+from ._library import define, number_or_tensor
 from ._results import SegmentCredit
 from .segments import Segments
 
@@ -86,14 +86,9 @@ def segment_credit(
     return SegmentCredit(
         *_op(
             scores, segments.token_offsets, segments.sequence_offsets, advantages, segments.num_tokens, segments.terminal, mask, form, bound, gain,
-            *_number_or_tensor(reliability), terminal == "exclude", *_number_or_tensor(scale),
+            *number_or_tensor(reliability), terminal == "exclude", *number_or_tensor(scale),
         )
     )  # fmt: skip
-
-
-def _number_or_tensor(value: float | Tensor | None) -> tuple[float | None, Tensor | None]:
-    """A schema holds either: the number, or the tensor."""
-    return (None, value) if isinstance(value, Tensor) else (value, None)
 
 
 def _fake(scores, token_offsets, sequence_offsets, advantages, num_tokens, *rest):
