@@ -18,11 +18,17 @@ def pass_at_k(right: np.ndarray, samples: int, k: int) -> float:
 
 
 def evaluate(
-    engine: Engine, tokenizer, problems: list[Problem], prompts: list[list[int]], *, max_new_tokens: int, extract: str, samples: int, seed: int
+    engine: Engine,
+    tokenizer,
+    problems: list[Problem],
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    extract: str,
+    samples: int,
+    generator: torch.Generator,
 ) -> dict[str, float]:
-    """`eval/accuracy` (greedy), and with samples > 0 `eval/pass@1` and `eval/pass@samples` at temperature 1, from a seed of its own."""
-    device = engine.policy.device if hasattr(engine, "policy") else "cpu"
-    generator = torch.Generator(device).manual_seed(seed)
+    """`eval/accuracy` (greedy), and with samples > 0 `eval/pass@1` and `eval/pass@samples` at temperature 1, drawn from a generator of its own."""
 
     def right(prompts: list[list[int]], temperature: float, problems: list[Problem]) -> np.ndarray:
         rollouts = engine.generate(prompts, max_new_tokens=max_new_tokens, temperature=temperature, generator=generator)

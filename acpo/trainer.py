@@ -372,7 +372,8 @@ class Trainer:
         ends = step in (0, config.trainer.steps)
         return evaluate(
             self.engine, self.tokenizer, problems, [self._prompt(p.prompt) for p in problems], max_new_tokens=config.rollout.max_new_tokens,
-            extract=config.verify.extract, samples=config.eval.samples if ends else 0, seed=config.seed * 1_000_003 + step,
+            extract=config.verify.extract, samples=config.eval.samples if ends else 0,
+            generator=torch.Generator(self.policy.device).manual_seed(config.seed * 1_000_003 + step),
         )  # fmt: skip
 
     def evaluate_checkpoint(self) -> dict[str, float]:

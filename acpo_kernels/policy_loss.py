@@ -42,8 +42,8 @@ def policy_loss(
 
     Shapes
         logp, old_logp, advantages, mask, entropy, ref_logp, rollout_logp [N]; entropy_weight a number or [N]; denominator a number, 0-d,
-        [B] (one a sequence: sequence-mean GRPO, GSPO) or [N]; None is the number of unmasked tokens of this call. loss is 0-d, metrics
-        are 0-d. To accumulate micro-batches pass the denominator of the whole optimisation step.
+        [B] (one a sequence: sequence-mean GRPO, GSPO) or [N] (which it is read as where B = N); None is the number of unmasked tokens
+        of this call. loss is 0-d, metrics are 0-d. To accumulate micro-batches pass the denominator of the whole optimisation step.
     Dtypes
         float32, bfloat16, float16 (loss float32) or float64; mask bool. Differentiable in logp and entropy; second derivatives raise.
     Units
