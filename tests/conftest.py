@@ -39,6 +39,21 @@ def device(request) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture(params=["avx512", "avx2", "baseline"])
+def cpu_isa(request):
+    """Every instruction set of the C++ kernels that this machine has, one after the other."""
+    from acpo_kernels import _cpu
+
+    if not _cpu.available:
+        pytest.skip("built without the C++ extension")
+    try:
+        _cpu._C.restrict_cpu_isa(request.param)
+    except ValueError as missing:
+        pytest.skip(str(missing))
+    yield request.param
+    _cpu._C.restrict_cpu_isa("")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     if not SHARED.is_dir():
