@@ -70,6 +70,7 @@ class Trainer:
         self.reference: Policy | None = None
         self.fork_threshold: float | None = None
         self.counters = {"tokens/generated": 0, "tokens/forward_extra": 0, "seconds": 0.0}
+        self.clock = Clock(self.policy.device)
         self.warmup_step = self.step_number = 0
         self.optimizer = self._optimizer(config.warmup.learning_rate if config.warmup.steps else config.optimizer.learning_rate)
 
@@ -100,17 +101,18 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """One training step: the picture of the module docstring."""
-        times: dict[str, float] = defaultdict(float)
-        with clock(times, "rollout"):
+        clock = self.clock = Clock(self.policy.device)
+        with clock("rollout"):
             indices, batch, outcome = self._rollout()
-        with clock(times, "score"):
+        with clock("score"):
             self._score(batch, outcome, indices)
-        with clock(times, "segment"):
+        with clock("segment"):
             self._segment(batch)
-        with clock(times, "attribute"):
+        with clock("attribute"):
             attribution = self._attribute(batch, outcome, indices)
+        with clock("credit"):
             advantages, weights = self._credit(batch, outcome, attribution)
-        with clock(times, "update"):
+        with clock("update"):
             losses = self._update(batch)
         target = self.entropy.target(self.step_number / self.config.trainer.steps, self.stages.stage)
         metrics = {
@@ -121,9 +123,10 @@ class Trainer:
             problems = [self.train_problems[i] for i in indices for _ in range(self.config.rollout.group_size)]
             self.run.save_rollouts(self.step_number, rollout_rows(batch, outcome, attribution, problems, self.tokenizer))
         self._control(indices, outcome, metrics["entropy"])
-        self.counters["seconds"] += sum(times.values())
-        timing = {f"time/{name}": value for name, value in times.items()}
-        return {**metrics, **losses, **self.counters, **timing, "step_time": sum(times.values()), "memory_gb": peak_memory_gb()}
+        taken = sum(clock.seconds.values())
+        self.counters["seconds"] += taken
+        timing = {f"time/{name}": value for name, value in clock.seconds.items()}
+        return {**metrics, **losses, **self.counters, **timing, "step_time": taken, "memory_gb": peak_memory_gb()}
 
     # --- its parts ----------------------------------------------------------------------------------------------------------------
 
@@ -184,9 +187,11 @@ class Trainer:
             chosen = [b for b in part if b in looked_at]
             if chosen:
                 prompts = [self._hinted(self.train_problems[indices[b // size]]) for b in chosen]
-                hinted = self.policy.hidden(prompts, batch.responses(chosen))
+                with self.clock("hindsight"):  # the one extra forward
+                    hinted = self.policy.hidden(prompts, batch.responses(chosen))
                 plain = torch.cat([h for b, h in zip(part, hidden.split([batch.lengths[b] for b in part]), strict=True) if b in looked_at])
-                result = self.policy.hindsight(plain, hinted, torch.cat(batch.responses(chosen)), temperature)
+                with self.clock("information"):
+                    result = self.policy.hindsight(plain, hinted, torch.cat(batch.responses(chosen)), temperature)
                 batch.put(chosen, log_ratio=result.log_ratio, kl=result.kl)
                 self.counters["tokens/forward_extra"] += sum(map(len, prompts)) + sum(batch.lengths[b] for b in chosen)
 
@@ -314,10 +319,11 @@ class Trainer:
                     totals[name] += share * float(result.metrics[name])
                 for name, best in (("ratio/max", max), ("ratio/min", min)):
                     totals[name] = best(totals.get(name, 1.0), float(result.metrics[name]))
-            norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), config.optimizer.max_grad_norm))
-            if not math.isfinite(norm):
-                raise TrainingError(f"the gradient norm is {norm} at step {self.step_number}: the step is not taken and {STANDS}")
-            self.optimizer.step()
+            with self.clock("optimizer"):
+                norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), config.optimizer.max_grad_norm))
+                if not math.isfinite(norm):
+                    raise TrainingError(f"the gradient norm is {norm} at step {self.step_number}: the step is not taken and {STANDS}")
+                self.optimizer.step()
             totals["grad_norm"] += norm / loss_config.minibatches
         for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "kl/old", "kl/ref", "ratio/ess"):
             totals[name] /= max(count, 1.0)
@@ -471,11 +477,26 @@ def eos_ids(policy: Policy, tokenizer) -> list[int]:
     return sorted({tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])})
 
 
-@contextmanager
-def clock(times: dict[str, float], name: str):
-    begin = time.perf_counter()
-    yield
-    times[name] += time.perf_counter() - begin
+class Clock:
+    """Seconds of the parts of a step, time/* in the metrics. A part inside another is taken out of it, so that they add up to step_time."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, defaultdict(float)
+        self.inside = 0.0  # seconds of the parts inside the one that runs
+
+    @contextmanager
+    def __call__(self, name: str):
+        outer, self.inside = self.inside, 0.0
+        begin = self._now()
+        yield
+        taken = self._now() - begin
+        self.seconds[name] += taken - self.inside
+        self.inside = outer + taken
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":  # a part's kernels are its own: a dozen waits a step
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 def peak_memory_gb() -> float:

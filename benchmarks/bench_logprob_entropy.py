@@ -1,73 +1,81 @@
-"""CPU time of `logprob_entropy` beside torch.compile, eager torch and one read of the logits.
+"""`logprob_entropy` beside torch.compile, eager torch, TRL and quack; ceilings: a copy of the logits, one read of them (amax).
 
-    python benchmarks/bench_logprob_entropy.py [rows] [rounds]
-
-Interleaved rounds, lower quartile, load average: on a shared machine the ratios of one process mean something, medians do not.
+Bytes: forward N V s, forward + backward 3 N V s (two phases: read, then read and write).
 """
 
 from __future__ import annotations
 
-import os
-import sys
-import time
-from functools import partial
-
+import pytest
 import torch
 
-from acpo_kernels.logprob_entropy import logprob_entropy
+from acpo_kernels import logprob_entropy, reference
 
-V = 151_936  # the Qwen2.5 vocabulary
+from . import peers
+from .common import SIZES, Case, Expected, Provider, V, amax_ceiling, copy_ceiling, gradients, sampled_rows
 
-
-def four_lines(logits: torch.Tensor, ids: torch.Tensor):
-    log_p = torch.log_softmax(logits.float(), -1)
-    logp = log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    return logp, entropy
-
-
-def forward(op, logits, ids):
-    with torch.no_grad():
-        return op(logits, ids)
+# (rows, V): 64 and 512 rows on the CPU, eight rollouts of a thousand tokens on a GPU
+SHAPES = {
+    ("small", "cpu"): [(8, 1000)], ("default", "cpu"): [(64, V), (512, V)], ("large", "cpu"): [(64, V), (512, V)],
+    ("small", "cuda"): [(64, 5000)], ("default", "cuda"): [(8192, V)], ("large", "cuda"): [(8192, V)],
+}  # fmt: skip
 
 
-def forward_backward(op, logits, ids):
-    leaf = logits.detach().requires_grad_()
-    logp, entropy = op(leaf, ids)
-    (logp.sum() + 0.01 * entropy.sum()).backward()
-    return leaf.grad
+def case(n: int, v: int, dtype: torch.dtype, mode: str, device: torch.device, temperature: float = 1.0) -> Case:
+    logits = (torch.randn(n, v, device=device) * 2).to(dtype)
+    ids = torch.randint(v, (n,), device=device)
+    incoming = {"logp": torch.randn(n, device=device), "entropy": torch.full((n,), 0.01, device=device)}
+    backward = mode == "forward+backward"
+
+    def call(function):
+        if backward:
+            return lambda: gradients(lambda z: function(z, ids, temperature), {"logits": logits}, incoming)
+
+        def forward():
+            with torch.no_grad():
+                return {name: out for name, out in zip(incoming, function(logits, ids, temperature), strict=True) if out is not None}
+
+        return forward
+
+    def ours(z, ids, temperature):
+        return logprob_entropy(z, ids, temperature=temperature)
+
+    found, absent = peers.find("logprob_entropy", device)
+    one_output = {"quack"}
+    providers = {"ours": Provider(call(ours))} | {
+        name: Provider(call(f), *(("log-prob alone", "logp") if name in one_output else ())) for name, f in found.items()
+    }
+    size = logits.numel() * logits.element_size()
+    return Case(
+        "logprob_entropy", mode, {"N": n, "V": v} | ({} if temperature == 1.0 else {"T": temperature}), dtype, device, providers,
+        lambda of: expected(logits, ids, incoming, temperature, backward, of), bytes=3 * size if backward else size,
+        ceilings={"copy": copy_ceiling(logits), "amax": amax_ceiling(logits)}, absent=absent,
+    )  # fmt: skip
 
 
-def lower_quartile(cases: dict, rounds: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for case in cases.values():
-        case()
-        case()
-    for _ in range(rounds):
-        for name, case in cases.items():
-            begin = time.perf_counter()
-            case()
-            times[name].append(time.perf_counter() - begin)
-    return {name: sorted(t)[len(t) // 4] * 1e3 for name, t in times.items()}
+def expected(logits, ids, incoming, temperature, backward, gradients_of) -> dict[str, Expected]:
+    rows = sampled_rows(len(ids), logits.device)
+    upstream = {name: g[rows] for name, g in incoming.items() if gradients_of == "all" or name == gradients_of}
+    out = {}
+    for dtype in (torch.float64, torch.float32):
+        z, function = logits[rows].to(dtype), lambda z: reference.logprob_entropy(z, ids[rows], temperature=temperature)
+        out[dtype] = gradients(function, {"logits": z}, upstream) if backward else function(z)._asdict()
+    return {
+        name: Expected(exact.detach(), out[torch.float32][name].detach(), rows, gradient_dtype=logits.dtype if name.startswith("d_") else None)
+        for name, exact in out[torch.float64].items()
+    }
 
 
-def main() -> None:
-    rows, rounds = (int(a) for a in (*sys.argv[1:], *["64", "30"][len(sys.argv) - 1 :]))
-    torch.set_num_threads(2)
-    compiled = torch.compile(four_lines)
-    print(f"N = {rows}, V = {V}, {torch.get_num_threads()} threads, torch {torch.__version__}, load {os.getloadavg()[0]:.2f}")
-    ops = {"ours": logprob_entropy, "torch.compile": compiled, "eager": four_lines}
-    for dtype in (torch.float32, torch.bfloat16):
-        logits, ids = (torch.randn(rows, V) * 2).to(dtype), torch.randint(0, V, (rows,))
-        cases = {"amax": partial(torch.amax, logits, -1)}
-        cases |= {f"{name} forward": partial(forward, op, logits, ids) for name, op in ops.items()}
-        cases |= {f"{name} forward+backward": partial(forward_backward, op, logits, ids) for name, op in ops.items()}
-        result = lower_quartile(cases, rounds)
-        for name, ms in result.items():
-            ours = result["ours forward+backward" if name.endswith("backward") else "ours forward"]
-            print(f"  {str(dtype).removeprefix('torch.'):9} {name:32} {ms:8.2f} ms   {ms / ours:6.2f} x ours")
-    print(f"load {os.getloadavg()[0]:.2f}")
+@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", range(2), ids=SIZES[:2])
+def test_logprob_entropy(run, device, shapes, dtype, mode, size):
+    wanted = SHAPES[shapes, device.type]
+    if size >= len(wanted):
+        pytest.skip(f"--shapes {shapes} has {len(wanted)} size on {device.type}")
+    run(case(*wanted[size], dtype, mode, device))
 
 
-if __name__ == "__main__":
-    main()
+@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+def test_logprob_entropy_temperature(run, device, shapes, mode):
+    """A temperature: some implementations divide each logit by it."""
+    run(case(*SHAPES[shapes, device.type][0], torch.bfloat16, mode, device, temperature=0.7))

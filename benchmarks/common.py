@@ -1,0 +1,357 @@
+"""What every bench file stands on: a case, its check against float64, the interleaved timer, and the row that comes out.
+
+A `Case` is one operation at one shape with the calls that compute it ("ours" among them) and the ceilings that bound it. `measure`
+checks every call against the reference in float64, then times all of them in turn, round after round, in one process: what disturbs
+the machine disturbs all alike, so ratios mean something where medians would not. A call with a wrong result is never timed.
+
+Bytes are those that an ideal kernel moves (each input read once, each output written once); FLOP those of its matrix products.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROUNDS = 30
+SECONDS = 4.0  # a call takes part in fewer than ROUNDS rounds when they would cost more than this
+LEAST_ROUNDS = 5
+SHORTEST = 2e-4  # seconds between two readings of the clock: shorter calls are repeated between them
+PEER_LIMIT = 0.05  # bfloat16 arithmetic is off by 1e-3 to 1e-2 of the norm, a wrong formula by about 1
+SIZES = [f"size{i}" for i in range(4)]  # names for -k: "logprob_entropy and size0"
+V = 151_936  # the Qwen2.5 vocabulary
+
+Results = dict[str, Tensor]
+
+
+def from_tests(name: str):
+    """A module of tests/, which is no package: the error budget, and the closed-form gradient, are written down once."""
+    folder = str(Path(__file__).parents[1] / "tests")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)
+
+
+contract = from_tests("contract")
+
+
+@dataclass
+class Expected:
+    """One output in float64; `single` is the reference computing in float32 from the same inputs. `rows` says which rows were computed."""
+
+    exact: Tensor
+    single: Tensor
+    rows: Tensor | None = None
+    factor: float = 2.0  # 4 for products on tensor cores
+    gradient_dtype: torch.dtype | None = None
+
+
+@dataclass
+class Provider:
+    run: Callable[[], Results]
+    note: str = ""
+    gradients_of: str = "all"  # "logp": has no entropy, so its gradients are those of the log-prob alone
+
+
+@dataclass
+class Ceiling:
+    """Something that only moves the bytes or only multiplies: no operation of this shape is faster."""
+
+    run: Callable[[], object]
+    bytes: int = 0
+    flop: int = 0
+
+
+@dataclass
+class Case:
+    op: str
+    mode: str
+    shape: dict[str, float]
+    dtype: torch.dtype
+    device: torch.device
+    providers: dict[str, Provider]
+    expected: Callable[[str], dict[str, Expected]]  # called with gradients_of
+    bytes: int = 0
+    flop: int = 0
+    ceilings: dict[str, Ceiling] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)  # peers that are not here, and why
+    launch_bound: bool = False  # on CUDA: timed as a graph, without emptying the cache
+    budgeted: bool = True  # False: one row, where the budget (how far float32 happened to be off there) is chance
+
+    @property
+    def title(self) -> str:
+        return f"{self.op} {self.mode} {shape_text(self.shape)} {dtype_text(self.dtype)}"
+
+
+def shape_text(shape: dict[str, float]) -> str:
+    return " ".join(f"{name}={size:,}" if isinstance(size, int) else f"{name}={size:g}" for name, size in shape.items())
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --- the check --------------------------------------------------------------------------------------------------------------------
+
+
+def check(results: Results, expected: dict[str, Expected], *, ours: bool) -> dict:
+    """{"error": the largest |x - float64| over the largest |float64| of its output, "errors": per output, "correct", "why"}.
+
+    Ours is held to the error budget of the contract, a peer to being the same function (PEER_LIMIT of the norm, NaN never).
+    """
+    errors: dict[str, float | None] = {}
+    why = []
+    for name, wanted in expected.items():
+        if name not in results:
+            continue
+        got = results[name].detach() if wanted.rows is None else results[name].detach()[wanted.rows]
+        try:
+            worst = contract.error(got, wanted.exact)
+        except AssertionError as wrong:
+            errors[name] = None  # JSON has no NaN
+            why.append(f"{name}: {wrong}")
+            continue
+        finite = wanted.exact[wanted.exact.isfinite()].double()
+        largest = finite.abs().max().item() if finite.numel() else 0.0
+        errors[name] = worst / max(largest, torch.finfo(torch.float32).tiny)
+        if ours:
+            allowed = contract.budget(wanted.single, wanted.exact, factor=wanted.factor, gradient_dtype=wanted.gradient_dtype)
+            if not worst <= allowed:
+                why.append(f"{name}: error {worst:.2e}, budget {allowed:.2e}")
+        else:
+            norm = finite.norm().item()
+            off = (got.double()[wanted.exact.isfinite()] - finite).norm().item() / max(norm, torch.finfo(torch.float32).tiny)
+            if not off <= PEER_LIMIT:
+                why.append(f"{name}: ||x - float64|| / ||float64|| = {off:.2e}, limit {PEER_LIMIT}")
+    if not errors:
+        why.append("no output to check")
+    worst = None if None in errors.values() else max(errors.values(), default=None)
+    return {"error": worst, "errors": errors, "correct": not why, "why": "; ".join(why)}
+
+
+def sampled_rows(n: int, device: torch.device, most: int = 64) -> Tensor:
+    """All rows, or the first and the last ones: in float64 a whole batch of logits costs minutes."""
+    if n <= most:
+        return torch.arange(n, device=device)
+    return torch.cat([torch.arange(most // 2, device=device), torch.arange(n - most // 2, n, device=device)])
+
+
+# --- the clock --------------------------------------------------------------------------------------------------------------------
+
+
+class HostClock:
+    name = "perf_counter"
+
+    def __init__(self, run: Callable[[], object], cold: bool):
+        self.run = run
+        begin = time.perf_counter()
+        run()
+        once = time.perf_counter() - begin
+        self.number = max(1, math.ceil(SHORTEST / max(once, 1e-9)))
+
+    def measure(self) -> float:
+        begin = time.perf_counter()
+        for _ in range(self.number):
+            self.run()
+        return (time.perf_counter() - begin) / self.number
+
+
+class DeviceClock:
+    """CUDA events around the call, the level-2 cache emptied before it; a launch-bound call as a replayed graph."""
+
+    _flush: Tensor | None = None
+
+    def __init__(self, run: Callable[[], object], cold: bool):
+        self.run, self.cold, self.number, self.name = run, cold, 1, "CUDA events, cold L2"
+        if not cold:
+            self.number, self.name = 20, "CUDA events, 20 calls"
+            try:
+                self.run, self.name = self._capture(run), "CUDA graph, 20 replays"
+            except RuntimeError as error:  # this call synchronises or allocates outside the pool: its launches are part of its time
+                torch.cuda.synchronize()
+                self.name += f" (not capturable: {str(error).splitlines()[0][:80]})"
+        if DeviceClock._flush is None:
+            size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
+            DeviceClock._flush = torch.empty(size, dtype=torch.int8, device="cuda")
+
+    @staticmethod
+    def _capture(run: Callable[[], object]) -> Callable[[], object]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            keep = run()
+        del keep
+        return graph.replay
+
+    def measure(self) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if self.cold:
+            DeviceClock._flush.zero_()
+        begin.record()
+        for _ in range(self.number):
+            self.run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e-3 / self.number
+
+
+def interleave(calls: dict[str, Callable[[], object]], device: torch.device, *, cold: bool = True) -> dict[str, tuple[list[float], str]]:
+    """{name: (seconds of each round, clock)}: two calls of warm-up, then round after round each call once, slow ones in fewer rounds."""
+    clock = DeviceClock if device.type == "cuda" else HostClock
+    clocks, rounds = {}, {}
+    for name, call in calls.items():
+        call()
+        clocks[name] = clock(call, cold)
+        rounds[name] = max(LEAST_ROUNDS, min(ROUNDS, int(SECONDS / clocks[name].measure() / clocks[name].number)))
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(ROUNDS):
+        for name, timer in clocks.items():
+            if (i + 1) * rounds[name] // ROUNDS > i * rounds[name] // ROUNDS:  # spread evenly over the rounds
+                seconds[name].append(timer.measure())
+    return {name: (seconds[name], clocks[name].name) for name in calls}
+
+
+def quartile(values: list[float], which: float = 0.25) -> float:
+    return sorted(values)[int(which * (len(values) - 1))]
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """The most memory that one call holds beyond what is held before it (its results included); None where the system does not tell."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later would hide what the call takes
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets the high-water mark back
+        before = _status("VmRSS")
+        call()
+        return max(0, _status("VmHWM") - before)
+    except (OSError, AttributeError):
+        return None
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {name} in /proc/self/status")
+
+
+# --- the rows ---------------------------------------------------------------------------------------------------------------------
+
+
+def measure(case: Case) -> tuple[list[dict], list[float]]:
+    """The rows of a case, and the seconds of ours. Raises where ours is wrong: then nothing is timed."""
+    rows, good = [], {}
+    expected: dict[str, dict[str, Expected]] = {}
+    for name, provider in case.providers.items():
+        verdict = _verdict(name, provider, case, expected)
+        rows.append({**_common(case), "provider": name, "kind": "provider", "note": provider.note, **verdict})
+        if verdict["correct"]:
+            good[name] = provider.run
+        elif is_ours(name):
+            raise AssertionError(f"{case.title}: {name} is wrong, nothing was timed: {verdict['why']}")
+    expected.clear()
+    gc.collect()
+    rows += [{**_common(case), "provider": name, "kind": "ceiling", "correct": True} for name in case.ceilings]
+    rows += [{**_common(case), "provider": name, "kind": "absent", "correct": True, "why": why} for name, why in case.absent.items()]
+
+    calls = {**good, **{name: ceiling.run for name, ceiling in case.ceilings.items()}}
+    peaks = {name: peak_bytes(call, case.device) for name, call in calls.items()}
+    before = os.getloadavg()[0]
+    timed = interleave(calls, case.device, cold=not case.launch_bound)
+    after = os.getloadavg()[0]
+    for row in rows:
+        if row["provider"] in timed and row["kind"] != "absent":
+            seconds, clock = timed[row["provider"]]
+            ceiling = case.ceilings.get(row["provider"])
+            row |= {
+                "seconds": quartile(seconds), "spread": quartile(seconds, 0.75) / quartile(seconds) - 1, "rounds": len(seconds), "clock": clock,
+                "load": [before, after], "peak_bytes": peaks[row["provider"]], **_rates(ceiling or case, quartile(seconds)),
+            }  # fmt: skip
+    _relate(rows)
+    return rows, timed[next(filter(is_ours, timed))][0]
+
+
+def is_ours(name: str) -> bool:
+    return name == "ours" or name.startswith("ours,")
+
+
+def _verdict(name: str, provider: Provider, case: Case, expected: dict) -> dict:
+    if provider.gradients_of not in expected:
+        expected[provider.gradients_of] = case.expected(provider.gradients_of)
+    if is_ours(name):
+        return check(provider.run(), expected[provider.gradients_of], ours=case.budgeted)
+    try:
+        results = provider.run()
+    except Exception as error:  # a peer's refusal is a finding of its own: it stands in the table, and the others are measured
+        return {"correct": False, "error": None, "errors": {}, "why": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    return check(results, expected[provider.gradients_of], ours=False)
+
+
+def _common(case: Case) -> dict:
+    return {
+        "op": case.op, "mode": case.mode, "shape": dict(case.shape), "dtype": dtype_text(case.dtype), "device": case.device.type,
+        "threads": torch.get_num_threads(), "cold": not case.launch_bound,
+    }  # fmt: skip
+
+
+def _rates(model: Case | Ceiling, seconds: float) -> dict:
+    return {
+        "bytes": model.bytes, "flop": model.flop,
+        "gb_s": model.bytes / seconds / 1e9 if model.bytes else None, "gflop_s": model.flop / seconds / 1e9 if model.flop else None,
+    }  # fmt: skip
+
+
+def _relate(rows: list[dict]) -> None:
+    """ratio: this time over ours; percent: this rate over the best ceiling's of the same kind, FLOP where the case has FLOP."""
+    ours = next(row["seconds"] for row in rows if is_ours(row["provider"]))
+    for rate in ("gb_s", "gflop_s"):
+        best = max((row[rate] for row in rows if row["kind"] == "ceiling" and row.get(rate)), default=None)
+        for row in rows:
+            if row.get(rate) and best:
+                row["percent"] = 100 * row[rate] / best
+    for row in rows:
+        if "seconds" in row:
+            row["ratio"] = row["seconds"] / ours
+
+
+# --- what bench files share -------------------------------------------------------------------------------------------------------
+
+
+def copy_ceiling(like: Tensor) -> Ceiling:
+    target = torch.empty_like(like)
+    return Ceiling(lambda: target.copy_(like), bytes=2 * like.numel() * like.element_size())
+
+
+def amax_ceiling(like: Tensor) -> Ceiling:
+    return Ceiling(lambda: torch.amax(like, -1), bytes=like.numel() * like.element_size())
+
+
+def gradients(function: Callable[..., tuple[Tensor, ...]], leaves: dict[str, Tensor], incoming: dict[str, Tensor]) -> Results:
+    """The outputs that `incoming` names, in its order, and their gradients with respect to the leaves as "d_leaf"."""
+    fresh = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+    outputs = {name: out for name, out in zip(incoming, function(*fresh.values()), strict=False) if out is not None}
+    upstream = [incoming[name].to(out.dtype) for name, out in outputs.items()]
+    grads = torch.autograd.grad(list(outputs.values()), list(fresh.values()), upstream)
+    return {**outputs, **{f"d_{name}": grad for name, grad in zip(fresh, grads, strict=True)}}

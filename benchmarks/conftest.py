@@ -1,0 +1,154 @@
+"""`pytest benchmarks/ --benchmark`: measured; without the option collected and skipped.
+
+pytest-benchmark keeps the books: the rounds of ours are its statistics (so --benchmark-json, --benchmark-compare and -save work) and
+all providers' rows are its extra_info. It times one function a test; here all are timed in turn in one process (common.py), and what
+was measured is handed to it through a timer that reads out the recorded seconds.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import common, peers
+from .report import table
+
+ROWS = pytest.StashKey[list]()
+BEGIN = pytest.StashKey[float]()
+
+
+class Replay:
+    """The timer and the target of pytest-benchmark: each call of the target moves the clock on by one measured round."""
+
+    def __init__(self):
+        self.now, self.seconds = 0.0, iter(())
+
+    def clock(self) -> float:
+        return self.now
+
+    def advance(self) -> None:
+        self.now += next(self.seconds)
+
+
+REPLAY = Replay()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("acpo benchmarks")
+    group.addoption("--benchmark", action="store_true", help="measure (without it the files of benchmarks/ are skipped)")
+    group.addoption("--shapes", choices=("small", "default", "large"), default="default", help="sizes: small tries the path, large is for a GPU")
+    group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
+    group.addoption("--threads", type=int, default=2, help="CPU threads of every provider (default 2)")
+    group.addoption("--limit", type=float, default=0, metavar="SECONDS", help="begin no further case after this long (default: no limit)")
+
+
+def pytest_configure(config):
+    config.stash[ROWS], config.stash[BEGIN] = [], time.monotonic()
+    config.option.benchmark_quiet = True  # its table knows ours alone; ours is printed below
+
+
+def pytest_collection_modifyitems(config, items):
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.benchmark(timer=REPLAY.clock, group=item.path.stem.removeprefix("bench_")))
+            if not config.getoption("--benchmark"):
+                item.add_marker(pytest.mark.skip(reason="measures only with --benchmark"))
+
+
+@pytest.fixture
+def device(request) -> torch.device:
+    name = request.config.getoption("--device")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.fail("--device cuda, and there is no CUDA device")
+    torch.set_num_threads(request.config.getoption("--threads"))
+    return torch.device(name)
+
+
+@pytest.fixture
+def shapes(request) -> str:
+    return request.config.getoption("--shapes")
+
+
+@pytest.fixture
+def run(request, benchmark):
+    """run(case): checks, times and records the providers of one case."""
+    limit = request.config.getoption("--limit")
+    if limit and time.monotonic() - request.config.stash[BEGIN] > limit:
+        pytest.skip(f"--limit: {limit:g} seconds are over")
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+
+    def measured(case: common.Case) -> list[dict]:
+        record(*common.measure(case))
+
+    def record(rows: list[dict], seconds: list[float]) -> None:
+        benchmark.extra_info["rows"] = rows
+        request.config.stash[ROWS].extend(rows)
+        REPLAY.seconds = iter(seconds)
+        benchmark.pedantic(REPLAY.advance, rounds=len(seconds))
+
+    measured.record = record
+    yield measured
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    rows = config.stash[ROWS]
+    if rows:
+        terminalreporter.section("benchmarks")
+        terminalreporter.write_line(table(rows))
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    output_json["acpo"] = environment()
+
+
+def environment() -> dict:
+    """What a figure means nothing without."""
+    import triton
+
+    from acpo_kernels import _cpu
+
+    gpu = None
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        gpu = {"name": properties.name, "capability": f"{properties.major}.{properties.minor}", "memory_gb": properties.total_memory / 2**30}
+    return {
+        "commit": commit(), "python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__,
+        "cuda": torch.version.cuda, "gpu": gpu, "cpu": cpu_name(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
+        "extension": _cpu.available, "cpu_isa": _cpu._C.cpu_isa() if _cpu.available else "none", "peers": peers.versions(),
+        "loadavg": os.getloadavg()[0],
+    }  # fmt: skip
+
+
+def commit() -> str:
+    """The commit that was measured, "+" where the files differ from it; ACPO_COMMIT where the history did not travel with them."""
+    root = Path(__file__).parents[1]
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        return head + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("ACPO_COMMIT", "unknown")
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,177 @@
+"""The README's table and the plots, from the JSON of `pytest benchmarks/ --benchmark --benchmark-json=FILE`.
+
+    python -m benchmarks.report results/*.json [--out FOLDER]
+
+Prints one table a file and draws ratios.png (time over ours) and roofline.png (rate over operational intensity, with the ceilings of
+the same run). A row whose result was wrong or not checked is refused: it is neither printed as a time nor drawn but named below the
+table, and where it carries a time all the same, or is ours, the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+COLUMNS = ("operation", "shape", "dtype", "provider", "lower quartile", "x ours", "rate", "of ceiling", "peak memory", "error", "rounds, spread")
+
+
+def refused(rows: list[dict]) -> list[dict]:
+    """Providers whose result was wrong, or that carry a time without a check."""
+    return [row for row in rows if row["kind"] in ("provider", "ceiling") and row.get("correct") is not True]
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: the timed rows, and beneath them what is absent and what was refused."""
+    parts = [row for row in rows if row["kind"] == "part"]
+    rows = [row for row in rows if row["kind"] != "part"]
+    bad = refused(rows)
+    lines = step_table(parts) if parts else []
+    if not rows:
+        return "\n".join(lines)
+    lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows if "seconds" in row and row not in bad]
+    absent = {row["provider"]: row["why"] for row in rows if row["kind"] == "absent"}
+    lines += [""] + [f"absent: {name}: {why}" for name, why in absent.items()]
+    lines += [f"refused: {name(row)}: {row.get('why') or 'its result was not checked'}" for row in bad]
+    lines += sorted({f"{row['provider']}: {row['note']}" for row in rows if row.get("note") and row not in bad})
+    loads = [load for row in rows for load in row.get("load", ())]
+    if loads:
+        clocks = ", ".join(sorted({row["clock"] for row in rows if "clock" in row}))
+        lines.append(f"{rows[0]['threads']} threads; load average {min(loads):.2f} to {max(loads):.2f}; clock: {clocks}")
+    return "\n".join(lines)
+
+
+def step_table(parts: list[dict]) -> list[str]:
+    """One ACPO step beside one GRPO step, part by part, and what the rest of ACPO costs beside its extra forward."""
+    acpo, grpo = ({row["provider"]: row["part_seconds"] for row in parts if row["mode"] == mode} for mode in ("acpo", "grpo"))
+    notes = {row["provider"]: row["note"] for row in parts}
+    total = sum(acpo.values())
+    update = total - acpo["rollout"]
+    lines = [
+        f"One step, {_shape(parts[0])}, {parts[0]['threads']} threads, lower quartile of {parts[0]['rounds']} steps:", "",
+        "| part | | ACPO | GRPO | of the ACPO step | without rollouts |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for part, seconds in acpo.items():
+        without = "" if part == "rollout" else f"{100 * seconds / update:.1f} %"
+        other = time_text(grpo[part]) if grpo[part] else "0"
+        lines.append(f"| {part} | {notes[part]} | {time_text(seconds)} | {other} | {100 * seconds / total:.1f} % | {without} |")
+    added = sum(acpo[part] - grpo[part] for part in ("segment", "information", "attribute", "credit"))
+    lines += ["", (
+        f"What ACPO adds except the extra forward (segment, information, attribute, credit): {time_text(max(added, 0.0))}, "
+        f"{100 * added / total:.1f} % of the step, {100 * added / update:.1f} % without rollouts; the extra forward: "
+        f"{100 * acpo['hindsight'] / total:.1f} % and {100 * acpo['hindsight'] / update:.1f} %."
+    ), ""]  # fmt: skip
+    return lines
+
+
+def name(row: dict) -> str:
+    return f"{row['op']} {row['mode']} {_shape(row)} {row['dtype']} {row['provider']}"
+
+
+def _shape(row: dict) -> str:
+    return " ".join(f"{k}={v:,}" if isinstance(v, int) else f"{k}={v:g}" for k, v in row["shape"].items())
+
+
+def _cells(row: dict) -> tuple[str, ...]:
+    if row.get("gflop_s"):
+        rate = f"{row['gflop_s'] / 1e3:.1f} TF/s" if row["gflop_s"] > 1e4 else f"{row['gflop_s']:.0f} GF/s"
+    else:
+        rate = f"{row['gb_s']:.1f} GB/s" if row.get("gb_s") else ""
+    return (
+        f"{row['op']} {row['mode']}", _shape(row), row["dtype"], f"*{row['provider']}*" if row["kind"] == "ceiling" else row["provider"],
+        time_text(row["seconds"]), f"{row['ratio']:.2f}", rate, f"{row['percent']:.0f} %" if row.get("percent") else "",
+        "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB", "" if row.get("error") is None else f"{row['error']:.1e}",
+        f"{row['rounds']}, {100 * row['spread']:.0f} %",
+    )  # fmt: skip
+
+
+def time_text(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e9:.0f} ns"
+
+
+def load(path: str | Path) -> tuple[dict, list[dict]]:
+    """(environment, rows) of one file."""
+    data = json.loads(Path(path).read_text(encoding="utf-8"))
+    if "benchmarks" not in data:
+        raise SystemExit(f"{path} must be what --benchmark-json wrote, got keys {', '.join(list(data)[:5]) or 'none'}")
+    return data.get("acpo", {}), [row for bench in data["benchmarks"] for row in bench.get("extra_info", {}).get("rows", [])]
+
+
+def draw(rows: list[dict], folder: Path, title: str) -> list[Path]:
+    """ratios.png and roofline.png of the rows that were checked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    bad = refused(rows)
+    rows = [row for row in rows if "seconds" in row and row not in bad]
+    cases: dict[str, list[dict]] = {}
+    for row in rows:
+        cases.setdefault(f"{row['op']} {row['mode']}\n{_shape(row)} {row['dtype']}", []).append(row)
+    providers = sorted({row["provider"] for row in rows if row["kind"] == "provider"}, key=lambda p: (not p.startswith("ours"), p))
+    colour = {p: f"C{i % 10}" for i, p in enumerate(providers)}
+
+    paths = [folder / "ratios.png", folder / "roofline.png"]
+    bars = [(case, row) for case, group in cases.items() for row in group if row["kind"] == "provider" and row["ratio"] != 1]
+    figure, axis = plt.subplots(figsize=(9, 1 + 0.22 * max(4, len(bars))))
+    labels = [f"{case.replace(chr(10), ' ')}: {row['provider']}" for case, row in bars]
+    axis.barh(labels, [row["ratio"] for _, row in bars], color=[colour[row["provider"]] for _, row in bars])
+    axis.axvline(1.0, color="black", linewidth=1)
+    axis.set(xscale="log", xlabel="time / ours (right of the line: slower than ours)", title=title)
+    axis.invert_yaxis()
+    axis.tick_params(axis="y", labelsize=6)
+    figure.tight_layout()
+    figure.savefig(paths[0], dpi=150)
+
+    figure, axis = plt.subplots(figsize=(8, 5))
+    points = [row for row in rows if row.get("flop") and row.get("bytes") and row["kind"] == "provider"]
+    for provider in providers:
+        own = [row for row in points if row["provider"] == provider]
+        if own:
+            axis.scatter([r["flop"] / r["bytes"] for r in own], [r["flop"] / r["seconds"] for r in own], label=provider, color=colour[provider], s=18)
+    bandwidth = max((row["gb_s"] for row in rows if row["kind"] == "ceiling" and row.get("gb_s")), default=0) * 1e9
+    for dtype in sorted({row["dtype"] for row in points}):
+        peak = max((r["gflop_s"] for r in rows if r["kind"] == "ceiling" and r.get("gflop_s") and r["dtype"] == dtype), default=0) * 1e9
+        if peak and bandwidth:
+            xs = [0.1, peak / bandwidth, max([10 * peak / bandwidth] + [2 * r["flop"] / r["bytes"] for r in points])]
+            axis.plot(xs, [min(peak, bandwidth * x) for x in xs], linewidth=1, label=f"measured ceiling, {dtype}")
+    axis.set(xscale="log", yscale="log", xlabel="FLOP / byte", ylabel="FLOP / s", title=title)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(paths[1], dpi=150)
+    plt.close("all")
+    return paths
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n\n")[0])
+    parser.add_argument("files", nargs="+")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the plots (default: beside the first file)")
+    options = parser.parse_args(arguments)
+    out = options.out or Path(options.files[0]).parent
+    out.mkdir(parents=True, exist_ok=True)
+    everything, titles = [], []
+    for path in options.files:
+        environment, rows = load(path)
+        hardware = (environment.get("gpu") or {}).get("name") or environment.get("cpu", "unknown processor")
+        titles.append(f"{hardware}, torch {environment.get('torch', '?')}, commit {environment.get('commit', '?')}")
+        print(f"{path}: {titles[-1]}, triton {environment.get('triton', '?')}, peers {environment.get('peers', {})}\n")
+        print(table(rows) + "\n")
+        everything += rows
+    if not everything:
+        raise SystemExit("no rows: were the files written with --benchmark?")
+    timed = any("seconds" in row for row in everything)
+    for path in draw(everything, out, "; ".join(dict.fromkeys(titles))) if timed else ():
+        print(path)
+    return 1 if any("seconds" in row or row["provider"].startswith("ours") for row in refused(everything)) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
