@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _checks as check
-from . import _torch, reference
+from . import _cpu, _torch, reference
 from ._library import define, number_or_tensor
 from ._results import PolicyLoss
 from .segments import Segments
@@ -135,7 +135,7 @@ _op = define(
     "policy_loss(Tensor logp, Tensor? old_logp, Tensor advantages, Tensor token_offsets, Tensor sequence_offsets, Tensor? mask, float clip_low,"
     " float clip_high, str ratio, Tensor? entropy, float? entropy_weight, Tensor? entropy_weights, Tensor? ref_logp, float kl_weight,"
     " Tensor? rollout_logp, float rollout_cap, float? denominator, Tensor? denominators) -> (Tensor, Tensor, Tensor, Tensor)",
-    cpu=_torch.policy_loss,
+    cpu=_cpu.policy_loss if _cpu.available else _torch.policy_loss,
     cuda=_torch.policy_loss,
     fake=_fake,
     setup_context=_setup_context,

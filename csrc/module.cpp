@@ -5,9 +5,13 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "isa.h"
 #include "logprob_entropy.h"
+#include "policy_loss.h"
+#include "segment_credit.h"
+#include "segment_reduce.h"
 #include "segmenter.h"
 
 PYBIND11_MAKE_OPAQUE(std::vector<acpo::Cut>)
@@ -110,10 +114,77 @@ void bind_segmenter(py::module_& m) {
            py::call_guard<py::gil_scoped_release>());
 }
 
+// Tensors of one dimension come as (address, dtype, stride), the hierarchy as (token_offsets, sequence_offsets, tokens, segments, sequences).
+using Array = std::tuple<uintptr_t, int, int64_t>;
+using Offsets = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t>;
+
+acpo::Values values(const Array& a) {
+  const auto [address, type, stride] = a;
+  return {pointer<const void>(address), static_cast<acpo::Dtype>(type), stride};
+}
+
+acpo::Hierarchy hierarchy(const Offsets& o) {
+  const auto [tokens, sequences, n, s, b] = o;
+  return {pointer<const int64_t>(tokens), pointer<const int64_t>(sequences), n, s, b};
+}
+
+acpo::SegmentReduce segment_reduce(const Offsets& offsets, bool sequences, int reduce, uintptr_t mask, int64_t channels) {
+  return {hierarchy(offsets), sequences, static_cast<acpo::Reduce>(reduce), pointer<const uint8_t>(mask), channels};
+}
+
+void bind_segments(py::module_& m) {
+  m.def("segment_reduce", [](const Offsets& offsets, bool sequences, int reduce, uintptr_t mask, int64_t channels, const Array& x, uintptr_t out,
+                             int threads) {
+    const auto [address, type, stride] = x;
+    const py::gil_scoped_release no_gil;
+    acpo::segment_reduce(segment_reduce(offsets, sequences, reduce, mask, channels), pointer<const void>(address),
+                         static_cast<acpo::Dtype>(type), stride, pointer<void>(out), threads);
+  });
+  m.def("segment_reduce_backward", [](const Offsets& offsets, bool sequences, int reduce, uintptr_t mask, int64_t channels, uintptr_t grad,
+                                      const Array& x, uintptr_t output, uintptr_t gradient, int threads) {
+    const auto [address, type, stride] = x;
+    const py::gil_scoped_release no_gil;
+    acpo::segment_reduce_backward(segment_reduce(offsets, sequences, reduce, mask, channels), pointer<const void>(grad),
+                                  pointer<const void>(address), static_cast<acpo::Dtype>(type), stride, pointer<const void>(output),
+                                  pointer<void>(gradient), threads);
+  });
+  m.def("segment_credit",
+        [](const Offsets& offsets, const Array& scores, const Array& advantages, uintptr_t terminal, uintptr_t mask, bool additive,
+           bool exclude_terminal, double bound, double gain, double reliability, const Array& reliabilities, double scale, const Array& scales,
+           uintptr_t token_advantages, uintptr_t weights, int threads) {
+          const acpo::SegmentCredit of{hierarchy(offsets), values(scores), values(advantages), pointer<const uint8_t>(terminal),
+                                       pointer<const uint8_t>(mask), additive, exclude_terminal, bound, gain, reliability,
+                                       values(reliabilities), scale, values(scales)};
+          const py::gil_scoped_release no_gil;
+          acpo::segment_credit(of, pointer<void>(token_advantages), pointer<void>(weights), threads);
+        });
+}
+
+acpo::PolicyLoss policy_loss(const Offsets& offsets, uintptr_t mask, const Array& logp, const Array& old_logp, const Array& advantages,
+                             const Array& entropy, const Array& ref_logp, const Array& rollout_logp, double clip_low, double clip_high,
+                             int ratio, std::optional<double> entropy_weight, const Array& entropy_weights, double kl_weight,
+                             double rollout_cap, double denominator, const Array& denominators, int denominators_of) {
+  return {hierarchy(offsets), pointer<const uint8_t>(mask), values(logp), values(old_logp), values(advantages), values(entropy),
+          values(entropy_weights), values(ref_logp), values(rollout_logp), clip_low, clip_high, static_cast<acpo::Ratio>(ratio),
+          entropy_weight.has_value(), entropy_weight.value_or(0.0), kl_weight, rollout_cap, denominator, values(denominators),
+          static_cast<acpo::PolicyLoss::Of>(denominators_of)};
+}
+
+void bind_policy_loss(py::module_& m) {
+  py::class_<acpo::PolicyLoss>(m, "PolicyLoss").def(py::init(&policy_loss));
+  m.def("policy_loss", [](const acpo::PolicyLoss& of, uintptr_t loss, uintptr_t metrics, uintptr_t grad_logp, uintptr_t grad_entropy,
+                          int threads) {
+    const py::gil_scoped_release no_gil;
+    acpo::policy_loss(of, pointer<void>(loss), pointer<void>(metrics), pointer<void>(grad_logp), pointer<void>(grad_entropy), threads);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The CPU kernels and the segmenter of acpo_kernels.";
   bind_logprob_entropy(m);
   bind_segmenter(m);
+  bind_segments(m);
+  bind_policy_loss(m);
 }
