@@ -59,3 +59,34 @@ def logprob_entropy_backward(
     _C.logprob_entropy_backward(
         rows, _C.RowStatistics(0, *map(_address, saved)), *map(_address, incoming), gradient.data_ptr(), torch.get_num_threads()
     )
+
+
+def _head(hidden, weight, ids, bias, temperature, temperatures, softcap, rows: Tensor):
+    """The C++ view of the head at the rows `rows`, and the tensors it points into."""
+    hidden, weight = (x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous() for x in (hidden, weight))
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    temperatures = None if temperatures is None else temperatures.to(torch.float64).contiguous()
+    ids = ids.to(torch.int64).contiguous()
+    head = _C.Head(
+        hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), weight.stride(0), str(hidden.dtype).removeprefix("torch."), *weight.shape,
+        _address(bias), softcap or 0.0, 1.0 if temperature is None else temperature, _address(temperatures), ids.data_ptr(), rows.data_ptr(),
+        rows.numel(),
+    )  # fmt: skip
+    return head, (hidden, weight, bias, temperatures, ids, rows)
+
+
+def head_forward(hidden, weight, ids, bias, temperature, temperatures, softcap, rows: Tensor, results: tuple[Tensor, ...]) -> None:
+    """Fills logp, entropy, maximum and centred logsumexp [N] at `rows`; the others are left alone."""
+    head, _keep = _head(hidden, weight, ids, bias, temperature, temperatures, softcap, rows)
+    _C.head_forward(head, *map(_address, results), torch.get_num_threads())
+
+
+def head_backward(
+    hidden, weight, ids, bias, temperature, temperatures, softcap, rows: Tensor, statistics: tuple[Tensor, Tensor, Tensor],
+    upstream: tuple[Tensor | None, Tensor | None], gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> None:  # fmt: skip
+    """Writes the gradients of hidden (at `rows`), weight and bias (float32) that are not None."""
+    head, _keep = _head(hidden, weight, ids, bias, temperature, temperatures, softcap, rows)
+    saved = [s.contiguous() for s in statistics]
+    incoming = [None if g is None else g.to(torch.float32).contiguous() for g in upstream]
+    _C.head_backward(head, *map(_address, (*saved, *incoming, *gradients)), torch.get_num_threads())

@@ -2,10 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
 
+#include "head.h"
 #include "isa.h"
 #include "logprob_entropy.h"
 #include "segmenter.h"
@@ -56,6 +58,42 @@ void bind_logprob_entropy(py::module_& m) {
                                        pointer<void>(gradient), threads);
       },
       no_gil);
+}
+
+void bind_head(py::module_& m) {
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  py::class_<acpo::Head>(m, "Head").def(
+      py::init([](uintptr_t hidden, int64_t hidden_stride, uintptr_t weight, int64_t weight_stride, const std::string& type, int64_t vocab,
+                  int64_t width, uintptr_t bias, double softcap, double temperature, uintptr_t temperatures, uintptr_t ids, uintptr_t rows,
+                  int64_t count) {
+        return acpo::Head{pointer<const void>(hidden), hidden_stride, pointer<const void>(weight), weight_stride, dtype(type), vocab, width,
+                          pointer<const float>(bias), softcap, temperature, pointer<const double>(temperatures),
+                          pointer<const int64_t>(ids), pointer<const int64_t>(rows), count};
+      }));
+  m.def(
+      "head_forward",
+      [](const acpo::Head& head, uintptr_t logp, uintptr_t entropy, uintptr_t maximum, uintptr_t logsumexp, int threads) {
+        acpo::head_forward(head, nullptr, {pointer<float>(logp), pointer<float>(entropy), pointer<float>(maximum), pointer<float>(logsumexp)},
+                           threads);
+      },
+      no_gil);
+  m.def(
+      "head_backward",
+      [](const acpo::Head& head, uintptr_t entropy, uintptr_t maximum, uintptr_t logsumexp, uintptr_t grad_logp, uintptr_t grad_entropy,
+         uintptr_t grad_hidden, uintptr_t grad_weight, uintptr_t grad_bias, int threads) {
+        acpo::head_backward(head, nullptr, {nullptr, pointer<float>(entropy), pointer<float>(maximum), pointer<float>(logsumexp)},
+                            {pointer<const float>(grad_logp), pointer<const float>(grad_entropy), pointer<void>(grad_hidden),
+                             pointer<void>(grad_weight), head.dtype, pointer<float>(grad_bias), false},
+                            threads);
+      },
+      no_gil);
+  m.def(
+      "head_work",
+      [] {
+        const acpo::HeadWork work = acpo::head_work();
+        return std::array{work.logits, work.hidden, work.weight};
+      },
+      "For tests: rows multiplied so far for logits, the gradient of hidden, the gradient of weight.");
 }
 
 acpo::PackedIds packed(uintptr_t ids, bool wide, uintptr_t offsets, int64_t sequences) {
@@ -115,5 +153,6 @@ void bind_segmenter(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The CPU kernels and the segmenter of acpo_kernels.";
   bind_logprob_entropy(m);
+  bind_head(m);
   bind_segmenter(m);
 }
