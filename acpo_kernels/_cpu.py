@@ -132,6 +132,20 @@ def segment_credit(
     return token_advantages, weights
 
 
+def _policy_loss(
+    logp, old_logp, advantages, token_offsets, sequence_offsets, mask, clip_low, clip_high, ratio, entropy, entropy_weight, entropy_weights,
+    ref_logp, kl_weight, rollout_logp, rollout_cap, denominator, denominators,
+):  # fmt: skip
+    """The C++ view of the arguments, all of which it points into; mask is contiguous."""
+    n = advantages.shape[0]
+    of = 0 if denominators is None or denominators.ndim == 0 else 2 if denominators.shape[0] == n else 1
+    return _C.PolicyLoss(
+        _hierarchy(token_offsets, sequence_offsets, n), _address(mask), _array(logp), _array(old_logp), _array(advantages), _array(entropy),
+        _array(ref_logp), _array(rollout_logp), clip_low, clip_high, _RATIO[ratio], entropy_weight, _array(entropy_weights), kl_weight, rollout_cap,
+        denominator or 0.0, _array(denominators), of,
+    )  # fmt: skip
+
+
 def policy_loss(
     logp, old_logp, advantages, token_offsets, sequence_offsets, mask, clip_low, clip_high, ratio, entropy, entropy_weight, entropy_weights,
     ref_logp, kl_weight, rollout_logp, rollout_cap, denominator, denominators,
@@ -141,11 +155,60 @@ def policy_loss(
     loss, metrics, grad_logp = torch.empty((), dtype=dtype), torch.empty(10, dtype=dtype), torch.empty(n, dtype=dtype)
     grad_entropy = torch.empty(0 if entropy is None else n, dtype=dtype)
     mask = _contiguous(mask)
-    of = 0 if denominators is None or denominators.ndim == 0 else 2 if denominators.shape[0] == n else 1
-    settings = _C.PolicyLoss(
-        _hierarchy(token_offsets, sequence_offsets, n), _address(mask), _array(logp), _array(old_logp), _array(advantages), _array(entropy),
-        _array(ref_logp), _array(rollout_logp), clip_low, clip_high, _RATIO[ratio], entropy_weight, _array(entropy_weights), kl_weight, rollout_cap,
-        denominator or 0.0, _array(denominators), of,
+    settings = _policy_loss(
+        logp, old_logp, advantages, token_offsets, sequence_offsets, mask, clip_low, clip_high, ratio, entropy, entropy_weight, entropy_weights,
+        ref_logp, kl_weight, rollout_logp, rollout_cap, denominator, denominators,
     )  # fmt: skip
     _C.policy_loss(settings, loss.data_ptr(), metrics.data_ptr(), grad_logp.data_ptr(), grad_entropy.data_ptr(), torch.get_num_threads())
     return loss, metrics, grad_logp, grad_entropy
+
+
+def _head(hidden, weight, ids, bias, temperature, temperatures, softcap, rows: Tensor):
+    """The C++ view of the head at the rows `rows`, and the tensors it points into."""
+    hidden, weight = (x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous() for x in (hidden, weight))
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    temperatures = None if temperatures is None else temperatures.to(torch.float64).contiguous()
+    ids = ids.to(torch.int64).contiguous()
+    head = _C.Head(
+        hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), weight.stride(0), str(hidden.dtype).removeprefix("torch."), *weight.shape,
+        _address(bias), softcap or 0.0, 1.0 if temperature is None else temperature, _address(temperatures), ids.data_ptr(), rows.data_ptr(),
+        rows.numel(),
+    )  # fmt: skip
+    return head, (hidden, weight, bias, temperatures, ids, rows)
+
+
+def head_forward(hidden, weight, ids, bias, temperature, temperatures, softcap, rows: Tensor, results: tuple[Tensor, ...]) -> None:
+    """Fills logp, entropy, maximum and centred logsumexp [N] at `rows`; the others are left alone."""
+    head, _keep = _head(hidden, weight, ids, bias, temperature, temperatures, softcap, rows)
+    _C.head_forward(head, *map(_address, results), torch.get_num_threads())
+
+
+def head_backward(
+    hidden, weight, ids, bias, temperature, temperatures, softcap, rows: Tensor, statistics: tuple[Tensor, Tensor, Tensor],
+    upstream: tuple[Tensor | None, Tensor | None], gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> None:  # fmt: skip
+    """Writes the gradients of hidden (at `rows`), weight and bias (float32) that are not None."""
+    head, _keep = _head(hidden, weight, ids, bias, temperature, temperatures, softcap, rows)
+    saved = [s.contiguous() for s in statistics]
+    incoming = [None if g is None else g.to(torch.float32).contiguous() for g in upstream]
+    _C.head_backward(head, *map(_address, (*saved, *incoming, *gradients)), torch.get_num_threads())
+
+
+def linear_policy_loss(
+    hidden, weight, ids, bias, temperature, temperatures, softcap, old_logp, advantages, token_offsets, sequence_offsets, active, clip_low,
+    clip_high, ratio, entropy_weight, entropy_weights, ref_logp, kl_weight, rollout_logp, rollout_cap, denominator, denominators, needs,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Not for float64. active: the rows that take part, whose ids lie inside the vocabulary."""
+    head, _keep = _head(hidden, weight, ids, bias, temperature, temperatures, softcap, ids.new_empty(0))
+    settings = _policy_loss(
+        None, old_logp, advantages, token_offsets, sequence_offsets, active, clip_low, clip_high, ratio, None, entropy_weight, entropy_weights,
+        ref_logp, kl_weight, rollout_logp, rollout_cap, denominator, denominators,
+    )  # fmt: skip
+    n = ids.shape[0]
+    results = [torch.zeros(shape) for shape in ((), 10, n, n)]
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    makers = (torch.zeros, torch.empty, torch.empty)
+    gradients = [make(shape if need else 0) for make, shape, need in zip(makers, shapes, needs, strict=True)]
+    wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+    _C.linear_policy_loss(head, settings, *map(_address, (*results, *wanted)), torch.get_num_threads())
+    return *results, *gradients

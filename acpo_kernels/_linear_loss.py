@@ -45,12 +45,13 @@ def linear_policy_loss(
 ):  # fmt: skip
     """The composition, for any device and without reading anything back."""
     head = (hidden, weight, ids, bias, temperature, temperatures, softcap, mask)
-    logp, entropy = _torch.linear_logprob_entropy(*head)
+    logp, *statistics = _torch.linear_logprob_entropy(*head)
+    entropy = statistics[0]
     loss, metrics, *grads = _torch.policy_loss(
         logp, old_logp, advantages, token_offsets, sequence_offsets, reference.active_rows(ids, mask), clip_low, clip_high, ratio, entropy,
         entropy_weight, entropy_weights, ref_logp, kl_weight, rollout_logp, rollout_cap, denominator, denominators,
     )  # fmt: skip
-    grads = _torch.linear_logprob_entropy_gradients(*head, *grads, needs)
+    grads = _torch.linear_logprob_entropy_gradients(*head, *grads, *statistics, needs)
     return loss, metrics, logp, entropy, *grads
 
 
@@ -112,12 +113,11 @@ class Sweep:
 
 
 def linear_policy_loss_cpu(
-    hidden, weight, ids, bias, temperature, temperatures, softcap, old_logp, advantages, token_offsets, sequence_offsets, mask, clip_low,
+    hidden, weight, ids, bias, temperature, temperatures, softcap, old_logp, advantages, token_offsets, sequence_offsets, active, clip_low,
     clip_high, ratio, entropy_weight, entropy_weights, ref_logp, kl_weight, rollout_logp, rollout_cap, denominator, denominators, needs,
 ):  # fmt: skip
     """Two matrix products a row, or one sweep of forward and gradient where the ratio allows it. Returns the results and a RowCount."""
     segments = _torch._segments(token_offsets, sequence_offsets, ids.shape[0])
-    active = reference.active_rows(ids, mask)
     denominator, denominators = per_token_denominator(denominator, denominators, active, segments.sequence_ids)
     sweep = Sweep(hidden, weight, ids, bias, temperature, temperatures, softcap, active, needs)
 

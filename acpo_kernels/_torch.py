@@ -70,36 +70,40 @@ def _temperature(temperature: float | None, temperatures: Tensor | None, rows: s
 
 def linear_logprob_entropy(hidden, weight, ids, bias, temperature, temperatures, softcap, mask):
     head = _Head(weight, bias, softcap, reference.active_rows(ids, mask))
-    logp, entropy = (torch.zeros(ids.shape, dtype=head.dtype, device=ids.device) for _ in range(2))
+    results = tuple(torch.zeros(ids.shape, dtype=head.dtype, device=ids.device) for _ in range(4))
     for rows in head.tiles():
         tile = (head.logits(hidden, rows), ids[rows], *_temperature(temperature, temperatures, rows), head.active[rows])
-        logp[rows], entropy[rows], _, _ = torch.ops.acpo_kernels.logprob_entropy(*tile)
-    return logp, entropy
+        for result, value in zip(results, torch.ops.acpo_kernels.logprob_entropy(*tile), strict=True):
+            result[rows] = value
+    return results
 
 
-def linear_logprob_entropy_backward(hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, needs):
+def has_upstream(grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
+    """The rows that a gradient reaches; NaN is one."""
+    nonzero = [grad != 0 for grad in (grad_logp, grad_entropy) if grad is not None]
+    return nonzero[0] if len(nonzero) == 1 else nonzero[0] | nonzero[1]
+
+
+def linear_logprob_entropy_backward(hidden, weight, ids, bias, *rest):
     """The gradients, each rounded once to its own dtype."""
-    head = (hidden, weight, ids, bias, temperature, temperatures, softcap, mask)
-    grads = linear_logprob_entropy_gradients(*head, grad_logp, grad_entropy, needs)
+    grads = linear_logprob_entropy_gradients(hidden, weight, ids, bias, *rest)
     return tuple(grad.to(x.dtype) for grad, x in zip(grads, (hidden, weight, grads[2] if bias is None else bias), strict=True))
 
 
-def linear_logprob_entropy_gradients(hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, needs):
+def linear_logprob_entropy_gradients(
+    hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, entropy, maximum, logsumexp, needs
+):  # fmt: skip
     """The gradients in the working dtype."""
-    upstream = torch.zeros_like(ids, dtype=torch.bool)
-    for grad in (grad_logp, grad_entropy):
-        if grad is not None:
-            upstream |= grad != 0
     need_hidden, need_weight, need_bias = needs
     # A row with a zero gradient adds nothing, whatever its hidden state holds.
-    head = _Head(weight, bias, softcap, reference.active_rows(ids, mask) & upstream)
+    head = _Head(weight, bias, softcap, reference.active_rows(ids, mask) & has_upstream(grad_logp, grad_entropy))
     out_hidden = torch.zeros(hidden.shape if need_hidden else (0,), dtype=head.dtype, device=hidden.device)
     out_weight = torch.zeros(weight.shape if need_weight else (0,), dtype=head.dtype, device=weight.device)
     out_bias = torch.zeros(weight.shape[0] if need_bias else 0, dtype=head.dtype, device=weight.device)
     for rows in head.tiles():
         logits = head.logits(hidden, rows)
         tile = (logits, ids[rows], *_temperature(temperature, temperatures, rows), head.active[rows])
-        _, *statistics = torch.ops.acpo_kernels.logprob_entropy(*tile)
+        statistics = (s[rows] for s in (entropy, maximum, logsumexp))
         grads = [None if g is None else g[rows] for g in (grad_logp, grad_entropy)]
         grad = torch.ops.acpo_kernels.logprob_entropy_backward(*grads, *tile[:2], *statistics, *tile[2:])
         grad = head.before_softcap(logits, grad)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _checks as check
-from . import _linear_loss, _torch, reference
+from . import _cpu, _linear_loss, _torch, reference
 from ._library import define, number_or_tensor
 from ._results import LinearPolicyLoss
 from .policy_loss import check_arguments
@@ -91,9 +91,12 @@ def linear_policy_loss(
 
 
 def _forward_cpu(hidden, weight, ids, bias, temperature, temperatures, softcap, old_logp, advantages, token_offsets, sequence_offsets, mask, *rest):
-    check.ids_in_range(ids, reference.active_rows(ids, mask), weight.shape[0])
+    active = reference.active_rows(ids, mask)
+    check.ids_in_range(ids, active, weight.shape[0])
     head = (hidden, weight, ids, bias, temperature, temperatures, softcap)
-    return _linear_loss.linear_policy_loss_cpu(*head, old_logp, advantages, token_offsets, sequence_offsets, mask, *rest)[0]
+    if not _cpu.available or hidden.dtype == torch.float64:
+        return _linear_loss.linear_policy_loss_cpu(*head, old_logp, advantages, token_offsets, sequence_offsets, active, *rest)[0]
+    return _cpu.linear_policy_loss(*head, old_logp, advantages, token_offsets, sequence_offsets, active, *rest)
 
 
 def _fake(hidden, weight, ids, *rest):

@@ -2,12 +2,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 
+#include "head.h"
 #include "isa.h"
+#include "linear_policy_loss.h"
 #include "logprob_entropy.h"
 #include "policy_loss.h"
 #include "segment_credit.h"
@@ -60,6 +63,42 @@ void bind_logprob_entropy(py::module_& m) {
                                        pointer<void>(gradient), threads);
       },
       no_gil);
+}
+
+void bind_head(py::module_& m) {
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  py::class_<acpo::Head>(m, "Head").def(
+      py::init([](uintptr_t hidden, int64_t hidden_stride, uintptr_t weight, int64_t weight_stride, const std::string& type, int64_t vocab,
+                  int64_t width, uintptr_t bias, double softcap, double temperature, uintptr_t temperatures, uintptr_t ids, uintptr_t rows,
+                  int64_t count) {
+        return acpo::Head{pointer<const void>(hidden), hidden_stride, pointer<const void>(weight), weight_stride, dtype(type), vocab, width,
+                          pointer<const float>(bias), softcap, temperature, pointer<const double>(temperatures),
+                          pointer<const int64_t>(ids), pointer<const int64_t>(rows), count};
+      }));
+  m.def(
+      "head_forward",
+      [](const acpo::Head& head, uintptr_t logp, uintptr_t entropy, uintptr_t maximum, uintptr_t logsumexp, int threads) {
+        acpo::head_forward(head, nullptr, {pointer<float>(logp), pointer<float>(entropy), pointer<float>(maximum), pointer<float>(logsumexp)},
+                           threads);
+      },
+      no_gil);
+  m.def(
+      "head_backward",
+      [](const acpo::Head& head, uintptr_t entropy, uintptr_t maximum, uintptr_t logsumexp, uintptr_t grad_logp, uintptr_t grad_entropy,
+         uintptr_t grad_hidden, uintptr_t grad_weight, uintptr_t grad_bias, int threads) {
+        acpo::head_backward(head, nullptr, {nullptr, pointer<float>(entropy), pointer<float>(maximum), pointer<float>(logsumexp)},
+                            {pointer<const float>(grad_logp), pointer<const float>(grad_entropy), pointer<void>(grad_hidden), head.dtype,
+                             pointer<void>(grad_weight), head.dtype, pointer<float>(grad_bias), false},
+                            threads);
+      },
+      no_gil);
+  m.def(
+      "head_work",
+      [] {
+        const acpo::HeadWork work = acpo::head_work();
+        return std::array{work.logits, work.hidden, work.weight};
+      },
+      "For tests: rows multiplied so far for logits, the gradient of hidden, the gradient of weight.");
 }
 
 acpo::PackedIds packed(uintptr_t ids, bool wide, uintptr_t offsets, int64_t sequences) {
@@ -177,6 +216,14 @@ void bind_policy_loss(py::module_& m) {
     const py::gil_scoped_release no_gil;
     acpo::policy_loss(of, pointer<void>(loss), pointer<void>(metrics), pointer<void>(grad_logp), pointer<void>(grad_entropy), threads);
   });
+  m.def("linear_policy_loss", [](const acpo::Head& head, const acpo::PolicyLoss& of, uintptr_t loss, uintptr_t metrics, uintptr_t logp,
+                                 uintptr_t entropy, uintptr_t hidden, uintptr_t weight, uintptr_t bias, int threads) {
+    const py::gil_scoped_release no_gil;
+    acpo::linear_policy_loss(head, of,
+                             {pointer<float>(loss), pointer<float>(metrics), pointer<float>(logp), pointer<float>(entropy),
+                              pointer<float>(hidden), pointer<float>(weight), pointer<float>(bias)},
+                             threads);
+  });
 }
 
 }  // namespace
@@ -184,6 +231,7 @@ void bind_policy_loss(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The CPU kernels and the segmenter of acpo_kernels.";
   bind_logprob_entropy(m);
+  bind_head(m);
   bind_segmenter(m);
   bind_segments(m);
   bind_policy_loss(m);
