@@ -73,9 +73,9 @@ bool Automaton::is_plain(std::string_view text) const {
 }
 
 template <class Id>
-AnswerMarks Automaton::scan(const Id* ids, int64_t count, uint8_t* rules) const {
+Marks Automaton::scan(const Id* ids, int64_t count, uint8_t* rules) const {
   std::fill_n(rules, count, static_cast<uint8_t>(Rule::length));
-  Scan state(*this, rules);
+  Scan state(*this, rules, count);
   for (int64_t t = 0; t < count; ++t) {
     const Token* token = &tokens_[static_cast<size_t>(ids[t])];
     if (token->plain && state.quiet()) {
@@ -87,7 +87,7 @@ AnswerMarks Automaton::scan(const Id* ids, int64_t count, uint8_t* rules) const 
   return state.finish();
 }
 
-template AnswerMarks Automaton::scan(const int32_t*, int64_t, uint8_t*) const;
-template AnswerMarks Automaton::scan(const int64_t*, int64_t, uint8_t*) const;
+template Marks Automaton::scan(const int32_t*, int64_t, uint8_t*) const;
+template Marks Automaton::scan(const int64_t*, int64_t, uint8_t*) const;
 
 }  // namespace acpo

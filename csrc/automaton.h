@@ -12,8 +12,8 @@
 namespace acpo {
 
 // What put a boundary there. The first ones come from the text; the rest are added by the segmenter.
-enum class Rule : uint8_t { length, sentence, marker, line, step, paragraph, think, entropy, answer, end, score };
-constexpr int kTextRules = 7;  // length (no rule: score 0) .. think
+enum class Rule : uint8_t { length, lead, sentence, marker, line, step, paragraph, think, entropy, answer, end, score };
+constexpr int kTextRules = 8;  // length (no rule: score 0) .. think
 
 // What a pattern means where it is found; a trie node holds several as bits.
 namespace pattern {
@@ -24,6 +24,7 @@ constexpr uint8_t answer = 8;        // "answer is": the sentence that holds it 
 constexpr uint8_t boxed = 16;        // "\boxed{"
 constexpr uint8_t think_open = 32;
 constexpr uint8_t think_close = 64;
+constexpr uint8_t aloud = 128;       // "Hmm", "let me": its author thinks aloud
 }  // namespace pattern
 
 // All patterns as one trie over byte classes (bytes that occur in no pattern share class 0).
@@ -41,12 +42,13 @@ class Trie {
   std::vector<uint8_t> payload_;
 };
 
-// Where the answer of one sequence may begin, as token indices; -1 where there is no such mark.
-struct AnswerMarks {
-  int64_t boxed = -1;      // the sentence of the last \boxed{
-  int64_t stated = -1;     // the sentence of the last "answer is", "Answer:", ...
+// What one sequence tells beside its boundaries: where its answer may begin, as token indices (-1 where there is no such mark).
+struct Marks {
+  int64_t boxed = -1;        // the sentence of the last \boxed{
+  int64_t stated = -1;       // the sentence of the last "answer is", "Answer:", ...
   int64_t after_think = -1;  // the token after </think>
-  bool thinking = false;   // <think> is still open at the end: a truncated rollout
+  bool thinking = false;     // <think> is still open at the end: a truncated rollout
+  bool monologue = false;    // the text thinks aloud: its steps are sentences
 };
 
 class Automaton {
@@ -61,7 +63,7 @@ class Automaton {
 
   // rules[t] := the Rule of the boundary after token t (length: none). Ids must lie in [0, vocab_size).
   template <class Id>
-  AnswerMarks scan(const Id* ids, int64_t count, uint8_t* rules) const;
+  Marks scan(const Id* ids, int64_t count, uint8_t* rules) const;
 
  private:
   friend class Scan;

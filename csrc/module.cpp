@@ -106,7 +106,6 @@ acpo::PackedIds packed(uintptr_t ids, bool wide, uintptr_t offsets, int64_t sequ
 }
 
 void bind_segmenter(py::module_& m) {
-  m.attr("TEXT_RULES") = acpo::kTextRules;
   py::class_<std::vector<acpo::Cut>>(m, "Cuts")
       .def_property_readonly("num_segments",
                              [](const std::vector<acpo::Cut>& cuts) {
@@ -138,16 +137,17 @@ void bind_segmenter(py::module_& m) {
                                   weights);
         return acpo::Segmenter(std::move(automaton), {min_tokens, max_tokens, max_segments}, target_tokens, fork_score);
       }))
-      .def("scores",
-           [](const acpo::Segmenter& self, uintptr_t ids, bool wide, uintptr_t offsets, int64_t sequences, int threads, uintptr_t out) {
-             self.scores(packed(ids, wide, offsets, sequences), threads, pointer<float>(out));
+      .def("read",
+           [](const acpo::Segmenter& self, uintptr_t ids, bool wide, uintptr_t offsets, int64_t sequences, int threads, uintptr_t scores,
+              uintptr_t answer_start) {
+             self.read(packed(ids, wide, offsets, sequences), threads, pointer<float>(scores), pointer<int64_t>(answer_start));
            },
            py::call_guard<py::gil_scoped_release>())
       .def("cut",
            [](const acpo::Segmenter& self, uintptr_t ids, bool wide, uintptr_t offsets, int64_t sequences, uintptr_t scores, uintptr_t entropy,
-              std::optional<double> threshold, uintptr_t answer_start, bool explain, int threads) {
+              std::optional<double> threshold, uintptr_t answer_start, bool detected, bool explain, int threads) {
              const acpo::Evidence evidence{pointer<const float>(scores), pointer<const float>(entropy), threshold ? &*threshold : nullptr,
-                                           pointer<const int64_t>(answer_start)};
+                                           pointer<const int64_t>(answer_start), detected};
              return self.cut(packed(ids, wide, offsets, sequences), evidence, explain, threads);
            },
            py::call_guard<py::gil_scoped_release>());

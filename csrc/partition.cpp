@@ -1,7 +1,6 @@
 #include "partition.h"
 
 #include <algorithm>
-#include <bit>
 #include <utility>
 
 namespace acpo {
@@ -68,27 +67,32 @@ void solve_counting(const Problem& p, int64_t price, PartitionScratch& s, std::v
 }
 
 // At most max_segments, where the best way has more. A way's value depends on each segment alone, and if (b, e) and a
-// segment around it are allowed lengths, so are the two that cross: the weights have the Monge property, so the best value
-// of exactly K segments is concave in K, and raising the price until K is among the best counts is exact. All values are
-// whole multiples of one unit, so the least such price is one too and bisection finds it.
+// segment around it are allowed lengths, so are the two that cross: the weights have the Monge property, so the best score
+// v(K) of exactly K segments is concave in K, and raising the price until K is among the best counts is exact. The least such
+// price, v(K + 1) - v(K), is a whole number; secants of v find it in a few steps.
 void solve_limited(const Problem& p, int64_t price, int64_t max_segments, PartitionScratch& s, std::vector<int32_t>& ends) {
-  const auto fewest = [&](int64_t at) {
-    solve_counting(p, at, s, s.fewest, 1);
-    return s.fewest[p.count];
+  struct Point {
+    int64_t price, count, score;  // count: the fewest segments that are best at this price
   };
-  const bool raised = fewest(price) > max_segments;  // if not, a way with few enough is as good as any at this very price
+  const auto at = [&](int64_t price) -> Point {
+    solve_counting(p, price, s, s.fewest, 1);
+    const int64_t count = s.fewest[p.count];
+    return {price, count, s.value[p.count] + price * (count - 1)};
+  };
+  Point low = at(price);
+  const bool raised = low.count > max_segments;  // if not, a way with few enough is as good as any at this very price
   if (raised) {
-    uint64_t all = static_cast<uint64_t>(price);
-    for (int64_t t = 0; t + 1 < p.count; ++t) all |= static_cast<uint64_t>(p.score[t]);
-    const int64_t unit = int64_t{1} << std::min(std::countr_zero(all), 62);
-    int64_t low = 0, high = 1;  // in units above the price
-    while (fewest(price + high * unit) > max_segments) low = high, high *= 2;
-    while (high - low > 1) {
-      const int64_t middle = low + (high - low) / 2;
-      (fewest(price + middle * unit) > max_segments ? low : high) = middle;
+    // At a price above every score only the lengths ask for cuts; where they ask for bad ones, a better cut more may still pay.
+    Point high = at(1 + int64_t{*std::max_element(p.score, p.score + p.count)});
+    while (high.count > max_segments) low = high, high = at(2 * high.price);
+    while (high.price - low.price > 1) {
+      const int64_t secant = (low.score - high.score) / (low.count - high.count);
+      if (secant >= high.price) break;  // v is straight between the two
+      const Point middle = at(std::max(secant, low.price + 1));
+      (middle.count > max_segments ? low : high) = middle;
     }
-    price += high * unit;
-    fewest(price);
+    price = high.price;
+    at(price);
   }
   solve_counting(p, price, s, s.most, -1);  // leaves the same values
   // Backwards from the end, always the latest start of a segment from which the segments left can be spent.

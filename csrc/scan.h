@@ -18,7 +18,7 @@ uint8_t classify(const uint8_t* c, int length);
 
 class Scan {
  public:
-  Scan(const Automaton& automaton, uint8_t* rules) : a_(automaton), rules_(rules) {}
+  Scan(const Automaton& automaton, uint8_t* rules, int64_t count) : a_(automaton), rules_(rules), count_(count) {}
 
   // In a quiet state a plain token changes nothing but the bytes last seen.
   bool quiet() const { return quiet_; }
@@ -32,12 +32,13 @@ class Scan {
     }
   }
   void feed(int64_t t, std::string_view text);
-  AnswerMarks finish();
+  Marks finish();
 
  private:
-  // text and dollar run the rules of text; in dollar ($.. that may still turn out to be a price) their results are held
-  // back until the closing $ drops them or the end of the line releases them.
-  enum class Mode : uint8_t { text, dollar, paren, bracket, display, fence };
+  // text, dollar and blank run the rules of text. In dollar ($.. that may still turn out to be a price) their results are held
+  // back until the closing $ drops them or the end of the line releases them; in blank (after a blank line inside \[..) until the
+  // closing \] drops them or anything that no formula holds releases them.
+  enum class Mode : uint8_t { text, dollar, blank, paren, bracket, display, fence };
   enum class Head : uint8_t { off, start, bullet, star, hash, number, number_end, tick };
   enum class Dollar : uint8_t { none, open, close, display };
   struct Held {
@@ -45,7 +46,15 @@ class Scan {
     int64_t token;
   };
 
-  bool reads_text() const { return mode_ == Mode::text || mode_ == Mode::dollar; }
+  // What a line break changed, so that a display formula at the start of the next line can take it back.
+  struct Break {
+    bool fresh = false;  // the byte just read began the line, and it may open a formula
+    int64_t token = -1, sentence = 0, previous_sentence = 0, paragraph = 0;
+    uint8_t rule = 0;
+  };
+
+  bool holds_back() const { return mode_ == Mode::dollar || mode_ == Mode::blank; }
+  bool reads_text() const { return mode_ == Mode::text || holds_back(); }
   void byte(uint8_t c);
   void newline();
   void space(uint8_t c);
@@ -59,7 +68,11 @@ class Scan {
   void line_head(uint8_t c);
   void fence_tick(uint8_t c);
   void become_step();
+  void line_break(uint8_t c);
+  void take_break_back();
   void enter_math(Mode mode);
+  void hold_back(Mode mode);
+  void drop_held();
   void leave_math(bool stop, int64_t token);
   void release_held();
   void match(uint8_t c);
@@ -73,6 +86,7 @@ class Scan {
 
   const Automaton& a_;
   uint8_t* rules_;
+  int64_t count_;
   int64_t t_ = 0;             // the token being read
   bool token_solid_ = false;  // a byte of it was not a space
   bool quiet_ = false;
@@ -98,8 +112,9 @@ class Scan {
   bool escape_ = false;       // an odd number of backslashes just before
   Dollar dollar_ = Dollar::none;
   std::vector<Held> held_;
-  int64_t dollar_sentence_ = 0;
-  bool dollar_stop_ = false;  // the formula ended in a full stop
+  int64_t held_sentence_ = 0, held_sentences_ = 0;  // sentence_ and sentences_ where the formula began
+  bool dollar_stop_ = false;   // the formula ended in a full stop
+  Break break_;
 
   uint16_t node_ = 0;         // in the trie; 0: no pattern is open
   uint8_t awaiting_ = 0;      // patterns that end in a letter: the next byte tells whether the word does
@@ -112,7 +127,8 @@ class Scan {
   bool wide_fresh_ = false, wide_clause_ = false;
 
   int64_t sentence_ = 0, previous_sentence_ = 0, paragraph_ = 0;
-  AnswerMarks marks_;
+  int64_t sentences_ = 1, aloud_ = 0;
+  Marks marks_;
 };
 
 }  // namespace acpo

@@ -22,6 +22,7 @@ constexpr int64_t kParagraphSlack = 4, kSlack = 2;
 constexpr float kMaxScore = 64;       // keeps every sum of the dynamic programme inside 63 bits
 
 int32_t fixed(float score) { return static_cast<int32_t>(std::lround(static_cast<double>(score) * (1 << kScoreBits))); }
+float floating(int32_t score) { return static_cast<float>(score) / (1 << kScoreBits); }
 
 // About 16 ranges a thread: sequences differ in length.
 int64_t grain(int64_t sequences, int threads) { return std::max<int64_t>(1, sequences / (int64_t{16} * std::max(threads, 1))); }
@@ -44,6 +45,21 @@ void check_values(const char* name, const float* values, int64_t count, float lo
   }
 }
 
+// Of equal boundaries the one that closes the longer stretch counts more, by a 1024th a token: where not all can be taken (min_tokens,
+// max_segments) the cuts spread over the text. At most 112 tokens count, so that the sum stays below half the distance (1/8) of the
+// two nearest of the default scores: the price still lies between them.
+constexpr int64_t kStretchMost = 112;
+constexpr int kStretchBits = kScoreBits - 10;
+
+void prefer_long_stretches(int64_t count, int32_t* score) {
+  int64_t last = -1;
+  for (int64_t t = 0; t < count; ++t) {
+    if (score[t] == 0) continue;
+    score[t] += static_cast<int32_t>(std::min(t - last, kStretchMost)) << kStretchBits;
+    last = t;
+  }
+}
+
 }  // namespace
 
 // Buffers of one thread, kept between its sequences; 29 bytes a token of the longest.
@@ -55,7 +71,13 @@ struct Segmenter::Scratch {
 
 Segmenter::Segmenter(Automaton automaton, Limits limits, int64_t target_tokens, float fork_score)
     : automaton_(std::move(automaton)), limits_(limits), target_tokens_(target_tokens), fork_score_(fixed(fork_score)) {
-  for (uint8_t r = 0; r < kTextRules; ++r) rule_scores_[r] = fixed(automaton_.weight(r));
+  for (uint8_t r = 0; r < kTextRules; ++r) rule_scores_[0][r] = fixed(automaton_.weight(r));
+  // Who thinks aloud takes a step with a sentence: it is worth a paragraph there, and all above it rises with it.
+  rule_scores_[1] = rule_scores_[0];
+  const int32_t lift = std::max(0, rule_scores_[0][static_cast<size_t>(Rule::paragraph)] - rule_scores_[0][static_cast<size_t>(Rule::sentence)]);
+  for (auto r = static_cast<size_t>(Rule::sentence); r < kTextRules; ++r) {
+    rule_scores_[1][r] = rule_scores_[0][r] == 0 ? 0 : std::min(rule_scores_[0][r] + lift, fixed(kMaxScore));
+  }
 }
 
 void Segmenter::check(const PackedIds& batch) const {
@@ -71,21 +93,24 @@ void Segmenter::check(const PackedIds& batch) const {
   }
 }
 
-AnswerMarks Segmenter::scan(const PackedIds& batch, int64_t b, uint8_t* rules) const {
+Marks Segmenter::scan(const PackedIds& batch, int64_t b, uint8_t* rules) const {
   const int64_t begin = batch.offsets[b], count = batch.offsets[b + 1] - begin;
   if (batch.wide) return automaton_.scan(static_cast<const int64_t*>(batch.ids) + begin, count, rules);
   return automaton_.scan(static_cast<const int32_t*>(batch.ids) + begin, count, rules);
 }
 
-void Segmenter::scores(const PackedIds& batch, int threads, float* out) const {
+void Segmenter::read(const PackedIds& batch, int threads, float* out, int64_t* answer_start) const {
   check(batch);
   parallel_for(batch.sequences, grain(batch.sequences, threads), threads, [&](int64_t first, int64_t last) {
     std::vector<uint8_t> rules;
     for (int64_t b = first; b < last; ++b) {
       const int64_t begin = batch.offsets[b], count = batch.offsets[b + 1] - begin;
       rules.resize(count);
-      scan(batch, b, rules.data());
-      for (int64_t t = 0; t < count; ++t) out[begin + t] = automaton_.weight(rules[t]);
+      const Marks marks = scan(batch, b, rules.data());
+      std::array<float, kTextRules> scores;
+      std::transform(score_rules(marks).begin(), score_rules(marks).end(), scores.begin(), floating);
+      for (int64_t t = 0; t < count; ++t) out[begin + t] = scores[rules[t]];
+      answer_start[b] = answer(marks, count, rules.data());
     }
   });
 }
@@ -108,14 +133,15 @@ Cut Segmenter::cut_one(const PackedIds& batch, int64_t b, const Evidence& eviden
   Cut cut;
   if (count == 0) return cut;
   int64_t start = evidence.answer_start ? evidence.answer_start[b] : -1;
-  AnswerMarks marks;
+  const bool detect = start < 0 && !evidence.detected;
   s.score.resize(count);
-  s.rules.assign(count, static_cast<uint8_t>(Rule::length));
-  if (!evidence.scores || start < 0 || explain) {
-    marks = scan(batch, b, s.rules.data());
-    for (int64_t t = 0; t < count; ++t) s.score[t] = rule_scores_[s.rules[t]];
+  s.rules.resize(count);
+  if (!evidence.scores || detect || explain) {
+    const Marks marks = scan(batch, b, s.rules.data());
+    const RuleScores& scores = score_rules(marks);
+    for (int64_t t = 0; t < count; ++t) s.score[t] = scores[s.rules[t]];
+    if (detect) start = answer(marks, count, s.rules.data());
   }
-  if (start < 0) start = answer(marks, count, s.score.data());
   if (evidence.scores) {
     for (int64_t t = 0; t < count; ++t) s.score[t] = fixed(evidence.scores[begin + t]);
   }
@@ -128,8 +154,9 @@ Cut Segmenter::cut_one(const PackedIds& batch, int64_t b, const Evidence& eviden
     kept.clear();
     if (evidence.entropy) forks(evidence.entropy + begin, count, reasoning, evidence.threshold, s);
     const int64_t lambda = price(reasoning, s);
+    prefer_long_stretches(reasoning, s.score.data());
     for (const int32_t t : kept) {
-      if (s.score[t] == 0) s.rules[t] = static_cast<uint8_t>(Rule::entropy);
+      if (s.score[t] == 0 && explain) s.rules[t] = static_cast<uint8_t>(Rule::entropy);
       s.score[t] += fork_score_;
     }
     if (cut.terminal) --limits.max_segments;
@@ -151,18 +178,19 @@ Cut Segmenter::cut_one(const PackedIds& batch, int64_t b, const Evidence& eviden
 // Where the detected answer span begins, -1: none. A mark farther than max_tokens from the end states no FINAL answer, and
 // a rollout that is still thinking has none. The text after </think> is the answer where nothing in it says more exactly;
 // where it is longer than a segment may be, its best boundary inside the last max_tokens begins the span.
-int64_t Segmenter::answer(const AnswerMarks& marks, int64_t count, const int32_t* score) const {
+int64_t Segmenter::answer(const Marks& marks, int64_t count, const uint8_t* rules) const {
   const int64_t earliest = count - limits_.max_tokens;
   if (marks.thinking) return -1;
   if (marks.boxed >= 0 && marks.boxed >= earliest) return marks.boxed;
   if (marks.stated >= 0 && marks.stated >= earliest) return marks.stated;
   if (marks.after_think < 0 || marks.after_think >= count) return -1;
   if (marks.after_think >= earliest) return marks.after_think;
+  const RuleScores& scores = score_rules(marks);
   int64_t best = earliest;
   for (int64_t start = earliest; start < count; ++start) {
-    if (score[start - 1] > score[best - 1]) best = start;
+    if (scores[rules[start - 1]] > scores[rules[best - 1]]) best = start;
   }
-  return score[best - 1] > 0 ? best : -1;
+  return scores[rules[best - 1]] > 0 ? best : -1;
 }
 
 // Collects in partition.queue the tokens after which the policy forks: entropy of the next one at or above the threshold
@@ -222,7 +250,7 @@ int64_t Segmenter::price(int64_t reasoning, Scratch& s) const {
     if (s.score[t] == 0 && fork_score_ > 0) levels.push_back(fork_score_);
   }
   if (levels.empty()) return int64_t{1} << kScoreBits;  // only lengths count: any price asks for as few cuts as possible
-  const int32_t paragraph = rule_scores_[static_cast<size_t>(Rule::paragraph)];
+  const int32_t paragraph = rule_scores_[0][static_cast<size_t>(Rule::paragraph)];
   const auto paragraphs = std::count_if(levels.begin(), levels.end(), [&](int32_t l) { return l >= paragraph; });
   int32_t level = paragraph;
   if (paragraphs < std::max<int64_t>(1, reasoning / (kParagraphSlack * target_tokens_))) {

@@ -1,6 +1,7 @@
 // Reasoning steps from token ids: scores of the text (automaton.h), forking tokens, the answer span, the best partition.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -20,10 +21,11 @@ struct PackedIds {
 };
 
 struct Evidence {
-  const float* scores = nullptr;          // [N], from Segmenter::scores; nullptr: scan now
+  const float* scores = nullptr;          // [N], from Segmenter::read; nullptr: scan now
   const float* entropy = nullptr;         // [N]; entropy[t] of the prediction OF token t
   const double* threshold = nullptr;      // nullptr: the 0.9-quantile of the sequence
-  const int64_t* answer_start = nullptr;  // [B]; -1: detect
+  const int64_t* answer_start = nullptr;  // [B]; -1: detect, or with `detected` there is none
+  bool detected = false;                  // answer_start is what Segmenter::read found
 };
 
 struct Cut {
@@ -32,19 +34,22 @@ struct Cut {
   bool terminal = false;
 };
 
+using RuleScores = std::array<int32_t, kTextRules>;
+
 class Segmenter {
  public:
   Segmenter(Automaton automaton, Limits limits, int64_t target_tokens, float fork_score);
 
-  // out[t] := the score of the boundary after token t.
-  void scores(const PackedIds& batch, int threads, float* out) const;
+  // out[t] := the score of the boundary after token t; answer_start[b] := where the answer of sequence b is detected, -1: nowhere.
+  void read(const PackedIds& batch, int threads, float* out, int64_t* answer_start) const;
   std::vector<Cut> cut(const PackedIds& batch, const Evidence& evidence, bool explain, int threads) const;
 
  private:
   struct Scratch;
   void check(const PackedIds& batch) const;
-  AnswerMarks scan(const PackedIds& batch, int64_t b, uint8_t* rules) const;
-  int64_t answer(const AnswerMarks& marks, int64_t count, const int32_t* score) const;
+  Marks scan(const PackedIds& batch, int64_t b, uint8_t* rules) const;
+  const RuleScores& score_rules(const Marks& marks) const { return rule_scores_[marks.monologue]; }
+  int64_t answer(const Marks& marks, int64_t count, const uint8_t* rules) const;
   void forks(const float* entropy, int64_t count, int64_t reasoning, const double* threshold, Scratch& scratch) const;
   int64_t price(int64_t reasoning, Scratch& scratch) const;
   Cut cut_one(const PackedIds& batch, int64_t b, const Evidence& evidence, bool explain, Scratch& scratch) const;
@@ -53,7 +58,7 @@ class Segmenter {
   Limits limits_;
   int64_t target_tokens_;
   int32_t fork_score_;
-  int32_t rule_scores_[kTextRules];
+  RuleScores rule_scores_[2];  // of a text and of a monologue
 };
 
 }  // namespace acpo
