@@ -10,12 +10,19 @@ which telescope for any Vhat.
 
 * hindsight: e_k is the sum of l_t = log pi(y_t | q, a*, y_<t) - log pi(y_t | q, y_<t) up to k. Its shaping for the additive credit is
   the segment sum of the centred l_t + KL_t, zero-mean under the policy's own sampling.
-* tree: e_k is the log-odds step from the leave-one-out group mean to the group's prefix tree.
+* tree: e_k is the log-odds step from the leave-one-out group mean to the group's prefix tree (tree.py).
+* probe: e_k is the change of the log-odds of the right answer, were the policy to answer now (probe.py).
+* head: e_k is what a small reader of the hidden state at b_k adds to what is known before (head.py).
+* entropy: an upper bound of what a step can tell; no sign, no skill, an ablation.
+
+For the additive credit every source also gives a SCORE a segment, in units of an advantage (`Attributor`), and where several sources look at a
+rollout the one of highest reliability speaks (`pick`).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+import math
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,66 +31,72 @@ from torch import Tensor
 
 from acpo_kernels import Segments, segment_reduce
 
+from .tree import Prefixes, tree_values
+
 MIN_BOUNDARIES = 200  # a reliability from fewer is noise
 FIT_BATCHES = 8
 MINORITY = 0.05  # least share of the rarer outcome for skill to be measured
 DECAY = 0.9
-SLOPE, THRESHOLD = 3.0, 0.05  # reliability = min(1, SLOPE * skill), 0 below THRESHOLD
+SLOPE, THRESHOLD = 3.0, 0.05  # reliability = min(1, slope * skill), 0 below THRESHOLD
 
 
 @dataclass
 class Evidence:
     """What a source saw: evidence [S] (log-odds, running from the start of the rollout), shaping [S] (signed credit of the segment
-    itself, nats; None: phi serves), and the rollouts [B] that it looked at."""
+    itself, nats; None: phi serves), the rollouts [B] that it looked at, those of them that its credit is for (None: all), and which segments [S]
+    changed the state at all (None: all)."""
 
     evidence: Tensor
     shaping: Tensor | None
     rows: Tensor
+    acts: Tensor | None = None
+    changed: Tensor | None = None
+    unsigned: bool = False  # evidence says how much, the outcome says which way
 
 
 @dataclass
 class Attribution:
-    """phi, iota, values (Vhat_k) and previous (Vhat_{k-1}) a segment [S]; shaping [S] or None; rows [B]; reliability in [0, 1]."""
+    """phi, iota, values (Vhat_k), previous (Vhat_{k-1}), score and changed a segment [S]; rows [B]; reliability [B] in [0, 1], 0 outside of rows."""
 
     phi: Tensor
     iota: Tensor
     values: Tensor
     previous: Tensor
-    shaping: Tensor | None
+    score: Tensor
+    changed: Tensor
     rows: Tensor
-    reliability: float
+    reliability: Tensor
 
 
-def hindsight_evidence(log_ratio: Tensor, kl: Tensor, segments: Segments, mask: Tensor, rows: Tensor, clamp: float) -> Evidence:
+def hindsight_evidence(log_ratio: Tensor, kl: Tensor, segments: Segments, mask: Tensor | None, rows: Tensor, clamp: float) -> Evidence:
     """Evidence of the hindsight stream; `mask` leaves out tokens that spell the answer. Not finite counts as 0."""
     log_ratio, kl = (torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0) for x in (log_ratio, kl))
     raw, centred = segment_reduce(torch.stack([log_ratio, log_ratio + kl]), segments, mask=mask)
     return Evidence(running_sum(raw, segments), centred.clamp(-clamp, clamp), rows)
 
 
-def tree_evidence(prefixes: list[list[bytes]], rewards: Tensor, group_size: int, segments: Segments, kappa: float) -> Evidence:
-    """Evidence of the leave-one-out prefix tree: prefixes[b][k] identifies all tokens of rollout b up to its boundary k.
-
-    V_{-i}(s) = (sum_{j != i, prefix_j = s} R_j + kappa Rbar_{-i}) / (n_{-i} + kappa)
-    """
-    outcome = rewards.tolist()
-    values = []
-    for begin in range(0, len(prefixes), group_size):
-        group = range(begin, begin + group_size)
-        through: dict[bytes, list[float]] = defaultdict(list)
-        for b in group:
-            for prefix in prefixes[b]:
-                through[prefix].append(outcome[b])
-        total = sum(outcome[b] for b in group)
-        for b in group:
-            base = (total - outcome[b]) / (group_size - 1)
-            for prefix in prefixes[b]:
-                others, n = sum(through[prefix]) - outcome[b], len(through[prefix]) - 1
-                values.append((others + kappa * base) / (n + kappa) if n + kappa > 0 else base)
-    value = torch.tensor(values, dtype=rewards.dtype, device=rewards.device)
+def tree_evidence(prefixes: Prefixes, rewards: Tensor, group_size: int, segments: Segments, kappa: float, by_state: bool, rows: Tensor) -> Evidence:
+    """Evidence of the leave-one-out prefix tree on the given rollouts: logit V - logit of the others' mean."""
+    value = tree_values(prefixes, rewards, group_size, kappa, by_state)
     base = leave_one_out(rewards, group_size)[segments.segment_sequence_ids()]
     low = 0.5 / group_size
-    return Evidence(torch.logit(value, low) - torch.logit(base, low), None, torch.ones_like(rewards, dtype=torch.bool))
+    changed = torch.tensor([c for rollout in prefixes.changed for c in rollout], dtype=torch.bool, device=rewards.device)
+    return Evidence((torch.logit(value, low) - torch.logit(base, low)).to(rewards.dtype), None, rows, changed=changed)
+
+
+def entropy_evidence(entropy: Tensor, rewards: Tensor, group_size: int, segments: Segments, rows: Tensor) -> Evidence:
+    """The upper bound of what a step can tell about the outcome, min(mean H_k / H_ref, h_b(mean outcome of the others) / log 2), H_ref the
+    batch's mean: where learning is possible. It has no sign and no skill to measure: an ablation."""
+    low = 0.5 / group_size
+    base = leave_one_out(rewards, group_size).double().clamp(low, 1.0 - low)
+    mean = segment_reduce(torch.nan_to_num(entropy), segments, reduce="mean").double()
+    bound = torch.minimum(mean / entropy.double().mean().clamp(min=1e-6), binary_entropy(base)[segments.segment_sequence_ids()] / math.log(2.0))
+    return Evidence(bound, None, rows, unsigned=True)
+
+
+def binary_entropy(p: Tensor) -> Tensor:
+    """h_b(p) = -p log p - (1-p) log(1-p), nats."""
+    return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
 
 
 def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
@@ -96,6 +109,14 @@ def zero_variance(outcome: Tensor, group_size: int) -> Tensor:
     """Which rollouts belong to a group whose outcomes are all equal, [B]."""
     groups = outcome.view(-1, group_size)
     return (groups == groups[:, :1]).all(1).repeat_interleave(group_size)
+
+
+def one_of_each(outcome: Tensor, group_size: int) -> Tensor:
+    """The first rollout above and the first below (or at) the mean of its group, in groups whose outcomes differ, [B]."""
+    groups = outcome.view(-1, group_size)
+    above = groups > groups.mean(1, keepdim=True)
+    first = (above & (above.cumsum(1) == 1)) | (~above & ((~above).cumsum(1) == 1))
+    return first.flatten() & ~zero_variance(outcome, group_size)
 
 
 def running_sum(values: Tensor, segments: Segments) -> Tensor:
@@ -178,6 +199,7 @@ class Reliability:
     """Skill of Vhat over what was known before the steps: 3 (1 - M1/M0) from averages over earlier batches, 0 without evidence of any."""
 
     fixed: float | None = None
+    slope: float = SLOPE
     m1: float = 0.0
     m0: float = 0.0
     boundaries: int = 0
@@ -188,7 +210,7 @@ class Reliability:
             return self.fixed
         if self.boundaries < MIN_BOUNDARIES or self.m0 <= 0:
             return 0.0
-        raw = SLOPE * (1.0 - self.m1 / self.m0)
+        raw = self.slope * (1.0 - self.m1 / self.m0)
         return 0.0 if raw < THRESHOLD else min(raw, 1.0)
 
     def update(self, values: Tensor, first: Tensor, base: Tensor, outcome: Tensor) -> None:
@@ -207,16 +229,25 @@ class Reliability:
 
 
 class Attributor:
-    """Calibrates a source's evidence and measures its reliability, in that order: predict, score, then fit."""
+    """Calibrates a source's evidence and measures its reliability, in that order: predict, score, then fit.
 
-    def __init__(self, reliability: float | None = None):
-        self.calibrator, self.reliability = Calibrator(), Reliability(reliability)
+    The score of a segment, for the additive credit, in units of an advantage:
+
+        from the source's own shaping c_k   shaping_gain clip((c_k - mean of the group) / std of the batch, +-3)
+        from phi                            value_gain phi_k / max(std of the group's outcomes, 1/4)
+    """
+
+    def __init__(self, reliability: float | None = None, shaping_gain: float = 0.5, value_gain: float = 1.0, slope: float = SLOPE):
+        self.calibrator, self.reliability = Calibrator(), Reliability(reliability, slope)
+        self.shaping_gain, self.value_gain = shaping_gain, value_gain
 
     def __call__(self, evidence: Evidence, outcome: Tensor, base: Tensor, segments: Segments, group_size: int) -> Attribution:
         """base [B] is the probability of success known before the steps; outcome [B] the verifier's R in [0, 1]."""
         low = 0.5 / group_size
         sequence = segments.segment_sequence_ids()
         terminal = segments.is_terminal()
+        if evidence.unsigned:
+            return self._unsigned(evidence, outcome, base, segments)
         seen = evidence.rows[sequence]
         first = self.calibrator.predict_before(base, low)
         values = self.calibrator.predict(base[sequence], torch.where(seen, evidence.evidence, 0.0), low)
@@ -230,15 +261,37 @@ class Attributor:
 
         order = torch.arange(segments.num_segments, device=sequence.device) - segments.sequence_offsets[:-1][sequence]
         ordinary = torch.zeros(segments.num_sequences, dtype=torch.int64, device=sequence.device).index_add(0, sequence, (~terminal).long())
-        later = seen & ~terminal & (2 * (order + 1) > ordinary[sequence])
+        same = zero_variance(outcome, group_size)
+        later = seen & ~terminal & ~same[sequence] & (2 * (order + 1) > ordinary[sequence])
         at = sequence[later]
         if self.calibrator.both_outcomes():
             self.reliability.update(values[later], first[at], base[at], outcome[at])
         use = seen & ~terminal
         at = sequence[use]
-        independent = torch.where(zero_variance(outcome, group_size), 1.0 / group_size, 1.0) / ordinary.clamp(min=1)
+        independent = torch.where(same, 1.0 / group_size, 1.0) / ordinary.clamp(min=1)
         self.calibrator.fit(base[at], evidence.evidence[use], outcome[at], independent[at], low)
-        return Attribution(values - before, iota, values, before, evidence.shaping, evidence.rows, reliability)
+
+        acts = evidence.rows if evidence.acts is None else evidence.acts
+        use = acts[sequence] & ~terminal
+        phi = values - before
+        if evidence.shaping is None:
+            spread = outcome.double().view(-1, group_size).std(1, correction=0).clamp(min=0.25).repeat_interleave(group_size)
+            score = self.value_gain * phi / spread[sequence]
+        else:
+            score = self.shaping_gain * standardised(evidence.shaping, use, sequence // group_size).clamp(-3.0, 3.0)
+        changed = torch.ones_like(terminal) if evidence.changed is None else evidence.changed
+        return Attribution(phi, iota, values, before, score, changed, acts, reliability * acts.double())
+
+    def _unsigned(self, evidence: Evidence, outcome: Tensor, base: Tensor, segments: Segments) -> Attribution:
+        """phi = sgn(R - base) (bound_k - its mean over the batch's steps). No values: Vhat stays at base; reliability is 1, or as fixed."""
+        sequence, ordinary = segments.segment_sequence_ids(), ~segments.is_terminal()
+        use = (evidence.rows[sequence] & ordinary).double()
+        centred = (evidence.evidence - (evidence.evidence * use).sum() / use.sum().clamp(min=1.0)) * use
+        phi = torch.sign(outcome - base).double()[sequence] * centred
+        values = base.double()[sequence]
+        reliability = (1.0 if self.reliability.fixed is None else self.reliability.fixed) * evidence.rows.double()
+        nothing, changed = torch.zeros_like(phi), torch.ones_like(ordinary)
+        return Attribution(phi, nothing, values, values, self.value_gain * phi, changed, evidence.rows, reliability)
 
     def state(self) -> dict:
         return {"calibrator": self.calibrator.state(), "reliability": self.reliability.state()}
@@ -246,6 +299,27 @@ class Attributor:
     def load(self, state: dict) -> None:
         self.calibrator.load(state["calibrator"])
         self.reliability.load(state["reliability"])
+
+
+def standardised(shaping: Tensor, use: Tensor, group: Tensor) -> Tensor:
+    """(c_k - mean of its group) / std of the batch over the segments in use, 0 elsewhere; group [S] numbers the groups from 0."""
+    shaping, use = shaping.double(), use.double()
+    sums = torch.zeros(int(group.max()) + 1 if len(group) else 0, dtype=torch.float64, device=shaping.device)
+    mean = sums.index_add(0, group, shaping * use) / sums.index_add(0, group, use).clamp(min=1.0)
+    centred = (shaping - mean[group]) * use
+    return centred / ((centred.square().sum() / use.sum().clamp(min=1.0)).sqrt() + 1e-6)
+
+
+def pick(found: list[Attribution], segments: Segments) -> Attribution:
+    """One attribution from several: for every rollout that of the highest reliability among the sources that looked at it, the first of equals."""
+    best = found[0]
+    sequence = segments.segment_sequence_ids()
+    for other in found[1:]:
+        better = (other.reliability > best.reliability) | (other.rows & ~best.rows)
+        names = ("phi", "iota", "values", "previous", "score", "changed")
+        chosen = {name: torch.where(better[sequence], getattr(other, name), getattr(best, name)) for name in names}
+        best = Attribution(**chosen, rows=best.rows | other.rows, reliability=torch.where(better, other.reliability, best.reliability))
+    return best
 
 
 def answer_copies(responses: list[Tensor], spellings: list[list[list[int]]]) -> Tensor:

@@ -1,5 +1,5 @@
-"""The console script: `acpo train`, `acpo eval`, `acpo report`. Errors of the user's making are one line and exit code 2; a training run
-that cannot go on is one line and exit code 1."""
+"""The console script: `acpo train`, `acpo eval`, `acpo report`, `acpo compare`. Errors of the user's making are one line and exit
+code 2; a training run that cannot go on is one line and exit code 1."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ EXAMPLES = """examples:
   acpo train configs/arithmetic.yaml                      warm-up, both stages, evaluation, report
   acpo train configs/arithmetic.yaml method=grpo seed=1   the baseline of the same loop
   acpo eval runs/arithmetic-acpo-0 --samples 8            greedy accuracy and pass@8 of the newest checkpoint
+  acpo compare configs/compare/t2.yaml --jobs 2           arms x paired seeds from one warm start: table, figure, report
   acpo report runs/arithmetic-acpo-0 runs/arithmetic-grpo-0 --out curves.png
 """
 
@@ -21,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="acpo", description="Step-level credit assignment for RL with verifiable rewards.", epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,eval,report}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,eval,report,compare}")
     train = verbs.add_parser("train", help="train a policy; the same command continues a run that was broken off")
     train.add_argument("config", help="a YAML file")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file, e.g. trainer.steps=50")
@@ -32,19 +33,29 @@ def main(arguments: list[str] | None = None) -> int:
     report = verbs.add_parser("report", help="draw the curves of one or more runs")
     report.add_argument("runs", nargs="+", help="run directories; several are overlaid")
     report.add_argument("--out", default="", help="the PNG to write (default: curves.png in the first run)")
+    compare = verbs.add_parser("compare", help="run arms x paired seeds from one warm start; the same command continues what was broken off")
+    compare.add_argument("config", help="a YAML file such as configs/compare/t2.yaml")
+    compare.add_argument("--dir", default=None, help="where the runs live (default: runs/compare/NAME)")
+    compare.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread (default 1)")
+    compare.add_argument("--arms", default="", help="only these, separated by commas")
+    compare.add_argument("--most", type=int, default=None, help="start at most so many runs")
+    compare.add_argument("--launch", default="", help='words in front of every run\'s command, such as "nice -n 10"')
+    compare.add_argument("--report", action="store_true", help="write the table of what is finished, run nothing")
+    compare.add_argument("--one", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
 
     from .checkpoint import CheckpointError
+    from .compare import RunError
     from .config import ConfigError
     from .problems import ProblemError
     from .trainer import TrainingError
 
     try:
-        return {"train": _train, "eval": _eval, "report": _report}[options.verb](options)
+        return {"train": _train, "eval": _eval, "report": _report, "compare": _compare}[options.verb](options)
     except (ConfigError, ProblemError, ImportError) as error:  # ImportError: something optional is not installed, and says what
         print(f"acpo: {error}", file=sys.stderr)
         return 2
-    except (TrainingError, CheckpointError) as error:
+    except (TrainingError, CheckpointError, RunError) as error:
         print(f"acpo: {error}", file=sys.stderr)
         return 1
     except OSError as error:
@@ -107,6 +118,39 @@ def _report(options) -> int:
     # Piped into a file, a table keeps every column.
     Console(width=None if console.is_terminal else 200).print(table)
     print(f"curves: {path}")
+    return 0
+
+
+def _compare(options) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from . import evidence
+    from .compare import Comparer
+    from .config import ConfigError
+
+    if options.jobs < 1:
+        raise ConfigError(f"--jobs must be at least 1, got {options.jobs}")
+    comparer = Comparer(options.config, options.dir)
+    if options.one:
+        comparer.one(options.one)
+        return 0
+    if not options.report:
+        comparer.run(options.jobs, options.launch, [a for a in options.arms.split(",") if a] or None, options.most)
+    results, runs = comparer.results()
+    if not results["arms"]:
+        print(f"no finished run of {comparer.chosen.against} and an arm beside it in {comparer.directory} yet")
+        return 0
+    evidence.write(results, runs, comparer.directory)
+    head, body = evidence.rows(results)
+    table = Table(*head)
+    for row in body:
+        table.add_row(*row)
+    console = Console()
+    Console(width=None if console.is_terminal else 240).print(table)
+    print(
+        f"table: {comparer.directory / 'results.json'}   figure: {comparer.directory / 'results.png'}   both: {comparer.directory / 'results.html'}"
+    )
     return 0
 
 

@@ -62,6 +62,7 @@ class WarmupConfig:
     steps: int = 0  # supervised steps on the synthetic task's own traces
     batch: int = 64
     learning_rate: float = 4e-3
+    probed: float = 0.0  # share of examples that answer behind probe_suffix after some of the steps: what the source `probe` needs to have seen
     hinted: float = 0.3  # share of examples whose prompt holds the trace's own final answer, right or wrong
 
 
@@ -88,11 +89,16 @@ class SegmenterConfig:
     target_tokens: int = 64
     entropy: bool = True  # cut at forking tokens as well
     forking_share: float = 0.1  # share of tokens whose entropy makes them forks
+    fixed: int = 0  # an ablation: steps of so many tokens whatever stands there; 0: steps
 
 
 @dataclass
 class AttributionConfig:
-    source: Literal["hindsight", "tree", "none"] = "hindsight"
+    source: str = "hindsight,tree"  # of SOURCES, separated by commas: where several look at a rollout the most reliable one speaks; or "none"
+    keys: Literal["tokens", "numbers"] = "tokens"  # tree: what a step is recognised by, its tokens or the numbers in it
+    probe_suffix: str = "\nThe answer is "  # probe: what stands between a step and an answer given at once
+    slope: float = 3.0  # reliability = slope times the measured skill, at most 1
+    control: Literal["none", "shuffled", "position", "random"] = "none"  # put an attribution without information in its place
     clamp: float = 5.0  # nats: bound of a segment's centred information before it becomes credit
     kappa: float = 2.0  # tree: pseudo-counts of the leave-one-out group mean
     mask_answer_copies: bool = True  # tokens that spell the answer carry no information about reaching it
@@ -101,10 +107,13 @@ class AttributionConfig:
 
 @dataclass
 class CreditConfig:
-    form: Literal["additive", "weights", "none"] = "additive"
-    scope: Literal["zero_variance", "all"] = "zero_variance"  # which groups the credit acts in
-    gain: float = 0.5
+    form: Literal["additive", "weights", "branch", "ratio", "none"] = "additive"  # branch: TEMPO's, ratio: RLSD's
+    # Which groups a source looks at: those without variance, all, or its own (hindsight: those without variance, the others: the rest).
+    scope: Literal["own", "zero_variance", "all"] = "own"
+    gain: float = 0.5  # of hindsight's additive credit and of the weights
+    value_gain: float = 1.0  # of value differences, in the additive form
     bound: float = 0.5
+    mask: Literal["none", "unchanged", "filler"] = "none"  # no advantage on segments that leave the state as it was; on known filler (an oracle)
     advantage: Literal["grpo", "rloo", "centred"] = "grpo"  # (R - mean)/std, R - mean of the others, R - mean
 
 
@@ -119,7 +128,7 @@ class LossConfig:
 
 @dataclass
 class EntropyConfig:
-    controller: Literal["target", "constant", "none"] = "target"
+    controller: Literal["target", "constant", "step", "none"] = "target"  # step: Skywork-OR1's
     weight: float = 1e-3  # of the bonus: at the start, or constant
     rate: float = 0.05
     dead_band: float = 0.05
@@ -128,6 +137,9 @@ class EntropyConfig:
     min_weight: float = 1e-5
     max_weight: float = 1e-2
     gated: bool = True  # weight the bonus by how open the outcome still is
+    covariance: Literal["fallback", "always", "never"] = "fallback"  # KL-Cov: where the bonus is at its most and entropy below half its target
+    covariance_share: float = 2e-4  # of the tokens, those of highest covariance between advantage and log-prob
+    covariance_weight: float = 1.0
 
 
 @dataclass
@@ -171,12 +183,14 @@ class TrainerConfig:
     checkpoint_every: int = 10
     keep_checkpoints: int = 2
     threads: int = 0  # 0: torch's own choice
+    keep_rollouts: bool = True  # every rollout as parquet, where pyarrow is installed
 
 
 @dataclass
 class EvalConfig:
     samples: int = 8  # a problem, for pass@k, before the first step and after the last; 0: greedy accuracy alone
     max_problems: int = 256
+    start: bool = True  # pass@k before the first step as well
 
 
 @dataclass
@@ -206,15 +220,18 @@ class Config:
         return Path(self.run_dir or f"runs/{self.name}-{self.method}-{self.seed}")
 
 
+SOURCES = ("hindsight", "probe", "tree", "head", "entropy")
+
 # What makes a method: everything that is not named here (clip range, batch, learning rate) is the same for all of them.
 _OUTCOME_ONLY = {
-    "attribution.source": "none", "credit.form": "none", "entropy.controller": "none", "curriculum.sampler": "uniform",
+    "attribution.source": "none", "credit.form": "none", "credit.mask": "none", "entropy.controller": "none", "curriculum.sampler": "uniform",
     "curriculum.dynamic_sampling": False, "stages.two": False, "loss.ratio": "token", "loss.denominator": "tokens",
 }  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     "acpo": {
-        "attribution.source": "hindsight", "credit.form": "additive", "credit.scope": "zero_variance", "credit.advantage": "grpo",
-        "entropy.controller": "target", "curriculum.sampler": "thompson", "curriculum.dynamic_sampling": False, "stages.two": True,
+        "attribution.source": "hindsight,tree", "credit.form": "additive", "credit.scope": "own", "credit.advantage": "grpo",
+        "credit.mask": "unchanged", "entropy.controller": "target", "curriculum.sampler": "thompson", "curriculum.dynamic_sampling": False,
+        "stages.two": True,
         "loss.ratio": "token", "loss.denominator": "tokens",
     },
     "grpo": {**_OUTCOME_ONLY, "credit.advantage": "grpo"},
@@ -230,18 +247,24 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The configuration of a YAML file (None: the defaults) under `key=value` overrides."""
-    config = Config()
     command = dict(_override(text) for text in overrides)
-    if path is not None:
-        _apply(config, _flatten(_read(Path(path)), str(path)), str(path), expand="method" not in command)
-        if config.name == "run":
-            config.name = Path(path).stem
-    _apply(config, command, "the command line")
+    file = [] if path is None else [(str(path), flatten(read_yaml(Path(path))))]
+    config = from_layers(*file, ("the command line", command))
+    if path is not None and config.name == "run":
+        config.name = Path(path).stem
+    return config
+
+
+def from_layers(*layers: tuple[str, dict[str, Any]]) -> Config:
+    """The configuration of layers (where it stands, dotted settings), each over those before it; the last one's `method` is the one that counts."""
+    config = Config()
+    for i, (where, layer) in enumerate(layers):
+        _apply(config, layer, where, expand=not any("method" in later for _, later in layers[i + 1 :]))
     _check(config)
     return config
 
 
-def _read(path: Path) -> dict:
+def read_yaml(path: Path) -> dict:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -257,12 +280,13 @@ def _read(path: Path) -> dict:
     return tree
 
 
-def _flatten(tree: dict, where: str, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted ones."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
-            flat.update(_flatten(value, where, name + "."))
+            flat.update(flatten(value, name + "."))
         else:
             flat[name] = value
     return flat
@@ -342,12 +366,12 @@ _POSITIVE = (
 _SHARES = (
     "warmup.hinted", "segmenter.forking_share", "curriculum.decay", "curriculum.uniform_share", "curriculum.mastered_share",
     "stages.switch_success", "stages.switch_share", "problems.hard", "problems.wrong_low", "problems.wrong_high", "problems.luck",
-    "loss.clip_low",
+    "loss.clip_low", "entropy.covariance_share", "warmup.probed",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "warmup.steps", "trainer.steps", "trainer.threads", "eval.samples", "attribution.kappa", "credit.gain", "loss.clip_high", "stages.kl_weight",
     "stages.clip_high", "entropy.weight", "entropy.rate", "entropy.dead_band", "optimizer.warmup_steps", "optimizer.weight_decay", "seed",
-    "problems.seed", "problems.distractors",
+    "problems.seed", "problems.distractors", "attribution.slope", "credit.value_gain", "segmenter.fixed", "entropy.covariance_weight",
 )  # fmt: skip
 
 
@@ -384,10 +408,24 @@ def _check(config: Config) -> None:
         raise ConfigError(f"stages.confidence must lie in [0, 1), where a right answer outranks a wrong one, got {config.stages.confidence}")
     if config.attribution.reliability != -1.0 and not 0 <= config.attribution.reliability <= 1:
         raise ConfigError(f"attribution.reliability must lie in [0, 1], or be -1 to measure it, got {config.attribution.reliability}")
-    if config.credit.form != "none" and config.attribution.source == "none":
+    names = config.attribution.source.split(",")
+    for name in names:
+        if name not in (*SOURCES, "none") or names.count(name) > 1 or (name == "none" and len(names) > 1):
+            near = difflib.get_close_matches(name, SOURCES, n=1)
+            raise ConfigError(
+                f"attribution.source must be 'none' or some of {', '.join(map(repr, SOURCES))}, each once, separated by commas, "
+                f"got {config.attribution.source!r}" + (f"; did you mean {near[0]!r}?" if near and near[0] != name else "")
+            )
+    if config.credit.form == "ratio" and "hindsight" not in names:
+        raise ConfigError(f"credit.form = 'ratio' needs attribution.source = 'hindsight', got {config.attribution.source!r}")
+    if config.credit.mask == "unchanged" and "tree" not in names:
+        raise ConfigError(
+            f"credit.mask = 'unchanged' needs 'tree' in attribution.source, which tells what changes the state, got {config.attribution.source!r}"
+        )
+    if config.credit.form not in ("none", "branch") and config.attribution.source == "none":
         raise ConfigError(f"credit.form = {config.credit.form!r} needs an attribution.source, got 'none'")
-    if config.attribution.source == "tree" and config.credit.form != "none" and config.credit.scope == "zero_variance":
-        raise ConfigError("credit.scope must be 'all' with attribution.source = 'tree': where all outcomes are equal the tree's values are too")
+    if "tree" in names and config.credit.form != "none" and config.credit.scope == "zero_variance":
+        raise ConfigError("credit.scope must be 'own' or 'all' with 'tree' in attribution.source: where all outcomes are equal its values are too")
     if config.loss.minibatches > config.rollout.prompts * config.rollout.group_size:
         raise ConfigError(f"loss.minibatches must be at most the rollouts of a step, {config.rollout.prompts * config.rollout.group_size}")
     if bool(config.problems.task) == bool(config.problems.path):

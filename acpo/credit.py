@@ -8,7 +8,9 @@ from torch import Tensor
 from acpo_kernels import SegmentCredit, Segments, segment_credit
 
 from .attribution import Attribution, zero_variance
+from .batch import Batch
 from .config import CreditConfig
+from .tree import branch_differences
 
 
 def outcome_advantages(rewards: Tensor, group_size: int, kind: str) -> Tensor:
@@ -38,33 +40,50 @@ def keep_side(advantages: Tensor, plain: Tensor) -> Tensor:
     return torch.where(plain > 0, advantages.clamp(min=0.0), torch.where(plain < 0, advantages.clamp(max=0.0), advantages))
 
 
-def token_advantages(
-    advantages: Tensor, attribution: Attribution | None, outcome: Tensor, segments: Segments, group_size: int, config: CreditConfig
-) -> SegmentCredit:
-    """The credit form of the configuration, restricted to the rollouts of its scope. Reliability 0 is the outcome advantage, bitwise.
+def token_advantages(advantages: Tensor, attribution: Attribution | None, segments: Segments, config: CreditConfig) -> SegmentCredit:
+    """The credit form of the configuration, on the rollouts that the attribution looked at. Reliability 0 is the outcome advantage, bitwise.
 
-    additive, from a source's own shaping c_k (hindsight): z_k = clip((c_k - mean of the group) / std of the batch, +-3), added with
-    `gain`. From phi alone (tree): dVhat_k / max(std of the group's outcomes, 1/4). weights: bounded conserving weights from phi.
+    additive: A_i + reliability score_k.  weights: A_i w_k, bounded conserving weights from phi.  Any other form: A_i. With mask="unchanged" a
+    segment that left the state as it was keeps (1 - reliability) of its advantage, and nothing takes its place: the others' stays as it is.
     """
-    if attribution is None or config.form == "none":
+    if attribution is None:
         zero = torch.zeros(segments.num_segments, device=advantages.device)
         return segment_credit(zero, segments, advantages, form="additive", reliability=0.0, scale=1.0)
     sequence, ordinary = segments.segment_sequence_ids(), ~segments.is_terminal()
-    scope = attribution.rows & zero_variance(outcome, group_size) if config.scope == "zero_variance" else attribution.rows
-    reliability = attribution.reliability * scope.to(advantages.dtype)
-    use = (scope[sequence] & ordinary).to(advantages.dtype)
-    scale: float | Tensor
+    reliability = attribution.reliability.to(advantages.dtype)
     if config.form == "weights":
+        use = (attribution.rows[sequence] & ordinary).to(advantages.dtype)
         scores = attribution.phi.to(advantages.dtype)
         scale = (scores.abs() * use).sum() / use.sum().clamp(min=1.0) + 1e-6
-    elif attribution.shaping is None:
-        spread = outcome.view(-1, group_size).std(1, correction=0).clamp(min=0.25).repeat_interleave(group_size)
-        scores, scale = attribution.phi.to(advantages.dtype) / spread[sequence].to(advantages.dtype), 1.0
+        out = segment_credit(scores, segments, advantages, form="weights", bound=config.bound, gain=config.gain, reliability=reliability, scale=scale)
     else:
-        shaping = attribution.shaping.to(advantages.dtype)
-        group = sequence // group_size
-        groups = torch.zeros(segments.num_sequences // group_size, dtype=shaping.dtype, device=shaping.device)
-        mean = groups.index_add(0, group, shaping * use) / groups.index_add(0, group, use).clamp(min=1.0)
-        scores = (shaping - mean[group]) * use
-        scale = (scores.square().sum() / use.sum().clamp(min=1.0)).sqrt() + 1e-6
-    return segment_credit(scores, segments, advantages, form=config.form, bound=config.bound, gain=config.gain, reliability=reliability, scale=scale)
+        strength = reliability if config.form == "additive" else torch.zeros_like(reliability)
+        scores = attribution.score.to(advantages.dtype)
+        out = segment_credit(scores, segments, advantages, form="additive", gain=1.0, reliability=strength, scale=1.0)
+    if config.mask != "unchanged":
+        return out
+    keep = 1.0 - reliability[sequence] * (~attribution.changed & ordinary)
+    return SegmentCredit(out.token_advantages * keep[segments.segment_ids()], out.weights * keep)
+
+
+def bounded_ratio(advantages: Tensor, log_ratio: Tensor, bound: float) -> Tensor:
+    """The RLSD form (arXiv 2604.03128), token by token: A clip(exp(sgn(A) l_t), 1 - bound, 1 + bound), l_t the answer-conditioned log-ratio."""
+    weight = (torch.sign(advantages) * torch.nan_to_num(log_ratio, nan=0.0)).exp()
+    return advantages * weight.clamp(1.0 - bound, 1.0 + bound)
+
+
+def assign(
+    batch: Batch, advantages: Tensor, outcome: Tensor, attribution: Attribution | None, group_size: int, config: CreditConfig, filler: Tensor | None
+) -> Tensor:
+    """Writes batch.token["advantages"] from the rollouts' advantages [B] and returns the segments' weights [S]. filler holds the ids of tokens
+    that are known to mean nothing (synthetic tasks), for the oracle mask."""
+    segments = batch.segments
+    tokens, weights = token_advantages(advantages, attribution, segments, config)
+    if config.form == "branch":  # TEMPO
+        tokens = tokens + branch_differences(batch.responses(), outcome, group_size)
+    elif config.form == "ratio":
+        tokens = bounded_ratio(advantages[segments.sequence_ids()], batch.token["log_ratio"], config.bound)
+    if config.mask == "filler" and filler is not None:
+        tokens = torch.where(torch.isin(batch.token["ids"], filler), 0.0, tokens)
+    batch.token["advantages"] = tokens
+    return weights

@@ -10,26 +10,37 @@ from torch import Tensor
 
 from acpo_kernels import Segments
 
-from .attribution import Attribution
+from .attribution import Attribution, binary_entropy
 from .config import EntropyConfig
 
 FIRST_BATCHES = 3  # H_0 is measured on these, never a copied constant
 DECAY = 0.9
+STEP, STEP_MOST = 1e-4, 5e-3  # Skywork-OR1's: what its weight moves by, and where it ends
+PATIENCE = 20  # batches of too little entropy at the highest weight before KL-Cov comes on
 
 
 @dataclass
 class EntropyController:
     """weight <- clip(weight exp(rate (target - H)/target)) outside a dead band, H the running mean of the token entropy. The target
-    falls from start H_0 to end H_0 over training and is half of that in stage 2."""
+    falls from start H_0 to end H_0 over training and is half of that in stage 2.
+
+    Baselines: `constant`; `step`, the controller of Skywork-OR1 (arXiv 2505.22312): the weight moves by 1e-4 a batch within [0, 0.005], up where H
+    is below the target and down elsewhere, and there is a bonus only while H is at or below it. KL-Cov (`covariant_tokens`) comes on for good where
+    the target controller has been at its highest weight with H below half the target for 20 batches.
+    """
 
     config: EntropyConfig
     weight: float = 0.0
     batches: int = 0
     first: float = 0.0
     running: float = 0.0
+    short: int = 0  # batches in a row with too little entropy although the weight is at its highest
+    covariance: bool = False
+    below: bool = False  # step: whether H is at or below the target
 
     def __post_init__(self):
-        self.weight = 0.0 if self.config.controller == "none" else self.config.weight
+        self.weight = self.config.weight if self.config.controller in ("target", "constant") else 0.0
+        self.covariance = self.config.covariance == "always"
 
     def target(self, progress: float, stage: int) -> float:
         share = self.config.start + (self.config.end - self.config.start) * min(max(progress, 0.0), 1.0)
@@ -44,36 +55,46 @@ class EntropyController:
             self.first += (entropy - self.first) / self.batches
         self.running = entropy if self.batches == 1 else DECAY * self.running + (1 - DECAY) * entropy
         target = self.target(progress, stage)
-        if self.config.controller != "target" or self.batches < FIRST_BATCHES or target <= 0:
+        if self.batches < FIRST_BATCHES or target <= 0:
+            return
+        if self.config.controller == "step":
+            self.below = self.running <= target
+            self.weight = min(max(self.weight + (STEP if self.running < target else -STEP), 0.0), STEP_MOST)
+        if self.config.controller != "target":
             return
         error = (target - self.running) / target
         if abs(error) > self.config.dead_band:
             step = math.exp(self.config.rate * max(-20.0, error))
             self.weight = min(max(self.weight * step, self.config.min_weight), self.config.max_weight)
+        self.short = self.short + 1 if self.weight >= self.config.max_weight and self.running < 0.5 * target else 0
+        if self.short >= PATIENCE and self.config.covariance == "fallback":
+            self.covariance = True
 
-    def token_weights(self, segments: Segments, attribution: Attribution | None, base: Tensor) -> Tensor | None:
-        """weight g_k a token [N]: g = h_b(Vhat_{k-1}) / log 2 drawn towards 1 by the reliability, 0 on the answer, mean one.
-
-        base [B] stands in for Vhat where no source looked. None without a bonus.
-        """
-        if self.weight == 0.0:
+    def token_weights(self, segments: Segments, attribution: Attribution | None) -> Tensor | None:
+        """weight g_k a token [N]: g = h_b(Vhat_{k-1}) / log 2 drawn towards 1 by the reliability, 0 on the answer, mean one. None without a bonus."""
+        if self.weight == 0.0 or (self.config.controller == "step" and not self.below):
             return None
-        sequence = segments.segment_sequence_ids()
-        gate = torch.ones(segments.num_segments, dtype=torch.float64, device=base.device)
-        if self.config.gated and attribution is not None and attribution.reliability > 0:
-            open_ = torch.where(attribution.rows[sequence], attribution.previous, base.double()[sequence])
-            gate = 1.0 + attribution.reliability * (binary_entropy(open_) / math.log(2.0) - 1.0)
+        gate = torch.ones(segments.num_segments, dtype=torch.float64, device=segments.device)
+        if self.config.gated and attribution is not None:
+            reliability = attribution.reliability[segments.segment_sequence_ids()]
+            gate = gate + reliability * (binary_entropy(attribution.previous) / math.log(2.0) - 1.0)
         gate = torch.where(segments.is_terminal(), 0.0, gate)
         tokens = gate[segments.segment_ids()]
         return (self.weight * tokens / tokens.mean().clamp(min=1e-6)).to(torch.float32)
 
     def state(self) -> dict:
-        return {"weight": self.weight, "batches": self.batches, "first": self.first, "running": self.running}
+        return {name: getattr(self, name) for name in ("weight", "batches", "first", "running", "short", "covariance", "below")}
 
     def load(self, state: dict) -> None:
-        self.weight, self.batches, self.first, self.running = state["weight"], state["batches"], state["first"], state["running"]
+        for name, value in state.items():
+            setattr(self, name, value)
 
 
-def binary_entropy(p: Tensor) -> Tensor:
-    """h_b(p) = -p log p - (1-p) log(1-p), nats."""
-    return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
+def covariant_tokens(advantages: Tensor, logp: Tensor, share: float) -> Tensor:
+    """KL-Cov (arXiv 2505.22617): which tokens [N] have the highest (A_t - mean A)(log pi_t - mean log pi), a share of them and at least one. Entropy
+    falls by minus that covariance; those tokens get a penalty on how far the policy moves."""
+    covariance = (advantages - advantages.mean()) * (logp - logp.mean())
+    chosen = torch.zeros_like(covariance, dtype=torch.bool)
+    if len(covariance):
+        chosen[covariance.topk(max(1, round(share * len(covariance)))).indices] = True
+    return chosen

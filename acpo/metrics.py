@@ -36,7 +36,7 @@ def step_metrics(
         "credit/nonzero_ratio": float((batch.token["advantages"] != 0).float().mean()),
         "credit/shaping_abs": float(shaping.abs().mean()),
         "credit/weight_max": float(weights.max()),
-        "attribution/reliability": 0.0 if attribution is None else attribution.reliability,
+        "attribution/reliability": 0.0 if attribution is None or not len(outcome) else float(attribution.reliability.max()),
     }
     if attribution is not None:
         out["attribution/rows"] = float(attribution.rows.float().mean())

@@ -20,6 +20,7 @@ from acpo_kernels import (
 )
 
 from .config import Config, ConfigError, PolicyConfig
+from .probe import Packed
 
 
 class Policy(nn.Module):
@@ -64,6 +65,25 @@ class Policy(nn.Module):
         at = torch.arange(ids.shape[1], device=self.device)
         with self.precision():
             return pack(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state, (at >= start) & (at < end))
+
+    @torch.no_grad()
+    def branch_logp(self, packed: list[Packed], ids: list[Tensor], temperature: float) -> list[Tensor]:
+        """Log-prob of each branch's answer, the sum over its tokens, one [branches] a rollout; ids are the answer tokens that the rows predict."""
+        longest = max(len(p.ids) for p in packed)
+        tokens = torch.full((len(packed), longest), self.pad_id)
+        positions = torch.zeros(len(packed), longest, dtype=torch.int64)
+        visible = torch.eye(longest, dtype=torch.bool).repeat(len(packed), 1, 1)  # padding sees itself, so that its row is finite
+        for b, p in enumerate(packed):
+            n = len(p.ids)
+            tokens[b, :n], positions[b, :n], visible[b, :n, :n] = p.ids, p.positions, p.visible
+        mask = torch.zeros(visible.shape, dtype=torch.float32).masked_fill(~visible, torch.finfo(torch.float32).min).unsqueeze(1).to(self.device)
+        with self.precision():
+            out = self.model.base_model(
+                input_ids=tokens.to(self.device), position_ids=positions.to(self.device), attention_mask=mask, use_cache=False
+            ).last_hidden_state
+        hidden = torch.cat([out[b, p.rows.to(self.device)] for b, p in enumerate(packed)])
+        logp = self.score(hidden, torch.cat(ids).to(self.device), temperature).logp.split([len(p.rows) for p in packed])
+        return [part.new_zeros(p.branches).index_add(0, p.branch.to(part.device), part) for p, part in zip(packed, logp, strict=True)]
 
     def score(self, hidden: Tensor, ids: Tensor, temperature: float) -> LogprobEntropy:
         """Log-probs and entropies of tokens from the hidden states that predict them."""

@@ -28,7 +28,7 @@ class Run:
         self.console = Console(file=sys.stdout)
         self.progress: Progress | None = None
         self.shown: dict[str, float] = {}
-        self.keeps_rollouts = importlib.util.find_spec("pyarrow") is not None
+        self.keeps_rollouts = config.trainer.keep_rollouts and importlib.util.find_spec("pyarrow") is not None
 
     def begin(self) -> None:
         """Makes the directory this run's own. Nothing is written before: a run that is refused leaves no trace in another's directory."""

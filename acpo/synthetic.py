@@ -134,6 +134,7 @@ class Chain:
         if not 2 <= modulus <= 10:
             raise ValueError(f"problems.modulus must lie in [2, 10], got {modulus}")
         self.steps, self.modulus, self.distractors, self.luck, self.filler_weight = steps, modulus, distractors, luck, filler_weight
+        self.filler = FILLER if distractors else ""  # characters that mean nothing, for the oracle mask
         rng = np.random.default_rng((table_seed, 2))
         v, x = np.ogrid[:modulus, :modulus]
         right = (v + x) % modulus

@@ -25,17 +25,20 @@ from torch import Tensor
 from acpo_kernels import Segmenter, segment_reduce
 
 from . import checkpoint, credit, verify
-from .attribution import Attribution, Attributor, answer_copies, hindsight_evidence, leave_one_out, tree_evidence, zero_variance
+from .attribution import Attribution, answer_copies
+from .attributors import Attributors
 from .batch import Batch
 from .config import Config, ConfigError, differences, to_dict
+from .controls import control
 from .curriculum import Curriculum
-from .entropy import EntropyController
+from .entropy import EntropyController, covariant_tokens
 from .evaluation import evaluate
 from .metrics import rollout_rows, step_metrics
 from .policy import Policy, build
 from .problems import Problem
 from .rollout.local import LocalEngine
 from .run import Run
+from .segmentation import answer_starts, fixed_length
 from .sources import load_problems
 from .stages import Stages
 from .warmup import examples
@@ -62,8 +65,8 @@ class Trainer:
             self.tokenizer, vocab_size=self.policy.vocab_size, min_tokens=config.segmenter.min_tokens, max_tokens=config.segmenter.max_tokens,
             max_segments=config.segmenter.max_segments, target_tokens=config.segmenter.target_tokens,
         )  # fmt: skip
-        fixed = config.attribution.reliability
-        self.attributor = Attributor(None if fixed < 0 else fixed)
+        self.attributors = Attributors(config, self.policy, self.tokenizer)
+        self.filler = torch.tensor(self._encode(self.task.filler), dtype=torch.int64) if getattr(self.task, "filler", "") else None
         self.entropy = EntropyController(config.entropy)
         self.curriculum = Curriculum(self.train_problems, config.curriculum)
         self.stages = Stages(config.stages, config.trainer.steps)
@@ -102,6 +105,7 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One training step: the picture of the module docstring."""
         clock = self.clock = Clock(self.policy.device)
+        cpu = time.process_time()
         with clock("rollout"):
             indices, batch, outcome = self._rollout()
         with clock("score"):
@@ -117,7 +121,7 @@ class Trainer:
         target = self.entropy.target(self.step_number / self.config.trainer.steps, self.stages.stage)
         metrics = {
             **step_metrics(batch, outcome, attribution, advantages, weights, self.config.rollout.group_size),
-            "entropy/target": target, "entropy/weight": self.entropy.weight, "stage": self.stages.stage,
+            **self.source_metrics, "entropy/target": target, "entropy/weight": self.entropy.weight, "stage": self.stages.stage,
         }  # fmt: skip
         if self.run.keeps_rollouts:
             problems = [self.train_problems[i] for i in indices for _ in range(self.config.rollout.group_size)]
@@ -125,7 +129,7 @@ class Trainer:
         self._control(indices, outcome, metrics["entropy"])
         taken = sum(clock.seconds.values())
         self.counters["seconds"] += taken
-        timing = {f"time/{name}": value for name, value in clock.seconds.items()}
+        timing = {f"time/{name}": value for name, value in clock.seconds.items()} | {"time/cpu": time.process_time() - cpu}
         return {**metrics, **losses, **self.counters, **timing, "step_time": taken, "memory_gb": peak_memory_gb()}
 
     # --- its parts ----------------------------------------------------------------------------------------------------------------
@@ -178,12 +182,12 @@ class Trainer:
         """old_logp and entropy of every token; on the rollouts that the attribution looks at the hindsight stream as well: one more
         forward, on those rows alone. The micro-batches and the first two values do not depend on which rows those are."""
         temperature, size = self.config.rollout.temperature, self.config.rollout.group_size
-        rows = batch.sequence["hindsight"] = self._hindsight_rows(outcome)
+        rows = batch.sequence["hindsight"] = self.attributors.looks("hindsight", outcome)
         looked_at = set(rows.nonzero().flatten().tolist())
         for part in batch.micro_batches(list(range(len(batch))), self.config.trainer.micro_batch_tokens):
             hidden = self.policy.hidden([batch.prompts[b] for b in part], batch.responses(part))
             logp, entropy = self.policy.score(hidden, torch.cat(batch.responses(part)), temperature)
-            batch.put(part, old_logp=logp, entropy=entropy)
+            batch.put(part, old_logp=logp, entropy=entropy, **({"hidden": hidden} if self.attributors.head is not None else {}))
             chosen = [b for b in part if b in looked_at]
             if chosen:
                 prompts = [self._hinted(self.train_problems[indices[b // size]]) for b in chosen]
@@ -195,13 +199,6 @@ class Trainer:
                 batch.put(chosen, log_ratio=result.log_ratio, kl=result.kl)
                 self.counters["tokens/forward_extra"] += sum(map(len, prompts)) + sum(batch.lengths[b] for b in chosen)
 
-    def _hindsight_rows(self, outcome: Tensor) -> Tensor:
-        if self.config.attribution.source != "hindsight":
-            return torch.zeros_like(outcome, dtype=torch.bool)
-        if self.config.credit.scope == "zero_variance" and self.config.credit.form != "none":
-            return zero_variance(outcome, self.config.rollout.group_size)
-        return torch.ones_like(outcome, dtype=torch.bool)
-
     def _segment(self, batch: Batch) -> None:
         """Reasoning steps from token ids, the behaviour policy's entropy and, for the synthetic tasks, the place of the answer line."""
         entropy = batch.token["entropy"]
@@ -209,42 +206,25 @@ class Trainer:
             quantile = float(torch.quantile(entropy[: 1 << 24], 1 - self.config.segmenter.forking_share))
             self.fork_threshold = quantile if self.fork_threshold is None else 0.9 * self.fork_threshold + 0.1 * quantile
         forks = {"entropy": entropy, "entropy_threshold": self.fork_threshold} if self.config.segmenter.entropy else {}
-        start = None
-        if self.config.problems.task:
-            texts = self.tokenizer.batch_decode(batch.responses(), skip_special_tokens=True)
-            special = torch.tensor(self.tokenizer.all_special_ids, device=entropy.device)
-            start = torch.tensor([
-                int((~torch.isin(ids, special)).nonzero()[at]) if at >= 0 else -1  # one character a token with text
-                for ids, text in zip(batch.responses(), texts, strict=True)
-                for at in [("\n" + text).rfind("\nA")]
-            ])  # fmt: skip
-        batch.segments = self.segmenter(batch.token["ids"], batch.segments.cu_seqlens, answer_start=start, **forks).to(self.policy.device)
+        start = answer_starts(batch.responses(), self.tokenizer) if self.config.problems.task else None
+        segments = self.segmenter(batch.token["ids"], batch.segments.cu_seqlens, answer_start=start, **forks).to(self.policy.device)
+        batch.segments = fixed_length(segments, self.config.segmenter.fixed) if self.config.segmenter.fixed else segments
 
     def _attribute(self, batch: Batch, outcome: Tensor, indices: np.ndarray) -> Attribution | None:
-        config, size, segments = self.config.attribution, self.config.rollout.group_size, batch.segments
-        if config.source == "none":
-            return None
-        if config.source == "tree":
-            ends, offsets = segments.token_offsets.tolist(), segments.sequence_offsets.tolist()
-            prefixes = [
-                [ids.cpu().numpy()[: ends[s + 1] - ends[offsets[b]]].tobytes() for s in range(offsets[b], offsets[b + 1])]
-                for b, ids in enumerate(batch.responses())
-            ]
-            evidence = tree_evidence(prefixes, outcome, size, segments, config.kappa)
-        else:
-            mask = torch.ones_like(batch.token["ids"], dtype=torch.bool)
-            if config.mask_answer_copies:
-                spellings = [self._spellings(self.train_problems[i].answer) for i in indices for _ in range(size)]
-                mask = answer_copies(batch.responses(), spellings)
-            if "kl" not in batch.token:  # no rollout to look at in this step
-                batch.put([], log_ratio=batch.token["old_logp"][:0], kl=batch.token["old_logp"][:0])
-            evidence = hindsight_evidence(batch.token["log_ratio"], batch.token["kl"], segments, mask, batch.sequence["hindsight"], config.clamp)
-        if self.config.credit.scope == "zero_variance":
-            # In a group without variance the others' outcomes are this outcome: what is known before the steps is the curriculum's prior.
-            base = torch.tensor(self.curriculum.prior(indices), device=outcome.device).repeat_interleave(size)
-        else:
-            base = leave_one_out(outcome, size)
-        return self.attributor(evidence, outcome, base, segments, size)
+        size, keep = self.config.rollout.group_size, None
+        if self.config.attribution.mask_answer_copies and bool(batch.sequence["hindsight"].any()):
+            keep = answer_copies(batch.responses(), [self._spellings(self.train_problems[i].answer) for i in indices for _ in range(size)])
+        if "kl" not in batch.token:  # no rollout for the hindsight stream to look at in this step
+            batch.put([], log_ratio=batch.token["old_logp"][:0], kl=batch.token["old_logp"][:0])
+        prior = torch.tensor(self.curriculum.prior(indices), device=outcome.device).repeat_interleave(size)
+        answers = [self._encode(self.train_problems[i].answer) for i in indices for _ in range(size)]
+        attribution, self.source_metrics = self.attributors(batch, outcome, prior, keep, answers)
+        self.counters["tokens/forward_extra"] += self.attributors.extra_tokens
+        batch.token.pop("hidden", None)
+        if attribution is None or self.config.attribution.control == "none":
+            return attribution
+        generator = torch.Generator(self.policy.device).manual_seed(self.config.seed * 1_000_003 + self.step_number)
+        return control(self.config.attribution.control, attribution, batch.segments, generator)
 
     def _credit(self, batch: Batch, outcome: Tensor, attribution: Attribution | None) -> tuple[Tensor, Tensor]:
         """Token advantages, bonus weights and, in stage 2, the reference's log-probs, all into batch.token; returns the rollouts'
@@ -256,10 +236,12 @@ class Trainer:
             batch.sequence["confidence"] = confidence
             rewards = credit.confident_rewards(outcome, confidence, size, config.stages.confidence)
             advantages = credit.keep_side(credit.outcome_advantages(rewards, size, config.credit.advantage), plain)
-        batch.token["advantages"], weights = credit.token_advantages(advantages, attribution, outcome, segments, size, config.credit)
-        bonus = self.entropy.token_weights(segments, attribution, leave_one_out(outcome, size).clamp(0.5 / size, 1 - 0.5 / size))
+        weights = credit.assign(batch, advantages, outcome, attribution, size, config.credit, self.filler)
+        bonus = self.entropy.token_weights(segments, attribution)
         if bonus is not None:
             batch.token["entropy_weight"] = bonus
+        if self.entropy.covariance:
+            batch.token["covariant"] = covariant_tokens(batch.token["advantages"], batch.token["old_logp"], config.entropy.covariance_share)
         if self.reference is not None and config.stages.kl_weight > 0:
             self._reference_logp(batch)
         return advantages, weights
@@ -312,6 +294,8 @@ class Trainer:
                 if not math.isfinite(result.loss.item()):
                     raise TrainingError(f"the loss is {result.loss.item()} at step {self.step_number}: the step is not taken and {STANDS}")
                 result.loss.backward()
+                if self.entropy.covariance:
+                    self._covariance_penalty(part, denominator)
                 totals["loss"] += result.loss.item() / loss_config.minibatches
                 share = float(result.metrics["tokens"])
                 count += share
@@ -328,6 +312,20 @@ class Trainer:
         for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "kl/old", "kl/ref", "ratio/ess"):
             totals[name] /= max(count, 1.0)
         return {**totals, "learning_rate": rate}
+
+    def _covariance_penalty(self, part: Batch, denominator: float | Tensor) -> None:
+        """The gradient of KL-Cov: a KL to the policy that sampled, on the chosen tokens alone; another forward of the few rollouts that hold one."""
+        sequence = part.segments.sequence_ids()
+        rows = torch.unique(sequence[part.token["covariant"]]).tolist()
+        if not rows:
+            return
+        few = part.select(rows)
+        penalty = self.policy(
+            few.prompts, few.responses(), few.token["old_logp"], torch.zeros_like(few.token["advantages"]), few.segments, mask=few.token["covariant"],
+            temperature=self.config.rollout.temperature, ref_logp=few.token["old_logp"], kl_weight=self.config.entropy.covariance_weight,
+            denominator=denominator[rows] if isinstance(denominator, Tensor) else denominator,
+        )  # fmt: skip
+        penalty.loss.backward()
 
     def _control(self, indices: np.ndarray, outcome: Tensor, entropy: float) -> None:
         """What this step taught the controllers."""
@@ -375,7 +373,7 @@ class Trainer:
     def _evaluate(self, step: int) -> dict[str, float]:
         config = self.config
         problems = self.held_out[: config.eval.max_problems]
-        ends = step in (0, config.trainer.steps)
+        ends = (step == 0 and config.eval.start) or step == config.trainer.steps
         return evaluate(
             self.engine, self.tokenizer, problems, [self._prompt(p.prompt) for p in problems], max_new_tokens=config.rollout.max_new_tokens,
             extract=config.verify.extract, samples=config.eval.samples if ends else 0,
@@ -431,11 +429,13 @@ class Trainer:
             "optimizer": checkpoint.optimizer_tensors(self.optimizer),
             "random": {"torch": torch.get_rng_state(), "generator": self.generator.get_state()},
         }
+        if self.attributors.head is not None:
+            tensors["head"] = self.attributors.head.tensors()
         if self.reference is not None:
             tensors["reference"] = dict(self.reference.named_parameters())
         state = {
             "files": sorted(tensors), "warmup_step": self.warmup_step, "step": self.step_number, "numpy": self.rng.bit_generator.state,
-            "counters": self.counters, "fork_threshold": self.fork_threshold, "attributor": self.attributor.state(),
+            "counters": self.counters, "fork_threshold": self.fork_threshold, "attributors": self.attributors.state(),
             "entropy": self.entropy.state(), "curriculum": self.curriculum.state(), "stages": self.stages.state(),
             "config": to_dict(self.config),
         }  # fmt: skip
@@ -460,7 +460,9 @@ class Trainer:
         self.generator.set_state(tensors["random"]["generator"])
         self.rng.bit_generator.state = state["numpy"]
         self.counters, self.fork_threshold = state["counters"], state["fork_threshold"]
-        self.attributor.load(state["attributor"])
+        self.attributors.load(state["attributors"])
+        if self.attributors.head is not None:
+            self.attributors.head.load(tensors["head"])
         self.entropy.load(state["entropy"])
         self.stages.load(state["stages"])
         if "reference" in tensors:

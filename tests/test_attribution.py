@@ -23,9 +23,10 @@ from acpo.attribution import (
     hindsight_evidence,
     leave_one_out,
     logistic_fit,
+    one_of_each,
+    pick,
     previous_in_sequence,
     running_sum,
-    tree_evidence,
     zero_variance,
 )
 
@@ -46,6 +47,16 @@ def test_groups():
     rewards = torch.tensor([1.0, 0, 0, 1, 1, 1, 0, 0, 0])
     torch.testing.assert_close(leave_one_out(rewards, 3), torch.tensor([0, 0.5, 0.5, 1, 1, 1, 0, 0, 0]))
     assert zero_variance(rewards, 3).tolist() == [False] * 3 + [True] * 6
+    assert one_of_each(rewards, 3).tolist() == [True, True, False] + [False] * 6
+
+
+@given(st.integers(1, 5), st.integers(2, 8), st.integers(0, 2**31))
+def test_one_of_each_is_one_right_and_one_wrong_of_every_mixed_group(groups, size, seed):
+    outcome = torch.bernoulli(torch.full((groups * size,), 0.4), generator=torch.Generator().manual_seed(seed))
+    chosen = one_of_each(outcome, size).view(groups, size)
+    for own, rewards in zip(chosen, outcome.view(groups, size), strict=True):
+        mixed = rewards.min() != rewards.max()
+        assert sorted(rewards[own].tolist()) == ([0.0, 1.0] if mixed else [])
 
 
 # --- running sums -------------------------------------------------------------------------------------------------------------------
@@ -98,66 +109,6 @@ def test_answer_copies():
     responses = [torch.tensor([7, 4, 2, 9, 4, 2]), torch.tensor([4]), torch.tensor([5, 5, 5])]
     mask = answer_copies(responses, [[[4, 2], [9]], [[4, 2]], [[5, 5], []]])
     assert mask.tolist() == [True, False, False, False, False, False, True, False, False, False]
-
-
-# --- tree ---------------------------------------------------------------------------------------------------------------------------
-
-
-def tree_values(prefixes, rewards, group_size, kappa):
-    """The tree's values, from its evidence and the leave-one-out mean."""
-    lengths = tuple((1,) * len(p) for p in prefixes)
-    segments = segments_of(lengths)
-    found = tree_evidence(prefixes, rewards, group_size, segments, kappa)
-    low = 0.5 / group_size
-    base = leave_one_out(rewards, group_size)[segments.segment_sequence_ids()]
-    return torch.sigmoid(found.evidence.double() + torch.logit(base.double(), low)), found
-
-
-def test_tree_by_hand():
-    prefixes = [[b"a", b"ab"], [b"a", b"ac"], [b"a", b"ab", b"abd"], [b"x"]]
-    rewards = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
-    values, found = tree_values(prefixes, rewards, 4, kappa=2.0)
-    base = [1 / 3, 2 / 3, 1 / 3, 2 / 3]
-    counted = [
-        (0 + 1 + 2 * base[0]) / 4, (1 + 2 * base[0]) / 3,
-        (1 + 1 + 2 * base[1]) / 4, base[1],
-        (1 + 0 + 2 * base[2]) / 4, (1 + 2 * base[2]) / 3, base[2],
-        base[3],
-    ]  # fmt: skip
-    torch.testing.assert_close(values, torch.tensor(counted, dtype=torch.float64))
-    assert found.shaping is None and found.rows.all()
-    assert found.evidence[3].item() == found.evidence[6].item() == found.evidence[7].item() == 0.0, "nobody shares it: nothing is said"
-
-
-def test_tree_keeps_groups_apart():
-    prefixes = [[b"a"], [b"b"], [b"a"], [b"a"]]
-    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
-    values, _ = tree_values(prefixes, rewards, 2, kappa=0.0)
-    low = 0.25
-    torch.testing.assert_close(values, torch.tensor([low, 1 - low, 1 - low, low], dtype=torch.float64))
-
-
-def test_tree_is_unbiased_without_shrinkage():
-    """Every group of three rollouts of a two-step process, weighed by its probability: where the prefix is shared, the leave-one-out
-    value is V of the prefix on average."""
-    first = {b"a": 0.6, b"b": 0.4}
-    success = {b"a": 0.3, b"b": 0.8}
-    rollouts = [(p, r, first[p] * (success[p] if r else 1 - success[p])) for p in first for r in (0.0, 1.0)]
-    total, weight = dict.fromkeys(first, 0.0), dict.fromkeys(first, 0.0)
-    for group in itertools.product(rollouts, repeat=3):
-        p = math.prod(q for _, _, q in group)
-        rewards = torch.tensor([r for _, r, _ in group], dtype=torch.float64)
-        # prefixes of length one: evidence is clipped in log-odds only at values 0 and 1, so the tree's own count is recovered from means
-        values, _ = tree_values([[prefix] for prefix, _, _ in group], rewards, 3, kappa=0.0)
-        low = 0.5 / 3
-        own = group[0][0]
-        if any(other[0] == own for other in group[1:]):
-            value = values[0].item()
-            value = 0.0 if value <= low + 1e-9 else 1.0 if value >= 1 - low - 1e-9 else value
-            total[own] += p * value
-            weight[own] += p
-    for prefix in first:
-        assert total[prefix] / weight[prefix] == pytest.approx(success[prefix], abs=1e-9)
 
 
 # --- phi and iota -------------------------------------------------------------------------------------------------------------------
@@ -264,7 +215,9 @@ def learn(attributor: Attributor, signal: float, batches: int, seed: int = 0, no
     out = []
     for i in range(batches):
         outcome, evidence, segments = noisy_batch(signal, size=size, seed=1000 * seed + i, noise=noise)
-        out.append(attributor(evidence, outcome, leave_one_out(outcome, size), segments, size).reliability)
+        found = attributor(evidence, outcome, leave_one_out(outcome, size), segments, size).reliability
+        assert (found == found[0]).all()
+        out.append(found[0].item())
     return out
 
 
@@ -295,13 +248,13 @@ def test_a_batch_does_not_choose_its_own_reliability_or_values():
     outcome, evidence, segments = noisy_batch(1.0, seed=77)
     base = torch.full_like(outcome, 0.5)
     a, b = one(evidence, outcome, base, segments, 4), other(evidence, 1 - outcome, base, segments, 4)
-    assert a.reliability == b.reliability > 0
+    assert torch.equal(a.reliability, b.reliability) and (a.reliability > 0).all()
     ordinary = ~segments.is_terminal()
     assert torch.equal(a.values[ordinary], b.values[ordinary]) and torch.equal(a.phi[ordinary], b.phi[ordinary])
     assert not torch.equal(a.values[~ordinary], b.values[~ordinary])
     outcome, evidence, segments = noisy_batch(1.0, seed=78)
     c, d = one(evidence, outcome, base, segments, 4), other(evidence, outcome, base, segments, 4)
-    assert c.reliability != d.reliability and not torch.equal(c.values[ordinary], d.values[ordinary])
+    assert (c.reliability != d.reliability).all() and not torch.equal(c.values[ordinary], d.values[ordinary])
 
 
 def test_one_sided_outcomes_measure_nothing():
@@ -309,7 +262,7 @@ def test_one_sided_outcomes_measure_nothing():
     for i in range(10):
         _, evidence, segments = noisy_batch(3.0, seed=i)
         ones = torch.ones(segments.num_sequences)
-        assert attributor(evidence, ones, torch.full_like(ones, 0.5), segments, 4).reliability == 0.0
+        assert attributor(evidence, ones, torch.full_like(ones, 0.5), segments, 4).reliability.max() == 0.0
     assert attributor.reliability.boundaries == 0
 
 
@@ -353,3 +306,45 @@ def test_evidence_of_unseen_rollouts_does_not_matter(seed):
     other = torch.where(rows[segments.segment_sequence_ids()], evidence, torch.randn(segments.num_segments))
     one, two = (Attributor()(Evidence(e, None, rows), outcome, base, segments, 2) for e in (evidence, other))
     assert torch.equal(one.phi, two.phi) and torch.equal(one.values, two.values)
+
+
+# --- scores and the pick ------------------------------------------------------------------------------------------------------------
+
+GROUPS = torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 1])  # the second group has no variance
+STEPS = ((2, 3, 1), (1, 1), (4, 2, 2), (3,), (2, 2, 1), (1, 2, 1), (3, 1), (2, 1, 1))
+ANSWERS = (True, True, False, True, True, False, True, True)
+
+
+def test_scores_of_shaping_by_hand():
+    segments, base = segments_of(STEPS, ANSWERS), torch.full((8,), 0.5)
+    shaping = torch.randn(segments.num_segments)
+    acts = zero_variance(GROUPS, 4)
+    found = Attributor(0.8, shaping_gain=0.5)(Evidence(shaping, shaping, everywhere(8), acts=acts), GROUPS, base, segments, 4)
+    use = acts[segments.segment_sequence_ids()] & ~segments.is_terminal()
+    c = shaping[use].double()
+    wanted = torch.zeros(segments.num_segments, dtype=torch.float64)
+    wanted[use] = 0.5 * ((c - c.mean()) / ((c - c.mean()).square().mean().sqrt() + 1e-6)).clamp(-3, 3)
+    torch.testing.assert_close(found.score, wanted)
+    assert found.reliability.tolist() == [0.0] * 4 + [0.8] * 4 and torch.equal(found.rows, acts) and found.changed.all()
+
+
+def test_scores_of_values_are_measured_in_the_groups_own_spread():
+    segments, base = segments_of(STEPS, ANSWERS), torch.full((8,), 0.5)
+    found = Attributor(1.0, value_gain=2.0)(Evidence(torch.randn(segments.num_segments), None, everywhere(8)), GROUPS, base, segments, 4)
+    spread = torch.tensor([0.5] * 4 + [0.25] * 4, dtype=torch.float64)[segments.segment_sequence_ids()]
+    torch.testing.assert_close(found.score, 2.0 * found.phi / spread)
+
+
+def test_pick_takes_the_most_reliable_of_those_that_looked():
+    segments, base = segments_of(STEPS, ANSWERS), torch.full((8,), 0.5)
+
+    def source(reliability: float, rows) -> object:
+        return Attributor(reliability)(Evidence(torch.randn(segments.num_segments), None, torch.tensor(rows)), GROUPS, base, segments, 4)
+
+    first, second, third = source(0.3, [True] * 6 + [False] * 2), source(0.5, [False] * 4 + [True] * 3 + [False]), source(0.3, [True] * 7 + [False])
+    found = pick([first, second, third], segments)
+    assert found.rows.tolist() == [True] * 7 + [False]
+    assert found.reliability.tolist() == [0.3] * 4 + [0.5] * 3 + [0.0]
+    sequence = segments.segment_sequence_ids()
+    assert torch.equal(found.phi, torch.where((sequence >= 4) & (sequence < 7), second.phi, first.phi)), "of equals the first"
+    assert torch.equal(pick([first], segments).phi, first.phi)

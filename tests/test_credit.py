@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ragged import segments_of
 
-from acpo.attribution import Attribution
+from acpo.attribution import Attribution, zero_variance
+from acpo.batch import Batch
 from acpo.config import CreditConfig
-from acpo.credit import confident_rewards, keep_side, outcome_advantages, token_advantages
+from acpo.credit import assign, bounded_ratio, confident_rewards, keep_side, outcome_advantages, token_advantages
+from acpo.tree import branch_differences
 
 SIZE = 4
 LENGTHS = ((2, 3, 1), (1, 1), (4, 2, 2), (3,), (2, 2, 1), (1, 2, 1), (3, 1), (2, 1, 1))
 OUTCOME = torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 1])  # the second group has no variance
 
 
-def attribution_of(segments, reliability: float, shaping: bool, rows=None, seed: int = 0) -> Attribution:
+def attribution_of(segments, reliability: float, rows=None, seed: int = 0) -> Attribution:
     generator = torch.Generator().manual_seed(seed)
-    phi = torch.randn(segments.num_segments, generator=generator).double() * 0.3
+    phi, score = 0.3 * torch.randn(2, segments.num_segments, generator=generator).double()
+    changed = torch.rand(segments.num_segments, generator=generator) < 0.7
     rows = torch.ones(segments.num_sequences, dtype=torch.bool) if rows is None else rows
-    own = torch.randn(segments.num_segments, generator=generator) if shaping else None
-    return Attribution(phi, phi, phi, phi, own, rows, reliability)
+    return Attribution(phi, phi, phi, phi, score, changed, rows, reliability * rows.double())
 
 
 def of_rollout(values: torch.Tensor, segments, b: int) -> torch.Tensor:
@@ -88,95 +92,78 @@ def test_an_unsure_right_answer_is_not_punished():
 
 # --- token advantages ---------------------------------------------------------------------------------------------------------------
 
-FORMS = [("additive", True), ("additive", False), ("weights", False), ("weights", True)]
+TERMINAL = (True, True, False, True, True, False, True, True)
+FORMS = ("additive", "weights", "none")
+MASKS = ("none", "unchanged")
 
 
-@pytest.mark.parametrize("scope", ["zero_variance", "all"])
-@pytest.mark.parametrize(("form", "shaping"), FORMS)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
-def test_reliability_zero_is_the_outcome_advantage_bitwise(form, shaping, scope, kind):
-    segments = segments_of(LENGTHS, (True, True, False, True, True, False, True, True))
+def test_reliability_zero_is_the_outcome_advantage_bitwise(form, mask, kind):
+    segments = segments_of(LENGTHS, TERMINAL)
     advantages = outcome_advantages(OUTCOME, SIZE, kind)
-    config = CreditConfig(form=form, scope=scope)
-    none = token_advantages(advantages, None, OUTCOME, segments, SIZE, config)
+    config = CreditConfig(form=form, mask=mask)
+    none = token_advantages(advantages, None, segments, config)
     assert torch.equal(none.token_advantages, advantages[segments.sequence_ids()])
-    zero = token_advantages(advantages, attribution_of(segments, 0.0, shaping), OUTCOME, segments, SIZE, config)
+    zero = token_advantages(advantages, attribution_of(segments, 0.0), segments, config)
     assert torch.equal(zero.token_advantages, none.token_advantages) and (zero.weights == 1.0).all()
-    full = token_advantages(advantages, attribution_of(segments, 1.0, shaping), OUTCOME, segments, SIZE, config)
-    changes = scope == "all" or form == "additive"  # weights times an advantage of 0 are 0
-    assert torch.equal(full.token_advantages, none.token_advantages) != changes
-    off = token_advantages(advantages, attribution_of(segments, 1.0, shaping), OUTCOME, segments, SIZE, CreditConfig(form="none"))
-    assert torch.equal(off.token_advantages, none.token_advantages)
+    full = token_advantages(advantages, attribution_of(segments, 1.0), segments, config)
+    assert torch.equal(full.token_advantages, none.token_advantages) == (form == "none" and mask == "none")
 
 
-def test_additive_shaping_by_hand():
-    terminal = (True, True, False, True, True, False, True, True)
-    segments = segments_of(LENGTHS, terminal)
-    found = attribution_of(segments, 0.8, True)
+def test_additive_by_hand():
+    segments = segments_of(LENGTHS, TERMINAL)
+    found = attribution_of(segments, 0.8, zero_variance(OUTCOME, SIZE))
     advantages = outcome_advantages(OUTCOME, SIZE, "grpo")
-    config = CreditConfig(form="additive", scope="zero_variance", gain=0.5)
-    credit = token_advantages(advantages, found, OUTCOME, segments, SIZE, config)
-    # The second group, rollouts 4-7, without its answer segments.
-    sequence, ordinary = segments.segment_sequence_ids(), ~segments.is_terminal()
-    use = (sequence >= SIZE) & ordinary
-    c = found.shaping[use]
-    z = (c - c.mean()) / ((c - c.mean()).square().mean().sqrt() + 1e-6)
-    wanted = torch.zeros(segments.num_segments)
-    wanted[use] = 0.8 * 0.5 * z.clamp(-3, 3)
+    credit = token_advantages(advantages, found, segments, CreditConfig(form="additive"))
+    use = (segments.segment_sequence_ids() >= SIZE) & ~segments.is_terminal()
+    wanted = torch.where(use, 0.8 * found.score, 0.0).float()
     torch.testing.assert_close(credit.token_advantages, advantages[segments.sequence_ids()] + wanted[segments.segment_ids()])
     assert (credit.weights == 1.0).all()
 
 
-def test_zero_variance_scope_leaves_the_other_groups_bitwise():
-    segments = segments_of(LENGTHS)
-    advantages = outcome_advantages(OUTCOME, SIZE, "grpo")
-    found = token_advantages(advantages, attribution_of(segments, 1.0, True), OUTCOME, segments, SIZE, CreditConfig(scope="zero_variance"))
-    changed = found.token_advantages != advantages[segments.sequence_ids()]
-    for b in range(SIZE):
-        assert not of_rollout(changed, segments, b).any()
-    assert all(of_rollout(changed, segments, b).any() for b in range(SIZE, 2 * SIZE))
-
-
-def test_credit_stays_on_the_rows_that_were_looked_at():
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("form", FORMS)
+def test_credit_stays_on_the_rows_of_the_attribution(form, mask):
     segments = segments_of(LENGTHS)
     rows = torch.tensor([True, False, True, True, False, True, True, True])
     advantages = outcome_advantages(OUTCOME, SIZE, "grpo")
-    for form, shaping in FORMS:
-        config = CreditConfig(form=form, scope="all")
-        found = token_advantages(advantages, attribution_of(segments, 1.0, shaping, rows), OUTCOME, segments, SIZE, config).token_advantages
-        for b in (1, 4):
-            assert (of_rollout(found, segments, b) == advantages[b]).all()
+    found = token_advantages(advantages, attribution_of(segments, 1.0, rows), segments, CreditConfig(form=form, mask=mask)).token_advantages
+    for b in (1, 4):
+        assert (of_rollout(found, segments, b) == advantages[b]).all()
 
 
-def test_answers_get_no_additive_credit():
+def test_answers_get_no_additive_credit_and_no_mask():
     segments = segments_of(LENGTHS, (True,) * 8)
     advantages = outcome_advantages(OUTCOME, SIZE, "grpo")
-    for shaping in (True, False):
-        config = CreditConfig(form="additive", scope="all")
-        found = token_advantages(advantages, attribution_of(segments, 1.0, shaping), OUTCOME, segments, SIZE, config).token_advantages
-        spread = found - advantages[segments.sequence_ids()]
+    for mask in MASKS:
+        found = attribution_of(segments, 1.0)
+        found.changed[:] = False
+        spread = token_advantages(advantages, found, segments, CreditConfig(mask=mask)).token_advantages - advantages[segments.sequence_ids()]
         last = segments.is_terminal()[segments.segment_ids()]
-        assert not spread[last].any() and spread[~last].count_nonzero() == (~last).sum()
+        assert not spread[last].any()
 
 
-def test_tree_credit_is_measured_in_the_groups_own_spread():
-    segments = segments_of(((1, 1),) * 8)
-    outcome = torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 1])
-    found = attribution_of(segments, 1.0, False)
-    found.phi = torch.full((16,), 0.1, dtype=torch.float64)
-    config = CreditConfig(form="additive", scope="all", gain=1.0)
-    spread = token_advantages(torch.zeros(8), found, outcome, segments, SIZE, config).token_advantages
-    torch.testing.assert_close(spread[:8], torch.full((8,), 0.1 / 0.5))
-    torch.testing.assert_close(spread[8:], torch.full((8,), 0.1 / 0.25))
+@pytest.mark.parametrize("reliability", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_segment_without_change_loses_its_advantage_and_nothing_else_moves(form, reliability):
+    segments = segments_of(LENGTHS, TERMINAL)
+    advantages = outcome_advantages(OUTCOME, SIZE, "grpo")
+    found = attribution_of(segments, reliability)
+    plain, masked = (token_advantages(advantages, found, segments, CreditConfig(form=form, mask=m)).token_advantages for m in MASKS)
+    silent = (~found.changed & ~segments.is_terminal())[segments.segment_ids()]
+    assert silent.any() and not silent.all()
+    assert torch.equal(masked[~silent], plain[~silent])
+    torch.testing.assert_close(masked[silent], (1 - reliability) * plain[silent])
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("reliability", [0.3, 1.0])
 def test_weights_conserve_and_keep_the_side(seed, reliability):
-    segments = segments_of(LENGTHS, (True, True, False, True, True, False, True, True))
+    segments = segments_of(LENGTHS, TERMINAL)
     advantages = torch.tensor([1.5, -0.5, -0.5, 0.7, 0.2, -1.0, 0.3, 0.4])
-    config = CreditConfig(form="weights", scope="all")
-    found = token_advantages(advantages, attribution_of(segments, reliability, False, seed=seed), OUTCOME, segments, SIZE, config)
+    found = token_advantages(advantages, attribution_of(segments, reliability, seed=seed), segments, CreditConfig(form="weights"))
     assert found.weights.max() > 1.01 > 0.99 > found.weights.min()
     low, high = (1 - reliability / 2) / (1 + reliability / 2), (1 + reliability / 2) / (1 - reliability / 2)
     assert ((found.weights > low - 1e-6) & (found.weights < high + 1e-6)).all()
@@ -184,3 +171,36 @@ def test_weights_conserve_and_keep_the_side(seed, reliability):
         own = of_rollout(found.token_advantages, segments, b)
         assert own.sum().item() == pytest.approx(advantages[b].item() * sum(lengths), rel=1e-5)
         assert (own * advantages[b] > 0).all()
+
+
+# --- the forms of others ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.floats(-2, 2, width=32), st.floats(-30, 30, width=32)), min_size=1, max_size=20), st.floats(0, 0.9))
+def test_the_bounded_ratio_keeps_side_and_bounds(pairs, bound):
+    advantages, ratio = torch.tensor(pairs).double().T
+    found = bounded_ratio(advantages, ratio, bound)
+    assert (found * advantages >= 0).all()
+    assert (found.abs() <= advantages.abs() * (1 + bound) + 1e-12).all() and (found.abs() >= advantages.abs() * (1 - bound) - 1e-12).all()
+    torch.testing.assert_close(bounded_ratio(advantages, torch.zeros_like(ratio), bound), advantages)
+
+
+def test_the_bounded_ratio_by_hand():
+    found = bounded_ratio(torch.tensor([1.0, -1.0, 2.0, -2.0]), torch.tensor([0.1, 0.1, 5.0, float("nan")]), 0.2)
+    torch.testing.assert_close(found, torch.tensor([math.exp(0.1), -math.exp(-0.1), 2.4, -2.0]))
+
+
+def test_assign_writes_the_form_and_masks_what_is_known_to_be_filler():
+    ids = [torch.tensor(x) for x in ([5, 9, 6], [5, 9, 7], [4], [5, 8, 9, 9])]
+    batch = Batch.from_responses([[1]] * 4, ids)
+    outcome = torch.tensor([1.0, 0, 0, 1])
+    advantages = outcome_advantages(outcome, 4, "grpo")
+    plain = advantages[batch.segments.sequence_ids()]
+    weights = assign(batch, advantages, outcome, None, 4, CreditConfig(form="branch"), None)
+    torch.testing.assert_close(batch.token["advantages"], plain + branch_differences(ids, outcome, 4))
+    assert (weights == 1).all()
+    filler = torch.tensor([9])
+    assign(batch, advantages, outcome, None, 4, CreditConfig(form="none", mask="filler"), filler)
+    torch.testing.assert_close(batch.token["advantages"], torch.where(batch.token["ids"] == 9, 0.0, plain))
+    assign(batch, advantages, outcome, None, 4, CreditConfig(form="none", mask="filler"), None)
+    assert torch.equal(batch.token["advantages"], plain), "a task that knows of no filler"

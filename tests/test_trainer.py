@@ -98,17 +98,25 @@ def trainer_batch(ids: torch.Tensor) -> Batch:
     return Batch.from_responses([[3]], [ids], entropy=[torch.zeros(len(ids))])
 
 
-def test_hindsight_looks_at_groups_without_variance_alone(tmp_path, warmed):
-    trainer = trainer_of(tmp_path, weights=warmed)
-    batch, outcome, attribution, _, _ = rolled_out(trainer)
-    same = torch.tensor([len(set(g)) == 1 for g in outcome.view(-1, 4).tolist()]).repeat_interleave(4)
-    assert same.any() and not same.all()
-    assert torch.equal(attribution.rows, same)
-    looked_at = batch.token["kl"] != 0
-    assert torch.equal(looked_at.any(), torch.tensor(True)) and not looked_at[~same[batch.segments.sequence_ids()]].any()
-    rows = same.nonzero().flatten().tolist()
-    extra = sum(batch.lengths[b] + len(trainer._hinted(problem_of(trainer, batch, b))) for b in rows)
-    assert trainer.counters["tokens/forward_extra"] == extra, "the price is counted"
+def test_hindsight_acts_on_groups_without_variance_and_is_measured_on_the_others(tmp_path, warmed):
+    """All rollouts until there is a first measure, then one right and one wrong of each other group; the price is counted."""
+    trainer = trainer_of(tmp_path, "attribution.source=hindsight", "credit.mask=none", weights=warmed)
+    for boundaries in (0, 1000):
+        trainer.attributors.by_name["hindsight"].reliability.boundaries = boundaries
+        before = trainer.counters["tokens/forward_extra"]
+        batch, outcome, attribution, _, _ = rolled_out(trainer)
+        same = torch.tensor([len(set(g)) == 1 for g in outcome.view(-1, 4).tolist()]).repeat_interleave(4)
+        assert same.any() and not same.all()
+        assert torch.equal(attribution.rows, same) and not attribution.reliability[~same].any()
+        looks = batch.sequence["hindsight"]
+        assert looks[same].all() and (looks.all() if boundaries == 0 else int(looks[~same].sum()) == int((~same).sum()) // 2)
+        touched = (batch.token["kl"] != 0) & ~looks[batch.segments.sequence_ids()]
+        assert not touched.any()
+        extra = sum(batch.lengths[b] + len(trainer._hinted(problem_of(trainer, batch, b))) for b in looks.nonzero().flatten().tolist())
+        assert trainer.counters["tokens/forward_extra"] - before == extra
+    fixed = trainer_of(tmp_path / "fixed", "attribution.source=hindsight", "credit.mask=none", "attribution.reliability=1", weights=warmed)
+    batch, outcome, attribution, _, _ = rolled_out(fixed)
+    assert torch.equal(batch.sequence["hindsight"], attribution.rows), "nothing to measure: nothing more to look at"
 
 
 def problem_of(trainer, batch, b):

@@ -1,0 +1,35 @@
+"""What `acpo compare` can hold against each other: every arm is a few settings of one loop, never a fork of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# The outcome-level baselines are METHODS of the configuration. The forms of others are written in our loop from their published formulas.
+_ACPO: dict[str, Any] = {"method": "acpo"}
+_OUTCOME: dict[str, Any] = {"method": "grpo"}
+ARMS: dict[str, dict[str, Any]] = {
+    "grpo": _OUTCOME,
+    "rloo": {"method": "rloo"},
+    "dr_grpo": {"method": "dr_grpo"},
+    "dapo": {"method": "dapo"},
+    "gspo": {"method": "gspo"},
+    # GRPO that is told which tokens mean nothing (synthetic tasks): how much of a gain is noise on filler
+    "grpo-oracle-mask": {**_OUTCOME, "credit.mask": "filler"},
+    # the value differences of the group's token prefix tree added to the outcome advantage (TEMPO, arXiv 2509.18314)
+    "tempo": {**_OUTCOME, "credit.form": "branch"},
+    # the answer-conditioned ratio as a bounded weight of every token (RLSD, arXiv 2604.03128; without its schedule towards uniform weights)
+    "rlsd": {**_OUTCOME, "credit.form": "ratio", "credit.bound": 0.2, "attribution.source": "hindsight", "credit.scope": "all"},
+    "acpo": _ACPO,
+    # what each part does: the method without it, or with a plain one in its place
+    "acpo-fixed-length": {**_ACPO, "segmenter.fixed": 8},
+    "acpo-no-attribution": {**_ACPO, "attribution.source": "none", "credit.form": "none", "credit.mask": "none"},
+    "acpo-no-entropy": {**_ACPO, "entropy.controller": "none"},
+    "acpo-step-entropy": {**_ACPO, "entropy.controller": "step"},
+    "acpo-no-curriculum": {**_ACPO, "curriculum.sampler": "uniform"},
+    "acpo-no-stage2": {**_ACPO, "stages.two": False},
+    "acpo-no-confidence": {**_ACPO, "stages.confidence": 0.0},
+    # controls: the same with an attribution that says nothing
+    "acpo-shuffled": {**_ACPO, "attribution.control": "shuffled"},
+    "acpo-position": {**_ACPO, "attribution.control": "position"},
+    "acpo-random": {**_ACPO, "attribution.control": "random"},
+}

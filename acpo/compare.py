@@ -1,0 +1,300 @@
+"""`acpo compare`: arms x paired seeds from one shared warm start, in parallel, resumable after a kill at any instant.
+
+A comparison is a YAML file:
+
+    settings:             # of every run, as for `acpo train`, warm-up included
+      ...
+    seeds: 0-15           # one run an arm and seed; the same seed draws the same problems for every arm
+    tuning:               # each arm's learning rate, from one grid, on seeds that are used for nothing else
+      seeds: 900-903
+      learning_rates: [1.0e-4, 2.0e-4, 3.0e-4]
+    against: grpo         # the arm whose tokens and seconds are the budget
+    baselines: [grpo, rloo]
+    arms:
+      grpo:               # an arm of acpo/arms.py, or of your own: the settings in which it differs
+      acpo:
+      acpo-shuffled: {rate: acpo}        # takes acpo's learning rate instead of a choice of its own; a number fixes it
+      gentle: {method: acpo, credit.gain: 0.25}
+
+Every run is a plain run directory in a process of its own with one thread. The warm start is one too: it is trained once, and every run begins
+with its weights, bit for bit. What is finished is not repeated; a run that was broken off goes on by the trainer's own resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import config as configuration
+from .arms import ARMS
+from .config import Config, ConfigError
+from .evidence import mean_area, run_record, summarise
+
+KEYS = ("name", "settings", "seeds", "tuning", "against", "baselines", "arms")
+
+
+@dataclass
+class Comparison:
+    name: str
+    settings: dict[str, Any]
+    arms: dict[str, dict[str, Any]]
+    seeds: list[int]
+    against: str
+    baselines: list[str]
+    tuning_seeds: list[int] = field(default_factory=list)
+    learning_rates: list[float] = field(default_factory=list)
+    rates: dict[str, str | float] = field(default_factory=dict)  # arm -> a fixed learning rate, or the arm whose choice it takes
+
+
+@dataclass
+class Job:
+    """One run: its place below the comparison's directory, and what it adds to the common settings."""
+
+    key: str
+    settings: dict[str, Any]
+
+
+def load(path: str | Path) -> Comparison:
+    """The comparison of a YAML file; a ConfigError names the key at fault."""
+    path = Path(path)
+    tree = configuration.read_yaml(path)
+    if unknown := [k for k in tree if k not in KEYS]:
+        raise ConfigError(f"{path}: unknown key {unknown[0]!r}; a comparison has {', '.join(KEYS)}")
+    if missing := [k for k in ("settings", "seeds", "arms") if tree.get(k) in (None, {}, [])]:
+        raise ConfigError(f"{path}: {missing[0]} must be given")
+    settings = configuration.flatten(_mapping(path, "settings", tree["settings"]))
+    arms, rates = {}, {}
+    for name, own in _mapping(path, "arms", tree["arms"]).items():
+        own = configuration.flatten(_mapping(path, f"arms.{name}", own or {}))
+        if "rate" in own:
+            rates[name] = own.pop("rate")
+        if name not in ARMS and not own:
+            raise ConfigError(f"{path}: arms.{name} is not known; the known arms are {', '.join(ARMS)}; one of your own needs its settings")
+        arms[name] = {**ARMS.get(name, {}), **own}
+    tuning = _mapping(path, "tuning", tree.get("tuning") or {})
+    if unknown := [k for k in tuning if k not in ("seeds", "learning_rates")]:
+        raise ConfigError(f"{path}: unknown key tuning.{unknown[0]}; wanted seeds and learning_rates")
+    out = Comparison(
+        name=str(tree.get("name") or path.stem), settings=settings, arms=arms, seeds=_seeds(path, "seeds", tree["seeds"]),
+        against=tree.get("against") or next(iter(arms)), baselines=list(tree.get("baselines") or [next(iter(arms))]),
+        tuning_seeds=_seeds(path, "tuning.seeds", tuning["seeds"]) if tuning else [],
+        learning_rates=[float(x) for x in tuning.get("learning_rates", [])], rates=rates,
+    )  # fmt: skip
+    _check(path, out)
+    return out
+
+
+def _mapping(path: Path, key: str, value: Any) -> dict:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: {key} must be a mapping, got {value!r}")
+    return value
+
+
+def _seeds(path: Path, key: str, value: Any) -> list[int]:
+    """`0-15`, one number, or a list of numbers."""
+    try:
+        if isinstance(value, list):
+            return [int(v) for v in value]
+        low, _, high = str(value).partition("-")
+        return list(range(int(low), int(high or low) + 1))
+    except ValueError:
+        raise ConfigError(f"{path}: {key} must be a range such as 0-15, a number or a list, got {value!r}") from None
+
+
+def _check(path: Path, chosen: Comparison) -> None:
+    for key, names in (("against", [chosen.against]), ("baselines", chosen.baselines)):
+        if missing := [n for n in names if n not in chosen.arms]:
+            raise ConfigError(f"{path}: {key} names {missing[0]!r}, which is none of the arms {', '.join(chosen.arms)}")
+    if both := set(chosen.seeds) & set(chosen.tuning_seeds):
+        raise ConfigError(
+            f"{path}: seed {min(both)} is in seeds and in tuning.seeds: a learning rate must not be chosen on the runs that it is judged by"
+        )
+    if bool(chosen.learning_rates) != bool(chosen.tuning_seeds):
+        raise ConfigError(f"{path}: tuning needs both seeds and learning_rates")
+    for arm, rate in chosen.rates.items():
+        if isinstance(rate, str) and (rate not in chosen.arms or rate in chosen.rates):
+            raise ConfigError(f"{path}: arms.{arm}.rate must be a number or an arm that has its own choice, got {rate!r}")
+    for arm in chosen.arms:  # every arm's settings are read before the first run begins
+        configuration.from_layers((str(path), chosen.settings), (f"{path}, arms.{arm}", chosen.arms[arm]))
+
+
+class Comparer:
+    """The runs of a comparison and where they stand, in `directory`."""
+
+    def __init__(self, path: str | Path, directory: str | Path | None = None):
+        self.path = Path(path)
+        self.chosen = load(path)
+        self.directory = Path(directory or f"runs/compare/{self.chosen.name}")
+        self._records: dict[str, dict] = {}
+
+    # --- which runs there are -------------------------------------------------------------------------------------------------------
+
+    @property
+    def warm(self) -> Job:
+        return Job("warm", {"method": "grpo", "trainer.steps": 0})
+
+    def job(self, arm: str, rate: float, seed: int) -> Job:
+        start = {"policy.path": str(self.directory / "warm" / "policy"), "policy.from_config": "", "warmup.steps": 0, "eval.start": False}
+        return Job(f"{arm}/lr-{rate:g}/seed-{seed}", {**self.chosen.arms[arm], **start, "optimizer.learning_rate": rate, "seed": seed})
+
+    def settings(self, job: Job) -> Config:
+        """A run's configuration. The warm-up is the only thing that the warm start and the runs do not share."""
+        own = {**job.settings, "trainer.threads": 1, "trainer.keep_rollouts": False, "run_dir": str(self.directory / job.key)}
+        return configuration.from_layers((str(self.path), self.chosen.settings), (f"{self.path}, {job.key}", own))
+
+    def finished(self, job: Job) -> dict | None:
+        """The record of a finished run, None before."""
+        if job.key in self._records:
+            return self._records[job.key]
+        path = self.directory / job.key / "finished.json"
+        if not path.exists():
+            return None
+        record = json.loads(path.read_text(encoding="utf-8"))
+        # Read through the present settings: one that is newer than the run stood at its default.
+        past = configuration.from_layers((str(path), configuration.flatten(record["config"])))
+        changed = configuration.differences(configuration.to_dict(past), configuration.to_dict(self.settings(job)))
+        if changed:
+            raise ConfigError(f"{path.parent} holds a run with other settings ({'; '.join(changed[:3])}): give another --dir, or remove it")
+        self._records[job.key] = record
+        return record
+
+    def tuning(self, arm: str) -> list[Job]:
+        """The runs that choose the arm's learning rate; none where it is fixed or another arm's."""
+        if arm in self.chosen.rates:
+            return []
+        return [self.job(arm, r, s) for s in self.chosen.tuning_seeds for r in self.chosen.learning_rates]
+
+    def rate(self, arm: str) -> float | None:
+        """The arm's learning rate: the best of the grid by mean area on the tuning seeds, None while those runs are not finished."""
+        fixed = self.chosen.rates.get(arm)
+        if isinstance(fixed, str):
+            return self.rate(fixed)
+        if fixed is not None:
+            return float(fixed)
+        found: dict[float, list[float]] = {}
+        for job in self.tuning(arm):
+            record = self.finished(job)
+            if record is None:
+                return None
+            found.setdefault(job.settings["optimizer.learning_rate"], []).append(mean_area(record))
+        if not found:
+            return configuration.from_layers((str(self.path), self.chosen.settings)).optimizer.learning_rate
+        return max(found, key=lambda rate: sum(found[rate]) / len(found[rate]))
+
+    def outstanding(self, arms: list[str] | None = None) -> list[Job]:
+        """What can be run now, in the order of running: the warm start, the tuning runs, then seed by seed every arm whose rate is known."""
+        if self.finished(self.warm) is None:
+            return [self.warm]
+        names = [a for a in self.chosen.arms if arms is None or a in arms]
+        chosen_for = list(dict.fromkeys(r if isinstance(r := self.chosen.rates.get(a), str) else a for a in names))
+        jobs = sorted((j for a in chosen_for for j in self.tuning(a)), key=lambda j: j.settings["seed"])
+        rates = {a: self.rate(a) for a in names}
+        jobs += [self.job(a, rates[a], s) for s in self.chosen.seeds for a in names if rates[a] is not None]
+        return [j for j in jobs if self.finished(j) is None]
+
+    def results(self) -> tuple[dict[str, Any], dict[str, dict[int, dict]]]:
+        """The table of what is finished so far, and the records behind it, by arm and seed."""
+        rates = {arm: self.rate(arm) for arm in self.chosen.arms}
+        runs = {
+            arm: {s: record for s in self.chosen.seeds if (record := self.finished(self.job(arm, rate, s))) is not None}
+            for arm, rate in rates.items()
+            if rate is not None
+        }
+        out = summarise(runs, self.chosen.against, self.chosen.baselines)
+        for arm, found in out["arms"].items():
+            found["rate"] = rates[arm]
+            found["settings"] = self.chosen.arms[arm]
+            found["tuning"] = {job.key.partition("/")[2]: round(mean_area(r), 5) for job in self.tuning(arm) if (r := self.finished(job)) is not None}
+        warm = self.finished(self.warm)
+        code = sorted({r["code"] for found in runs.values() for r in found.values()})
+        curves = {arm: {s: r["points"] for s, r in found.items()} for arm, found in runs.items()}
+        return {
+            "name": self.chosen.name, **out, "code": code, "warm_start": {} if warm is None else {**warm["points"][0], **warm["passes"][0]},
+            "settings": self.chosen.settings, "curves": curves,
+        }, runs  # fmt: skip
+
+    # --- running them ---------------------------------------------------------------------------------------------------------------
+
+    def run(self, jobs: int = 1, launch: str = "", arms: list[str] | None = None, most: int | None = None) -> None:
+        """Runs what is outstanding, `jobs` at a time, each as a process behind the words of `launch` (such as "nice -n 10")."""
+        if unknown := [a for a in arms or [] if a not in self.chosen.arms]:
+            raise ConfigError(f"--arms names {unknown[0]!r}, which is none of the arms {', '.join(self.chosen.arms)}")
+        running: dict[Future, Job] = {}
+        started = 0
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                while True:
+                    waiting = [j for j in self.outstanding(arms) if j not in running.values()]
+                    while waiting and len(running) < jobs and (most is None or started < most):
+                        job = waiting.pop(0)
+                        print(f"run {job.key}  ({len(waiting)} more known)", flush=True)
+                        running[pool.submit(self._launch, job, launch)] = job
+                        started += 1
+                    if not running:
+                        return
+                    done, _ = wait(running, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        running.pop(future)
+                        future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _launch(self, job: Job, launch: str) -> None:
+        folder = self.directory / job.key
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [*shlex.split(launch), sys.executable, "-m", "acpo.cli", "compare", str(self.path), "--dir", str(self.directory), "--one", job.key]
+        with open(folder / "log.txt", "a", encoding="utf-8") as log:
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+        if code != 0:
+            last = (folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
+            raise RunError(f"the run {job.key} ended with code {code}: {''.join(last)} (all of it in {folder / 'log.txt'})")
+
+    def one(self, key: str) -> None:
+        """One run, in this process: what `run` launches. A policy that blows up is a result too: the run ends there, with accuracy 0."""
+        from .run import Run
+        from .trainer import Trainer, TrainingError
+
+        job = next((j for j in self.outstanding() if j.key == key), None)
+        if job is None:
+            raise ConfigError(f"--one {key}: no such run is outstanding in {self.directory}")
+        settings = self.settings(job)
+        run = Run(settings)
+        trainer, failure = Trainer(settings, run), ""
+        try:
+            trainer.train()
+        except TrainingError as error:
+            if job == self.warm:
+                raise
+            failure = str(error)
+        if job == self.warm:
+            trainer.export()
+        curve = run_record(run.records(), settings.trainer.steps, trainer.policy.device.type == "cpu")
+        record = {"key": key, "config": configuration.to_dict(settings), "code": code_hash(), "failure": failure, **curve}
+        temporary = run.directory / ".finished.writing"
+        temporary.write_text(json.dumps(record), encoding="utf-8")
+        os.replace(temporary, run.directory / "finished.json")
+        shutil.rmtree(run.checkpoints)  # a finished run needs none: some megabytes a run, hundreds of runs
+
+
+class RunError(RuntimeError):
+    """A run of a comparison that did not end as it should."""
+
+
+def code_hash() -> str:
+    """Twelve digits that name the code of both packages: runs of different code are not to be compared in silence."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for package in ("acpo", "acpo_kernels"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]

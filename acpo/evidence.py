@@ -1,0 +1,282 @@
+"""What a comparison says: areas under held-out accuracy, paired differences with their intervals, and the table as JSON, PNG and HTML.
+
+The primary figure of a run is the area under its held-out greedy accuracy against generated tokens, up to a budget and divided by it: the mean
+accuracy over the budget. The budget of a seed is what the arm `against` spent on that seed; a curve that ends before it keeps its last value.
+The same against seconds, where the seconds of an interval between two evaluations are the MEDIAN over the arm's seeds of its CPU seconds (one
+thread; on a GPU wall seconds): a machine that is busy with other things makes noise in single runs, and that is no property of a method.
+
+Over seeds: interquartile mean; the interval of a difference is the 2.5 % to 97.5 % percentile bootstrap of the interquartile mean of the PAIRED
+differences, resampling seeds (Agarwal et al. 2021, arXiv 2108.13264).
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BOOTSTRAP = 10_000
+FILES = {"table": "results.json", "figure": "results.png", "both": "results.html"}
+SERIES = {"entropy": "entropy", "reliability": "attribution/reliability", "zero_variance": "frac_reward_zero_std", "reward": "reward"}
+
+
+# --- one run ------------------------------------------------------------------------------------------------------------------------
+
+
+def run_record(records: list[dict], total_steps: int, cpu: bool) -> dict[str, Any]:
+    """A run's curve at its evaluations, and what happened between them: generated tokens and seconds so far, accuracy, means of SERIES.
+
+    A run that broke down before its end has accuracy 0 from there to the end that it would have had.
+    """
+    points: list[dict[str, float]] = []
+    seconds, since, tokens, step = 0.0, [], 0, 0
+    for record in records:
+        if record["phase"] == "warmup":
+            continue
+        if record["phase"] != "start":
+            seconds += record["time/cpu"] if cpu else record["step_time"]
+            since.append(record)
+            tokens, step = record["tokens/generated"], record["step"]
+        if "eval/accuracy" in record:
+            means = {name: _round(np.mean([r[key] for r in since])) for name, key in SERIES.items()} if since else {}
+            points.append({"step": record["step"], "tokens": tokens, "seconds": _round(seconds), "accuracy": record["eval/accuracy"], **means})
+            since = []
+    if step < total_steps:
+        rate = tokens / step if step else 1.0
+        points += [
+            {"step": s, "tokens": tokens + rate * (s - step), "seconds": seconds / max(step, 1) * s, "accuracy": 0.0} for s in (step + 1, total_steps)
+        ]
+    passes = [{k.removeprefix("eval/"): v for k, v in r.items() if "pass@" in k} for r in records if any("pass@" in k for k in r)]
+    stage2 = next((r["step"] for r in records if r["phase"] == "stage2"), None)
+    return {"points": points, "passes": passes, "stage2_from": stage2}
+
+
+def _round(x: float) -> float:
+    return round(float(x), 5)
+
+
+def area(x: list[float], y: list[float], budget: float) -> float:
+    """(1/budget) of the integral of y from 0 to budget: linear between the points, constant behind the last."""
+    if budget <= 0 or len(x) < 2:
+        return float(y[-1])
+    inside = [(a, b) for a, b in zip(x, y, strict=True) if a < budget]
+    points = [*inside, (budget, float(np.interp(budget, x, y)))]
+    return sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in itertools.pairwise(points)) / budget
+
+
+def mean_area(record: dict) -> float:
+    """The area of a run over all its own tokens: what learning rates are chosen by."""
+    tokens, accuracy = [p["tokens"] for p in record["points"]], [p["accuracy"] for p in record["points"]]
+    return area(tokens, accuracy, tokens[-1])
+
+
+# --- over seeds ---------------------------------------------------------------------------------------------------------------------
+
+
+def interquartile_mean(values: np.ndarray) -> np.ndarray:
+    """Mean of the middle half along the last axis (of 16 values the middle 8; of n the outer floor(n/4) on each side are left out)."""
+    values = np.sort(values, -1)
+    cut = values.shape[-1] // 4
+    return values[..., cut : values.shape[-1] - cut].mean(-1)
+
+
+def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the interquartile mean, resampling the entries."""
+    rng = np.random.default_rng(seed)
+    drawn = interquartile_mean(values[rng.integers(len(values), size=(BOOTSTRAP, len(values)))])
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def difference(ours: dict[int, float], theirs: dict[int, float]) -> dict[str, Any] | None:
+    """Paired difference over the seeds that both have; None for fewer than two."""
+    seeds = sorted(set(ours) & set(theirs))
+    if len(seeds) < 2:
+        return None
+    values = np.array([ours[s] - theirs[s] for s in seeds])
+    low, high = interval(values)
+    return {
+        "seeds": len(seeds), "iqm": _round(interquartile_mean(values)), "low": _round(low), "high": _round(high),
+        "mean": _round(values.mean()), "standard_error": _round(values.std(ddof=1) / len(values) ** 0.5), "wins": int((values > 0).sum()),
+    }  # fmt: skip
+
+
+def summarise(runs: dict[str, dict[int, dict]], against: str, baselines: list[str]) -> dict[str, Any]:
+    """The table: runs[arm][seed] are the records of finished runs; arms without any are left out.
+
+    The best baseline is the one with the highest area on these very seeds, which favours it.
+    """
+    runs = {arm: found for arm, found in runs.items() if found}
+    reference = runs.get(against, {})
+    arms: dict[str, dict[str, Any]] = {}
+    seconds = {arm: _median_seconds(list(found.values())) for arm, found in runs.items()}
+    areas: dict[str, dict[str, dict[int, float]]] = {"tokens": {}, "seconds": {}}
+    for arm, found in runs.items():
+        seeds = sorted(set(found) & set(reference))
+        accuracy = {s: [p["accuracy"] for p in found[s]["points"]] for s in seeds}
+        areas["tokens"][arm] = {s: area([p["tokens"] for p in found[s]["points"]], accuracy[s], reference[s]["points"][-1]["tokens"]) for s in seeds}
+        areas["seconds"][arm] = {s: area(seconds[arm], accuracy[s][: len(seconds[arm])], seconds[against][-1]) for s in seeds}
+    candidates = [b for b in baselines if areas["tokens"].get(b)]
+    best = max(candidates, key=lambda b: float(interquartile_mean(np.array(list(areas["tokens"][b].values())))), default=against)
+    for arm, found in runs.items():
+        values = {axis: areas[axis][arm] for axis in areas}
+        if not values["tokens"]:
+            continue
+        arms[arm] = {
+            "seeds": sorted(values["tokens"]),
+            "failures": [f"seed {s}: {r['failure']}" for s, r in sorted(found.items()) if r.get("failure")],
+            **{f"area_{axis}": _round(interquartile_mean(np.array(list(v.values())))) for axis, v in values.items()},
+            **{f"area_{axis}_by_seed": {s: _round(a) for s, a in v.items()} for axis, v in values.items()},
+            **{
+                f"{name}_{axis}": difference(values[axis], areas[axis].get(other, {}))
+                for axis in areas
+                for name, other in (("against", against), ("best_baseline", best))
+                if arm != other
+            },
+            **_ends(found),
+            "seconds": round(seconds[arm][-1], 2),
+        }
+    return {"against": against, "best_baseline": best, "arms": arms}
+
+
+def _median_seconds(records: list[dict]) -> list[float]:
+    """Seconds at each evaluation: the sum of the medians over the runs of the seconds between evaluations."""
+    whole = [r for r in records if not r.get("failure")] or records
+    length = min(len(r["points"]) for r in whole)
+    taken = np.array([[p["seconds"] for p in r["points"][:length]] for r in whole])
+    return [0.0, *np.cumsum(np.median(np.diff(taken, axis=1), 0)).tolist()]
+
+
+def _ends(found: dict[int, dict]) -> dict[str, Any]:
+    """Accuracy, pass@k, entropy, reliability and groups without variance, interquartile means over the seeds."""
+    records = list(found.values())
+
+    def over(values: list[float]) -> float | None:
+        values = [v for v in values if v is not None]
+        return _round(interquartile_mean(np.array(values))) if values else None
+
+    out = {
+        "before": over([r["points"][0]["accuracy"] for r in records]),
+        "after": over([r["points"][-1]["accuracy"] for r in records]),
+        "entropy_first": over([_first(r, "entropy") for r in records]),
+        "entropy_stage1_end": over([_stage1_end(r) for r in records]),
+        "entropy_last": over([r["points"][-1].get("entropy") for r in records]),
+        "stage2_from": over([r["stage2_from"] for r in records]),
+    }
+    for name in ("reliability", "zero_variance"):
+        out[name] = over([float(np.mean([p[name] for p in r["points"] if name in p] or [np.nan])) for r in records])
+    for name in sorted({k for r in records for p in r["passes"] for k in p}):
+        out[f"{name} after"] = over([r["passes"][-1].get(name) for r in records if r["passes"]])
+    return out
+
+
+def _first(record: dict, name: str) -> float | None:
+    return next((p[name] for p in record["points"] if name in p), None)
+
+
+def _stage1_end(record: dict) -> float | None:
+    """Mean entropy between the last two evaluations of stage 1; without a second stage of those up to 60 % of the run, its latest end."""
+    end = (record["stage2_from"] or 0.6 * record["points"][-1]["step"] + 1) - 1
+    inside = [p["entropy"] for p in record["points"] if "entropy" in p and p["step"] <= end]
+    return inside[-1] if inside else None
+
+
+# --- to look at ---------------------------------------------------------------------------------------------------------------------
+
+COLUMNS = (
+    ("arm", "arm"), ("learning rate", "rate"), ("seeds", "n"), ("area, tokens", "area_tokens"), ("against {against}", "against_tokens"),
+    ("against the best baseline", "best_baseline_tokens"), ("area, seconds", "area_seconds"), ("against {against}", "against_seconds"),
+    ("accuracy after", "after"), ("pass@1", "pass@1 after"), ("pass@8", "pass@8 after"), ("entropy, end of stage 1", "entropy_stage1_end"),
+    ("reliability", "reliability"), ("zero-variance groups", "zero_variance"), ("seconds", "seconds"),
+)  # fmt: skip
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{value['iqm']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}] {value['wins']}/{value['seeds']}"
+    if value is None:
+        return ""
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def rows(results: dict) -> tuple[list[str], list[list[str]]]:
+    """Head and body of the table, as text."""
+    head = [title.format(against=results["against"]) for title, _ in COLUMNS]
+    body = []
+    for arm, found in results["arms"].items():
+        found = {**found, "arm": arm, "n": len(found["seeds"]), "rate": f"{found['rate']:g}" if "rate" in found else ""}
+        body.append([_cell(found.get(key)) for _, key in COLUMNS])
+    return head, body
+
+
+def draw(results: dict, runs: dict[str, dict[int, dict]], path: Path) -> None:
+    """Every seed as a dot: areas, paired differences with their intervals, and the mean curves against tokens and seconds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    arms = list(results["arms"])
+    height = max(3.2, 0.34 * len(arms) + 1.2)
+    figure, axes = pyplot.subplots(2, 2, figsize=(13, 2 * height), layout="constrained")
+    place = {arm: len(arms) - 1 - i for i, arm in enumerate(arms)}
+    for axis, kind in zip(axes[0], ("tokens", "seconds"), strict=True):
+        for arm in arms:
+            found = results["arms"][arm]
+            ours, theirs = found[f"area_{kind}_by_seed"], results["arms"].get(results["against"], {}).get(f"area_{kind}_by_seed", {})
+            differences = [v - theirs[s] for s, v in ours.items() if s in theirs]
+            axis.plot(differences, [place[arm]] * len(differences), "o", color=f"C{arms.index(arm) % 10}", alpha=0.45, markersize=4)
+            if isinstance(found.get(f"against_{kind}"), dict):
+                d = found[f"against_{kind}"]
+                axis.plot([d["low"], d["high"]], [place[arm]] * 2, color="black", linewidth=1.5)
+                axis.plot([d["iqm"]], [place[arm]], "|", color="black", markersize=14, markeredgewidth=2)
+        axis.axvline(0, color="black", linewidth=0.6)
+        axis.set_yticks(list(place.values()), list(place), fontsize=8)
+        axis.set_title(f"area in equal {kind}: difference to {results['against']}, paired by seed", fontsize=10)
+        axis.grid(alpha=0.3, axis="x")
+    for axis, kind in zip(axes[1], ("tokens", "seconds"), strict=True):
+        for arm in arms:
+            records = [r for r in runs[arm].values() if not r.get("failure")]
+            if not records:
+                continue
+            length = min(len(r["points"]) for r in records)
+            x = _median_seconds(records) if kind == "seconds" else np.mean([[p["tokens"] for p in r["points"][:length]] for r in records], 0)
+            y = interquartile_mean(np.array([[p["accuracy"] for p in r["points"][:length]] for r in records]).T)
+            axis.plot(x[:length], y, color=f"C{arms.index(arm) % 10}", linestyle="-" if arms.index(arm) < 10 else "--", label=arm, linewidth=1.3)
+        axis.set_xlabel("generated tokens" if kind == "tokens" else "CPU seconds of training, median over seeds", fontsize=9)
+        axis.set_title("held-out greedy accuracy, interquartile mean over seeds", fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[1][0].legend(fontsize=7)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def write(results: dict, runs: dict[str, dict[int, dict]], directory: Path) -> None:
+    """results.json, results.png and results.html in the comparison's directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    draw(results, runs, directory / "results.png")
+    picture = base64.b64encode((directory / "results.png").read_bytes()).decode()
+    head, body = rows(results)
+    table = "".join(f"<th>{html.escape(h)}</th>" for h in head)
+    lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in body)
+    failures = "".join(f"<li>{html.escape(arm)}, {html.escape(f)}</li>" for arm, found in results["arms"].items() for f in found["failures"])
+    (directory / "results.html").write_text(
+        "<!doctype html><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+        f"<title>{html.escape(results['name'])}</title>"
+        "<style>:root{color-scheme:light dark}body{font:15px/1.5 system-ui;margin:2rem auto;max-width:90rem;padding:0 1rem}div{overflow-x:auto}"
+        "table{border-collapse:collapse;font-size:13px}td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #8884;white-space:nowrap}"
+        "td:first-child{text-align:left}img{max-width:100%}</style>"
+        f"<h1>{html.escape(results['name'])}</h1><p>Interquartile means over seeds; in brackets the 95 % bootstrap interval of the "
+        f"paired difference, then the seeds won. Best baseline: {html.escape(results['best_baseline'])}. "
+        f"Code: {html.escape(', '.join(results['code']))}.</p>"
+        f"<div><table><tr>{table}</tr>{lines}</table></div>{'<h2>Runs that broke down</h2><ul>' + failures + '</ul>' if failures else ''}"
+        f"<img alt='every seed, and the mean curves' src='data:image/png;base64,{picture}'>"
+        f"<details><summary>settings</summary><pre>{html.escape(json.dumps(results['settings'], indent=1))}</pre></details>",
+        encoding="utf-8",
+    )

@@ -1,0 +1,41 @@
+"""Where the answer of a synthetic task begins, and the ablation that cuts rollouts into pieces of one length."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from acpo_kernels import Segments
+
+
+def answer_starts(responses: list[Tensor], tokenizer) -> Tensor:
+    """The token at which the last line that opens with A begins, -1 without one, [B]. For tokenizers with one character a token: tokens without
+    text (a policy may sample the padding token) are skipped in the count."""
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    special = torch.tensor(tokenizer.all_special_ids, device=responses[0].device)
+    starts = []
+    for ids, text in zip(responses, texts, strict=True):
+        at = ("\n" + text).rfind("\nA")
+        starts.append(int((~torch.isin(ids, special)).nonzero()[at]) if at >= 0 else -1)
+    return torch.tensor(starts, device=responses[0].device)
+
+
+def fixed_length(segments: Segments, tokens: int) -> Segments:
+    """The same rollouts and answers, every other step cut anew into pieces of `tokens` tokens (the last one before the answer may be shorter)."""
+    ends, offsets = segments.token_offsets.tolist(), segments.sequence_offsets.tolist()
+    terminal = segments.is_terminal().tolist()
+    cuts, count = [0], [0]
+    for first, last in itertools.pairwise(offsets):
+        if first < last:
+            answer = ends[last - 1] if terminal[last - 1] else ends[last]
+            pieces = list(range(ends[first] + tokens, answer, tokens))
+            cuts += pieces + ([answer] if ends[first] < answer else []) + ([ends[last]] if answer < ends[last] else [])
+        count.append(len(cuts) - 1)
+    return Segments(
+        torch.tensor(cuts, device=segments.device),
+        torch.tensor(count, device=segments.device),
+        terminal=segments.terminal,
+        num_tokens=segments.num_tokens,
+    )

@@ -1,0 +1,137 @@
+"""Values from the group's own rollouts: those that share a prefix share a state, and the others' outcomes estimate its value.
+
+A prefix is recognised by a KEY: its exact tokens, or a canonical form of its steps in which wording, spacing and filler do not count. The
+canonical form `numbers` takes a step for the numbers that stand in it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from acpo_kernels import Segments
+
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+@dataclass
+class Prefixes:
+    """What is recognised at each boundary [b][k]: the way there, the last step that changed the state (with its place among those that did), and
+    whether this segment changed it."""
+
+    path: list[list[bytes]]
+    state: list[list[bytes]]
+    changed: list[list[bool]]
+
+
+def exact_prefixes(responses: list[Tensor], segments: Segments) -> Prefixes:
+    """Keys from token ids: the same prefix is the same tokens."""
+    ends, offsets = segments.token_offsets.tolist(), segments.sequence_offsets.tolist()
+    steps = []
+    for b, ids in enumerate(responses):
+        data, width = ids.cpu().numpy().tobytes(), ids.element_size()
+        start = ends[offsets[b]]
+        steps.append([data[width * (ends[s] - start) : width * (ends[s + 1] - start)] for s in range(offsets[b], offsets[b + 1])])
+    return _accumulate(steps)
+
+
+def canonical_prefixes(steps: list[list[str]]) -> Prefixes:
+    """Keys from the text of each step: its numbers, in order. A step without a number leaves the state as it is."""
+    return _accumulate([[" ".join(_NUMBER.findall(text)).encode() for text in rollout] for rollout in steps])
+
+
+def _accumulate(steps: list[list[bytes]]) -> Prefixes:
+    out = Prefixes([], [], [])
+    for rollout in steps:
+        path, state, count = b"", b"", 0
+        for name in (out.path, out.state, out.changed):
+            name.append([])
+        for step in rollout:
+            if step:
+                count += 1
+                path, state = path + b"%d:%s" % (len(step), step), b"%d:%s" % (count, step)
+            out.path[-1].append(path)
+            out.state[-1].append(state)
+            out.changed[-1].append(bool(step))
+    return out
+
+
+def tree_values(prefixes: Prefixes, rewards: Tensor, group_size: int, kappa: float, by_state: bool = False) -> Tensor:
+    """Leave-one-out values at every boundary, [S] in float64, from the other rollouts of the group:
+
+        V(s) = (sum of the others' R through s + kappa V') / (n + kappa)
+
+    V' is the mean of the others; with by_state it is the same estimate over the rollouts that are in the same STATE however they came there, drawn
+    to that mean in turn. Where nobody shares the prefix, V is V'.
+    """
+    outcome = rewards.tolist()
+    values = []
+    for begin in range(0, len(outcome), group_size):
+        group = range(begin, begin + group_size)
+        total = sum(outcome[b] for b in group)
+        tables = [_through(keys, group, outcome) for keys in ((prefixes.state, prefixes.path) if by_state else (prefixes.path,))]
+        for b in group:
+            base = (total - outcome[b]) / (group_size - 1)
+            names = (prefixes.state, prefixes.path) if by_state else (prefixes.path,)
+            for k in range(len(prefixes.path[b])):
+                value = base
+                for table, keys in zip(tables, names, strict=True):
+                    summed, count = table[keys[b][k]]
+                    n = count - 1
+                    value = (summed - outcome[b] + kappa * value) / (n + kappa) if n + kappa > 0 else value
+                values.append(value)
+    return torch.tensor(values, dtype=torch.float64, device=rewards.device)
+
+
+def _through(keys: list[list[bytes]], group: range, outcome: list[float]) -> dict[bytes, tuple[float, int]]:
+    """Sum of outcomes and number of the group's rollouts that pass through each key, each rollout once a key."""
+    table: dict[bytes, list[float]] = defaultdict(list)
+    for b in group:
+        for key in dict.fromkeys(keys[b]):
+            table[key].append(outcome[b])
+    return {key: (sum(found), len(found)) for key, found in table.items()}
+
+
+def sharing(prefixes: Prefixes, segments: Segments, group_size: int) -> float:
+    """Share of the non-terminal boundaries that some other rollout of the group passes through as well."""
+    terminal = segments.is_terminal().tolist()
+    offsets = segments.sequence_offsets.tolist()
+    shared = total = 0
+    for begin in range(0, len(prefixes.path), group_size):
+        group = range(begin, begin + group_size)
+        table = _through(prefixes.path, group, [0.0] * len(prefixes.path))
+        for b in group:
+            inside = [k for k in range(len(prefixes.path[b])) if not terminal[offsets[b] + k]]
+            total += len(inside)
+            shared += sum(table[prefixes.path[b][k]][1] > 1 for k in inside)
+    return shared / max(total, 1)
+
+
+def branch_differences(responses: list[Tensor], rewards: Tensor, group_size: int) -> Tensor:
+    """The TEMPO form (arXiv 2509.18314): V(prefix) = mean outcome of ALL the group's rollouts through it, token by token, and each token gets
+    V behind it minus V before it: not 0 where rollouts part alone. [N], summing to R_i - mean R over a rollout that ends alone or with its like."""
+    outcome, parts = rewards.tolist(), []
+    for begin in range(0, len(responses), group_size):
+        group = range(begin, begin + group_size)
+        ids = [responses[b].tolist() for b in group]
+        together = [list(range(group_size))]  # rollouts of one prefix
+        value = [[sum(outcome[b] for b in group) / group_size] for _ in group]
+        for t in range(max(map(len, ids))):
+            parted = []
+            for members in together:
+                by_token: dict[int, list[int]] = defaultdict(list)
+                for i in members:
+                    if t < len(ids[i]):
+                        by_token[ids[i][t]].append(i)
+                parted += by_token.values()
+            together = parted
+            for members in together:
+                mean = sum(outcome[begin + i] for i in members) / len(members)
+                for i in members:
+                    value[i].append(mean)
+        parts += [torch.tensor(v, dtype=torch.float64).diff() for v in value]
+    return torch.cat(parts).to(rewards)

@@ -1,0 +1,254 @@
+"""`acpo compare`: one warm start for all, nothing run twice, a kill changes nothing, and figures that can be checked by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from acpo import compare, evidence
+from acpo.arms import ARMS
+from acpo.cli import main
+from acpo.compare import Comparer
+from acpo.config import ConfigError
+from acpo.run import Run
+from acpo.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = """
+settings:
+  problems: {task: chain, steps: 2, modulus: 4, train: 40, held_out: 16, hard: 0.8, wrong_low: 0.5, wrong_high: 0.7}
+  policy: {from_config: tiny, device: cpu}
+  warmup: {steps: 60, batch: 32}
+  rollout: {prompts: 2, group_size: 4, max_new_tokens: 14}
+  verify: {extract: line}
+  segmenter: {min_tokens: 2, max_tokens: 32, max_segments: 16, target_tokens: 4, entropy: false}
+  trainer: {steps: 4, checkpoint_every: 1, eval_every: 2}
+  eval: {samples: 2}
+seeds: 0-1
+tuning: {seeds: [90], learning_rates: [3.0e-4, 3.0e-3]}
+against: grpo
+arms:
+  grpo: {rate: 3.0e-4}
+  rloo:
+  gentle: {method: acpo, credit.gain: 0.1, rate: rloo}
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread(deterministic):
+    torch.set_num_threads(1)
+
+
+def written(folder: Path, text: str = TINY) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "tiny.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A comparison run to its end in this process, at a place that the other runs of this file use as well: settings name it."""
+    folder = tmp_path_factory.mktemp("compare")
+    comparer = Comparer(written(folder), folder / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Comparer, "_launch", lambda self, job, launch: self.one(job.key))
+        torch.set_num_threads(1)
+        comparer.run()
+    return comparer
+
+
+def curve(record: dict) -> list:
+    """What a run's record says, without its clock."""
+    return [{k: v for k, v in p.items() if k != "seconds"} for p in record["points"]] + record["passes"]
+
+
+def test_every_run_is_there_once_and_nothing_is_left(compared):
+    keys = sorted(p.parent.relative_to(compared.directory).as_posix() for p in compared.directory.rglob("finished.json"))
+    rate = f"lr-{compared.rate('rloo'):g}"
+    wanted = {"warm", *(f"grpo/lr-0.0003/seed-{s}" for s in (0, 1)), *(f"rloo/lr-{r:g}/seed-90" for r in (3e-4, 3e-3))}
+    wanted |= {f"{arm}/{rate}/seed-{s}" for arm in ("rloo", "gentle") for s in (0, 1)}
+    assert keys == sorted(wanted)
+    assert compared.outstanding() == []
+    assert not list(compared.directory.rglob("checkpoints")), "a finished run keeps no checkpoint"
+
+
+def test_the_rate_is_the_better_one_of_the_grid(compared):
+    areas = {r: evidence.mean_area(compared.finished(compared.job("rloo", r, 90))) for r in (3e-4, 3e-3)}
+    assert areas[3e-4] != areas[3e-3]
+    assert compared.rate("rloo") == max(areas, key=areas.get) == compared.rate("gentle")
+    assert compared.rate("grpo") == 3e-4 and compared.tuning("grpo") == []
+
+
+def test_all_begin_with_the_weights_of_the_warm_start(compared):
+    chosen = compared.settings(compared.warm)
+    warm = Trainer(chosen, Run(chosen))
+    # Its checkpoint is gone, the exported policy is what remains: so the warm-up is repeated here.
+    warm.run.log = lambda record: None
+    warm._save = lambda label: None
+    warm.warm_up()
+    for arm, seed in (("grpo", 0), ("gentle", 1)):
+        settings = compared.settings(compared.job(arm, 3e-4, seed))
+        trainer = Trainer(settings, Run(settings))
+        weights = dict(trainer.policy.named_parameters())
+        assert all(torch.equal(weights[name], p) for name, p in warm.policy.named_parameters())
+        assert trainer.tokenizer.get_vocab() == warm.tokenizer.get_vocab()
+        assert [p.id for p in trainer.train_problems] == [p.id for p in warm.train_problems]
+    first = {arm: compared.finished(compared.job(arm, compared.rate(arm), 0))["points"][0]["accuracy"] for arm in compared.chosen.arms}
+    assert set(first.values()) == {compared.finished(compared.warm)["points"][0]["accuracy"]}
+
+
+def test_killed_and_continued_says_the_same(tmp_path, compared, monkeypatch):
+    """The driver and its children get SIGKILL while two runs are between their checkpoints; what was finished stays untouched."""
+    again = Comparer(written(tmp_path), tmp_path / "out")
+    monkeypatch.setattr(Comparer, "_launch", lambda self, job, launch: self.one(job.key))
+    again.run(most=1)
+    before = (tmp_path / "out" / "warm" / "finished.json").stat().st_mtime_ns
+    command = [sys.executable, "-m", "acpo.cli", "compare", str(again.path), "--dir", str(again.directory), "--arms", "grpo", "--jobs", "2"]
+    process = subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline and not list(again.directory.glob("grpo/*/*/checkpoints/step-*")):
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
+    broken = [p.parent for p in again.directory.glob("grpo/*/*/checkpoints") if not (p.parent / "finished.json").exists()]
+    assert broken, "the kill came between the first checkpoint and the end of a run"
+    again.run(arms=["grpo"])
+    assert (tmp_path / "out" / "warm" / "finished.json").stat().st_mtime_ns == before
+    for seed in (0, 1):
+        assert curve(again.finished(again.job("grpo", 3e-4, seed))) == curve(compared.finished(compared.job("grpo", 3e-4, seed)))
+
+
+def test_the_command_writes_table_figure_and_page(compared, capsys):
+    assert main(["compare", str(compared.path), "--dir", str(compared.directory), "--report"]) == 0
+    assert "gentle" in capsys.readouterr().out
+    results = json.loads((compared.directory / "results.json").read_text())
+    assert list(results["arms"]) == ["grpo", "rloo", "gentle"] and len(results["code"]) == 1
+    for arm, found in results["arms"].items():
+        assert found["seeds"] == [0, 1] and found["failures"] == [] and found["rate"] == compared.rate(arm)
+        assert {"area_tokens", "area_seconds", "pass@1 after", "pass@2 after", "entropy_stage1_end", "reliability", "zero_variance"} <= set(found)
+        assert (found["against_tokens"] is not None and found["against_tokens"]["seeds"] == 2) if arm != "grpo" else "against_tokens" not in found
+    assert (compared.directory / "results.png").stat().st_size > 10_000
+    page = (compared.directory / "results.html").read_text()
+    assert "data:image/png;base64," in page and "gentle" in page and "http" not in page
+
+
+def test_a_run_that_breaks_down_is_a_result(tmp_path, monkeypatch):
+    text = TINY.replace("grpo: {rate: 3.0e-4}", "grpo: {rate: 1.0e+30, optimizer.warmup_steps: 0}").replace("seeds: 0-1", "seeds: 0")
+    comparer = Comparer(written(tmp_path, text), tmp_path / "out")
+    monkeypatch.setattr(Comparer, "_launch", lambda self, job, launch: self.one(job.key))
+    comparer.run(arms=["grpo"])
+    record = comparer.finished(comparer.job("grpo", 1e30, 0))
+    assert "not finite" in record["failure"] or "is nan" in record["failure"]
+    assert record["points"][-1]["accuracy"] == 0 and record["points"][-1]["step"] == 4 and evidence.mean_area(record) < 0.5
+
+
+def test_other_settings_are_refused(tmp_path, compared):
+    changed = Comparer(written(tmp_path, TINY.replace("max_new_tokens: 14", "max_new_tokens: 13")), compared.directory)
+    with pytest.raises(ConfigError, match=r"holds a run with other settings .*rollout.max_new_tokens: 14 -> 13.* give another --dir"):
+        changed.outstanding()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds: 0-1", "seeds: many", "seeds must be a range such as 0-15, a number or a list, got 'many'"),
+        ("against: grpo", "against: gpro", "against names 'gpro', which is none of the arms grpo, rloo, gentle"),
+        ("seeds: [90]", "seeds: [1]", "seed 1 is in seeds and in tuning.seeds"),
+        ("rate: rloo", "rate: gentle", "arms.gentle.rate must be a number or an arm that has its own choice"),
+        ("  rloo:", "  rllo:", "arms.rllo is not known; the known arms are grpo"),
+        ("credit.gain", "credit.gian", "arms.gentle: unknown setting 'credit.gian'; the nearest is 'credit.gain'"),
+        ("tuning:", "tunning:", "unknown key 'tunning'"),
+        ("learning_rates: [3.0e-4, 3.0e-3]", "rates: [1]", "unknown key tuning.rates"),
+        (", learning_rates: [3.0e-4, 3.0e-3]", "", "tuning needs both seeds and learning_rates"),
+        ("settings:", "setup:", "unknown key 'setup'"),
+    ],
+)
+def test_bad_files(tmp_path, old, new, message):
+    assert old in TINY
+    with pytest.raises(ConfigError, match=message):
+        compare.load(written(tmp_path, TINY.replace(old, new)))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "compare").glob("*.yaml")), ids=lambda p: p.stem)
+def test_comparisons_of_the_repository_load(path):
+    chosen = compare.load(path)
+    assert set(chosen.arms) <= set(ARMS) and chosen.learning_rates and not set(chosen.seeds) & set(chosen.tuning_seeds)
+
+
+# --- the figures --------------------------------------------------------------------------------------------------------------------
+
+
+def test_area_by_hand():
+    assert evidence.area([0, 10, 20], [0.0, 1.0, 1.0], 20) == pytest.approx(0.75)
+    assert evidence.area([0, 10, 20], [0.0, 1.0, 1.0], 5) == pytest.approx(0.25), "cut between two points"
+    assert evidence.area([0, 10], [0.0, 1.0], 20) == pytest.approx(0.75), "the last value holds"
+
+
+@given(st.lists(st.floats(0, 1), min_size=4, max_size=24), st.randoms())
+def test_interquartile_mean(values, shuffler):
+    cut = len(values) // 4
+    wanted = np.mean(sorted(values)[cut : len(values) - cut])
+    shuffler.shuffle(values)
+    assert evidence.interquartile_mean(np.array(values)) == pytest.approx(wanted)
+
+
+def test_interval_covers_as_it_says():
+    """Over 200 samples of 16 normal differences the interval holds the truth about 95 times in 100 (percentile intervals of 16: a little less)."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(200):
+        low, high = evidence.interval(rng.normal(0.3, 1.0, 16))
+        held += low <= 0.3 <= high
+    assert 0.85 <= held / 200 <= 0.99
+
+
+def record(accuracy: list[float], seconds: float = 1.0, tokens: float = 100.0, **more) -> dict:
+    steps = range(0, 10 * len(accuracy), 10)
+    points = [{"step": s, "tokens": tokens * i, "seconds": seconds * i, "accuracy": a} for i, (s, a) in enumerate(zip(steps, accuracy, strict=True))]
+    return {"points": points, "passes": [{"pass@1": 0.5}], "stage2_from": None, **more}
+
+
+def test_differences_are_paired_and_budgets_are_the_references():
+    runs = {
+        "grpo": {s: record([0.1 * s, 0.1 * s, 0.1 * s]) for s in range(4)},
+        "slow": {s: record([0.1 * s, 0.1 * s + 0.2, 0.1 * s + 0.2], seconds=2.0) for s in range(4)},
+        "wordy": {s: record([0.1 * s, 0.1 * s + 0.2, 0.1 * s + 0.2], tokens=200.0) for s in range(4)},
+        "none": {},
+    }
+    out = evidence.summarise(runs, "grpo", ["grpo", "none"])
+    assert out["best_baseline"] == "grpo" and set(out["arms"]) == {"grpo", "slow", "wordy"}
+    slow, wordy = out["arms"]["slow"], out["arms"]["wordy"]
+    assert slow["against_tokens"]["iqm"] == pytest.approx(0.15) == slow["against_tokens"]["low"]  # half of the way up, then all of it
+    assert slow["against_seconds"]["iqm"] == pytest.approx(0.1) == wordy["against_tokens"]["iqm"]  # half the budget: on the way up alone
+    assert wordy["against_seconds"]["iqm"] == pytest.approx(0.15)
+    assert slow["against_tokens"]["wins"] == 4 and slow["against_tokens"]["seeds"] == 4
+
+
+def test_seconds_are_the_medians_over_seeds():
+    """One run that was slowed down by other work changes nothing."""
+    runs = {"grpo": {s: record([0.0, 0.5, 1.0]) for s in range(5)}, "other": {s: record([0.0, 0.5, 1.0]) for s in range(5)}}
+    runs["other"][3] = record([0.0, 0.5, 1.0], seconds=9.0)
+    out = evidence.summarise(runs, "grpo", ["grpo"])
+    assert out["arms"]["other"]["against_seconds"]["iqm"] == 0.0 and out["arms"]["other"]["seconds"] == 2.0
+
+
+def test_stage_one_ends_where_stage_two_begins():
+    found = record([0.1, 0.2, 0.3, 0.4])
+    for point, entropy in zip(found["points"][1:], (3.0, 2.0, 1.0), strict=True):
+        point["entropy"] = entropy
+    assert evidence._stage1_end(found) == 3.0, "60 % of 30 steps: the evaluation at step 10 is the last one inside"
+    assert evidence._stage1_end({**found, "stage2_from": 21}) == 2.0
