@@ -96,23 +96,30 @@ def case(n, h, v, dtype, mode, device, temperature: float = 1.0, unmasked: float
 
 
 def expected(hidden, weight, ids, incoming, temperature, backward, gradients_of, step: int = 64) -> dict[str, Expected]:
-    """Rows in pieces, dW summed over them: the float64 logits of a whole batch would not fit."""
+    """Rows in pieces, dW summed over them: the float64 logits of a whole batch would not fit. Masked rows hold zeros, and rows without
+    a gradient need no backward: rows that have one come first."""
     names = [name for name in incoming if gradients_of in ("all", name)]
+    flows = torch.stack([incoming[name] != 0 for name in names]).any(0)
+    order = torch.cat([part.nonzero().squeeze(1) for part in (flows, ~flows & (ids != reference.IGNORED))])
     out = {}
     for dtype in (torch.float64, torch.float32):
         w = weight.detach().to(dtype).requires_grad_(backward)
-        pieces: dict[str, list] = {name: [] for name in (*names, "d_hidden")}
-        for rows in torch.arange(len(ids), device=ids.device).split(step):
-            x = hidden[rows].detach().to(dtype).requires_grad_(backward)
-            results = reference.linear_logprob_entropy(x, w, ids[rows], temperature=temperature)._asdict()
-            for name in names:
-                pieces[name].append(results[name].detach())
-            if backward:
-                torch.autograd.backward([results[name] for name in names], [incoming[name][rows].to(dtype) for name in names])
-                pieces["d_hidden"].append(x.grad)
-        out[dtype] = {name: torch.cat(values) for name, values in pieces.items() if values}
+        one = {name: torch.zeros(len(ids), dtype=dtype, device=ids.device) for name in names}
         if backward:
-            out[dtype]["d_weight"] = w.grad
+            one["d_hidden"] = torch.zeros(hidden.shape, dtype=dtype, device=ids.device)
+        for rows in order.split(step):
+            needed = backward and bool(flows[rows].any())
+            x = hidden[rows].detach().to(dtype).requires_grad_(needed)
+            with torch.set_grad_enabled(needed):
+                results = reference.linear_logprob_entropy(x, w, ids[rows], temperature=temperature)._asdict()
+            for name in names:
+                one[name][rows] = results[name].detach()
+            if needed:
+                torch.autograd.backward([results[name] for name in names], [incoming[name][rows].to(dtype) for name in names])
+                one["d_hidden"][rows] = x.grad
+        if backward:
+            one["d_weight"] = w.grad
+        out[dtype] = one
     # Products on matrix units may sum in another order than the reference: the contract's factor of 4
     return {
         name: Expected(exact, out[torch.float32][name], None, 4.0, hidden.dtype if name.startswith("d_") else None)

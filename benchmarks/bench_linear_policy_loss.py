@@ -50,15 +50,15 @@ def case(n, h, v, dtype, device, unmasked: float, active: float) -> Case:
         out = {}
         for kind in (torch.float64, torch.float32):
             w = weight.detach().to(kind).requires_grad_()
-            d_hidden, loss = [], torch.zeros((), dtype=torch.float64, device=device)
-            for rows in torch.arange(n, device=device).split(64):
+            d_hidden, loss = torch.zeros(n, h, dtype=kind, device=device), torch.zeros((), dtype=torch.float64, device=device)
+            for rows in (mask & flows).nonzero().squeeze(1).split(64):
                 x = hidden[rows].detach().to(kind).requires_grad_()
                 logp, _ = reference.linear_logprob_entropy(x, w, ids[rows], mask=mask[rows])
                 upstream = torch.where(mask[rows], -advantages[rows].double() / tokens, 0.0)
                 logp.backward(upstream.to(kind))
                 loss += upstream.sum()
-                d_hidden.append(x.grad)
-            out[kind] = {"loss": loss, "d_hidden": torch.cat(d_hidden), "d_weight": w.grad}
+                d_hidden[rows] = x.grad
+            out[kind] = {"loss": loss, "d_hidden": d_hidden, "d_weight": w.grad}
         out[torch.float32]["loss"] = reference.policy_loss(
             torch.zeros(n, device=device), None, advantages, segments, mask=mask
         ).loss  # the ratio is 1 whatever logp is
