@@ -285,7 +285,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--worker", choices=["compiled", *WORKERS], help="only this process's errors, as JSON")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "accuracy.json")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(2)
     if options.worker:
         print(json.dumps(errors(options.worker)))
         return 0

@@ -55,5 +55,5 @@ def test_empty_call(run, device, operation):
         return {name: Expected(e, single[name]) for name, e in exact.items()}
 
     shape = {"N": 1, "V": V, "H": H}
-    providers = {"ours": Provider(ours), "eager": Provider(eager, "eager: the reference")}
+    providers = {"ours": Provider(ours), "eager": Provider(eager, "the reference")}
     run(Case(f"{operation}, empty call", "forward", shape, torch.float32, device, providers, expected, budgeted=False))

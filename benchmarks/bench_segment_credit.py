@@ -28,7 +28,7 @@ def case(n: int, s: int, b: int, form: str, device: torch.device) -> Case:
     moved = 16 * s + 4 * b + 5 * n
     return Case(
         f"segment_credit {form}", "forward", {"N": n, "S": s, "B": b}, torch.float32, device,
-        {"ours": Provider(call(None)), "eager": Provider(call("reference"), "eager: the reference's chain of torch calls")}, expected, bytes=moved,
+        {"ours": Provider(call(None)), "eager": Provider(call("reference"), "the reference's chain of torch calls")}, expected, bytes=moved,
         ceilings={"copy": copy_ceiling(torch.randn(moved // 4, device=device))}, launch_bound=True,
     )  # fmt: skip
 

@@ -54,7 +54,7 @@ def case(n: int, s: int, b: int, reduce: str, mode: str, device: torch.device) -
 
     providers = {
         "ours": Provider(call(ours, values, incoming, lambda t: t)),
-        "eager": Provider(call(lambda x: ours(x, "reference"), values, incoming, lambda t: t), "eager: index_add over segment ids"),
+        "eager": Provider(call(lambda x: ours(x, "reference"), values, incoming, lambda t: t), "index_add over segment ids"),
         "torch.segment_reduce": Provider(call(torch_reduce, rows, incoming.T.contiguous(), lambda t: t.T)),
     }
     moved = 4 * CHANNELS * (n + s) + 8 * (s + 1)

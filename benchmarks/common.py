@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 ROUNDS = 30
-SECONDS = 4.0  # a call takes part in fewer than ROUNDS rounds when they would cost more than this
-LEAST_ROUNDS = 5
+SECONDS = 4.0  # a call takes part in fewer than ROUNDS rounds when they would cost more than this; its row says in how many
+LEAST_ROUNDS = 3
 SHORTEST = 2e-4  # seconds between two readings of the clock: shorter calls are repeated between them
 PEER_LIMIT = 0.05  # bfloat16 arithmetic is off by 1e-3 to 1e-2 of the norm, a wrong formula by about 1
 SIZES = [f"size{i}" for i in range(4)]  # names for -k: "logprob_entropy and size0"
@@ -153,11 +153,9 @@ class HostClock:
     name = "perf_counter"
 
     def __init__(self, run: Callable[[], object], cold: bool):
-        self.run = run
-        begin = time.perf_counter()
-        run()
-        once = time.perf_counter() - begin
-        self.number = max(1, math.ceil(SHORTEST / max(once, 1e-9)))
+        self.run, self.number = run, 1
+        self.once = self.measure()
+        self.number = max(1, math.ceil(SHORTEST / max(self.once, 1e-9)))
 
     def measure(self) -> float:
         begin = time.perf_counter()
@@ -183,6 +181,7 @@ class DeviceClock:
         if DeviceClock._flush is None:
             size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
             DeviceClock._flush = torch.empty(size, dtype=torch.int8, device="cuda")
+        self.once = self.measure()
 
     @staticmethod
     def _capture(run: Callable[[], object]) -> Callable[[], object]:
@@ -211,13 +210,11 @@ class DeviceClock:
 
 
 def interleave(calls: dict[str, Callable[[], object]], device: torch.device, *, cold: bool = True) -> dict[str, tuple[list[float], str]]:
-    """{name: (seconds of each round, clock)}: two calls of warm-up, then round after round each call once, slow ones in fewer rounds."""
+    """{name: (seconds of each round, clock)}: one call of warm-up, then round after round each call once, slow ones in fewer rounds.
+    (In `measure` the check and the memory were two more calls before.)"""
     clock = DeviceClock if device.type == "cuda" else HostClock
-    clocks, rounds = {}, {}
-    for name, call in calls.items():
-        call()
-        clocks[name] = clock(call, cold)
-        rounds[name] = max(LEAST_ROUNDS, min(ROUNDS, int(SECONDS / clocks[name].measure() / clocks[name].number)))
+    clocks = {name: clock(call, cold) for name, call in calls.items()}
+    rounds = {name: max(LEAST_ROUNDS, min(ROUNDS, int(SECONDS / max(timer.once * timer.number, 1e-9)))) for name, timer in clocks.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(ROUNDS):
         for name, timer in clocks.items():
@@ -277,7 +274,7 @@ def measure(case: Case) -> tuple[list[dict], list[float]]:
     rows += [{**_common(case), "provider": name, "kind": "absent", "correct": True, "why": why} for name, why in case.absent.items()]
 
     calls = {**good, **{name: ceiling.run for name, ceiling in case.ceilings.items()}}
-    peaks = {name: peak_bytes(call, case.device) for name, call in calls.items()}
+    peaks = {name: peak_bytes(call, case.device) for name, call in good.items()}
     before = os.getloadavg()[0]
     timed = interleave(calls, case.device, cold=not case.launch_bound)
     after = os.getloadavg()[0]
@@ -287,7 +284,7 @@ def measure(case: Case) -> tuple[list[dict], list[float]]:
             ceiling = case.ceilings.get(row["provider"])
             row |= {
                 "seconds": quartile(seconds), "spread": quartile(seconds, 0.75) / quartile(seconds) - 1, "rounds": len(seconds), "clock": clock,
-                "load": [before, after], "peak_bytes": peaks[row["provider"]], **_rates(ceiling or case, quartile(seconds)),
+                "load": [before, after], "peak_bytes": peaks.get(row["provider"]), **_rates(ceiling or case, quartile(seconds)),
             }  # fmt: skip
     _relate(rows)
     return rows, timed[next(filter(is_ours, timed))][0]

@@ -51,6 +51,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[ROWS], config.stash[BEGIN] = [], time.monotonic()
+    if config.getoption("--benchmark") and not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install -e '.[bench]'")
     config.option.benchmark_quiet = True  # its table knows ours alone; ours is printed below
 
 
@@ -58,8 +60,9 @@ def pytest_collection_modifyitems(config, items):
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
-            item.add_marker(pytest.mark.benchmark(timer=REPLAY.clock, group=item.path.stem.removeprefix("bench_")))
-            if not config.getoption("--benchmark"):
+            if config.getoption("--benchmark"):
+                item.add_marker(pytest.mark.benchmark(timer=REPLAY.clock, group=item.path.stem.removeprefix("bench_")))
+            else:
                 item.add_marker(pytest.mark.skip(reason="measures only with --benchmark"))
 
 
@@ -111,6 +114,7 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(table(rows))
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["acpo"] = environment()
 

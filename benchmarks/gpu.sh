@@ -53,11 +53,12 @@ else
   timeout 200 "$python" -m pytest tests/test_segment_reduce.py -q -x -p no:cacheprovider -k "by_hand or reference" 2>&1 | tee "$out/tests.log"
   shapes=small
 fi
+[ "$device" = cuda ] && threads=2 || threads=1  # of the CPU lane: small shapes only tie two threads up
 
 # 2. Benchmarks: each case is checked against float64 before it is timed; what does not fit the time is named as skipped.
 status=0
 limit=$(( $(left) - 60 ))
-timeout "$(left)" "$python" -m pytest benchmarks -q -rs -p no:cacheprovider --benchmark --device "$device" --shapes "$shapes" --limit "$limit" \
+timeout "$(left)" "$python" -m pytest benchmarks -q -rs -p no:cacheprovider --benchmark --device "$device" --threads "$threads" --shapes "$shapes" --limit "$limit" \
   ${only:+-k "$only"} --benchmark-json "$out/benchmarks.json" >"$out/benchmarks.log" 2>&1 || status=$?
 grep -E "^(FAILED|ERROR)|passed|failed" "$out/benchmarks.log" || true
 

@@ -39,6 +39,9 @@ def table(rows: list[dict]) -> str:
     loads = [load for row in rows for load in row.get("load", ())]
     if loads:
         clocks = ", ".join(sorted({row["clock"] for row in rows if "clock" in row}))
+        shaken = sum(row["spread"] > 0.5 for row in rows if "spread" in row)
+        if shaken:
+            lines.append(f"{shaken} rows spread by more than 50 %: the machine was not quiet, measure those again")
         lines.append(f"{rows[0]['threads']} threads; load average {min(loads):.2f} to {max(loads):.2f}; clock: {clocks}")
     return "\n".join(lines)
 

@@ -131,13 +131,13 @@ def test_rounds_interleave_and_the_lower_quartile_is_one_of_them(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(common, "SECONDS", 0.06)
-    timed = common.interleave({"short": call("short", 1e-3), "long": call("long", 0.01)}, CPU)
-    assert len(timed["short"][0]) == 30 and 5 <= len(timed["long"][0]) <= 6
-    rounds = order[order.index("long") + 3 :]
+    monkeypatch.setattr(common, "SECONDS", 0.3)
+    timed = common.interleave({"short": call("short", 1e-3), "long": call("long", 0.05)}, CPU)
+    assert len(timed["short"][0]) == common.ROUNDS and common.LEAST_ROUNDS <= len(timed["long"][0]) <= 6
+    rounds = order[order.index("long") + 1 :]  # after one call of warm-up each
     gaps = [i for i, name in enumerate(rounds) if name == "long"]
-    assert all(4 <= b - a <= 8 for a, b in itertools.pairwise(gaps))  # spread over the rounds, not at their end
-    assert all(s >= 0.01 for s in timed["long"][0])
+    assert all(5 <= b - a <= 11 for a, b in itertools.pairwise(gaps))  # spread over the rounds, not at their end
+    assert all(s >= 0.05 for s in timed["long"][0])
     assert common.quartile([4.0, 1.0, 3.0, 2.0, 5.0]) == 2.0
 
 

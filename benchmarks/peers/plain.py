@@ -11,7 +11,8 @@ NAME = "torch"
 
 
 def four_lines(logits: Tensor, ids: Tensor, temperature: float = 1.0):
-    log_p = torch.log_softmax(logits.float() / temperature, -1)
+    scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
+    log_p = torch.log_softmax(scaled, -1)
     logp = log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     return logp, entropy
