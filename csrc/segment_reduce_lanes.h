@@ -66,7 +66,6 @@ inline mask first(int64_t n, int k) {
 }
 
 inline vec choose(mask m, vec a, vec b) { return reinterpret_cast<vec>((m & reinterpret_cast<mask>(a)) | (~m & reinterpret_cast<mask>(b))); }
-inline vec larger(vec x, vec best) { return choose((x > best) | (x != x), x, best); }  // a NaN stays
 
 // step(k, vector, lanes) over x[0, n), of which x[0, available) may be read. Always STEP vectors at a time, under masks: how many vectors
 // a group fills is what no branch predictor can know, and a wrong guess costs more than three vectors.
@@ -108,14 +107,17 @@ double sum_of(const void* values, const uint8_t* tokens, int64_t n, int64_t avai
 template <class T, bool MASKED>
 double max_of(const void* values, const uint8_t* tokens, int64_t n, int64_t available) {
   const vec low = vec{} - INF;
-  vec best = low, other = low;
+  vec best = low, other = low, nan{};
   over<MASKED>(static_cast<const T*>(values), tokens, n, available, [&](int k, vec x, mask m) __attribute__((always_inline)) {
     x = choose(m, x, low);
-    k % 2 == 0 ? best = larger(x, best) : other = larger(x, other);
+    vec& top = k % 2 == 0 ? best : other;
+    top = x > top ? x : top;  // not a NaN: those are kept apart
+    nan = x != x ? x : nan;
   });
-  best = larger(other, best);
+  best = other > best ? other : best;
   double top = best[0];
-  for (int i = 1; i < W; ++i) top = best[i] > top || best[i] != best[i] ? best[i] : top;
+  for (int i = 1; i < W; ++i) top = best[i] > top ? best[i] : top;
+  for (int i = 0; i < W; ++i) top = nan[i] != nan[i] ? nan[i] : top;
   return top;
 }
 
