@@ -163,9 +163,13 @@ def policy_loss(
     return loss, metrics, grad_logp, grad_entropy
 
 
+def _rows(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] <= 1 else matrix.contiguous()
+
+
 def _head(hidden, weight, ids, bias, temperature, temperatures, softcap, rows: Tensor):
     """The C++ view of the head at the rows `rows`, and the tensors it points into."""
-    hidden, weight = (x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous() for x in (hidden, weight))
+    hidden, weight = _rows(hidden), _rows(weight)
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     temperatures = None if temperatures is None else temperatures.to(torch.float64).contiguous()
     ids = ids.to(torch.int64).contiguous()
@@ -212,3 +216,12 @@ def linear_policy_loss(
     wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
     _C.linear_policy_loss(head, settings, *map(_address, (*results, *wanted)), torch.get_num_threads())
     return *results, *gradients
+
+
+def head_hindsight(
+    hidden, hindsight_hidden, weight, ids, bias, temperature, temperatures, softcap, rows: Tensor, results: tuple[Tensor, ...]
+) -> None:  # fmt: skip
+    """Fills the six results [N] at `rows`; the others are left alone."""
+    head, _keep = _head(hidden, weight, ids, bias, temperature, temperatures, softcap, rows)
+    other = _rows(hindsight_hidden)
+    _C.head_hindsight(head, other.data_ptr(), other.stride(0), *map(_address, results), torch.get_num_threads())

@@ -50,8 +50,10 @@ def _below_autograd(operation: Callable) -> Callable:
     def run(*args):
         if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
             return operation(*args)
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            return operation(*args)
+        if torch.is_grad_enabled():
+            for x in args:
+                if isinstance(x, Tensor) and x.requires_grad:
+                    return operation(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return operation(*args)
 

@@ -88,7 +88,7 @@ class Sweep:
             grad_logp, grad_entropy, *tile[:2], self.entropy[rows], maximum, logsumexp, *tile[2:]
         )  # fmt: skip
         grad = self.head.before_softcap(tile[0], grad)
-        upstream = (grad_logp != 0) | (grad_entropy != 0)
+        upstream = _torch.has_upstream(grad_logp, grad_entropy)
         self.rows.gradient += int(upstream.sum())
         self.held.append((rows[upstream], grad[upstream]))
         if sum(part[0].shape[0] for part in self.held) >= TILE:
@@ -131,23 +131,25 @@ def linear_policy_loss_cpu(
     def of_all():
         return loss_of(None, token_offsets, sequence_offsets, active, ratio)
 
-    tiles = active.nonzero().squeeze(1).split(TILE)
+    def in_tiles(rows: Tensor):
+        return rows.nonzero().squeeze(1).split(TILE) if rows.any() else ()
+
+    tiles = in_tiles(active)
     if not any(needs):
         for rows in tiles:
             sweep.forward(rows)
         loss, metrics, _, _ = of_all()
     elif in_one_sweep(ratio, old_logp):
         for rows in tiles:
-            one = torch.tensor([0, rows.shape[0]])
             forward = sweep.forward(rows)
-            _, _, *grads = loss_of(rows, one, one.clamp(max=1), None, "token")
+            _, _, *grads = loss_of(rows, torch.tensor([0, rows.shape[0]]), torch.tensor([0, 1]), None, "token")
             sweep.gradient(forward, *grads)
         loss, metrics, _, _ = of_all()
     else:
         for rows in tiles:
             sweep.forward(rows)
         loss, metrics, *grads = of_all()
-        for rows in (active & ((grads[0] != 0) | (grads[1] != 0))).nonzero().squeeze(1).split(TILE):
+        for rows in in_tiles(active & _torch.has_upstream(*grads)):
             sweep.gradient(sweep.forward(rows), *(grad[rows] for grad in grads))
     sweep.finish()
     return (loss, metrics, sweep.logp, sweep.entropy, sweep.grad_hidden, sweep.grad_weight, sweep.grad_bias), sweep.rows

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
-from . import _torch, reference
+from . import _cpu, _torch, reference
 from ._library import define, number_or_tensor
 from ._results import HindsightInformation
 
@@ -53,7 +53,12 @@ def linear_hindsight_information(
 
 
 def _forward_cpu(hidden, hindsight_hidden, weight, ids, bias, temperature, temperatures, softcap, mask):
-    check.ids_in_range(ids, reference.active_rows(ids, mask), weight.shape[0])
+    active = reference.active_rows(ids, mask)
+    check.ids_in_range(ids, active, weight.shape[0])
+    if _cpu.available and hidden.dtype != torch.float64:
+        results = tuple(torch.zeros(ids.shape) for _ in range(6))
+        _cpu.head_hindsight(hidden, hindsight_hidden, weight, ids, bias, temperature, temperatures, softcap, active.nonzero(), results)
+        return results
     return _torch.linear_hindsight_information(hidden, hindsight_hidden, weight, ids, bias, temperature, temperatures, softcap, mask)
 
 

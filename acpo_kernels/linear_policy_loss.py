@@ -44,7 +44,8 @@ def linear_policy_loss(
     backward multiplies them by the incoming gradient. Masked rows take part in no matrix product; an unmasked row whose gradient
     is exactly zero (clipped; or advantage, KL and entropy weight all 0) takes part in the forward product alone: with shares u of
     unmasked rows and a of rows with a gradient, (2u + 4a) N H V floating-point operations. A ratio that is a mean over other rows
-    (segment or sequence level with old_logp) needs a forward of its own before the first gradient: (2u + 6a) N H V.
+    (segment or sequence level with old_logp) needs a forward of its own before the first gradient: (2u + 6a) N H V. No N x V tensor
+    exists: the CPU holds the logits of 256 rows in float32, twice that while it closes the gaps that rows without a gradient leave.
 
     Shapes
         hidden [N,H], weight [V,H], ids, old_logp, advantages [N]; the others as in the two operations. logp and entropy [N] come back detached.

@@ -77,7 +77,7 @@ def policy_loss(
         logp, old_logp, advantages, segments.token_offsets, segments.sequence_offsets, mask, low, high, ratio, entropy,
         *number_or_tensor(entropy_weight), ref_logp, kl_weight, rollout_logp, rollout_cap, *number_or_tensor(denominator),
     )  # fmt: skip
-    return PolicyLoss(loss, dict(zip(_torch.METRICS, metrics.detach().unbind(), strict=True)))
+    return PolicyLoss(loss, dict(zip(_torch.METRICS, metrics.unbind(), strict=True)))
 
 
 def check_arguments(segments, clip, ratio, kl_weight, rollout_cap, entropy_weight, denominator, given, optional) -> tuple[float, float]:

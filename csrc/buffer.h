@@ -1,3 +1,4 @@
+// Memory of the CPU kernels.
 #pragma once
 
 #include <sys/mman.h>
@@ -10,15 +11,15 @@
 
 namespace acpo {
 
-constexpr size_t HUGE_PAGE = size_t{2} << 20;
-
-// Asks for huge pages, whose first touch costs a tenth, for the whole ones inside a large piece of memory.
-inline void prefer_huge_pages(void* p, size_t bytes) {
+// Asks for huge pages where memory has not been touched yet: the first touch of 544 MB (dW at V = 151,936, H = 896, float32) is
+// 133,000 page faults otherwise, 0.1 to 0.2 s.
+inline void advise_huge(void* from, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE, end = reinterpret_cast<uintptr_t>(p) + bytes;
-  if (bytes >= 2 * HUGE_PAGE && end > begin) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  const uintptr_t huge = uintptr_t{2} << 20, begin = (reinterpret_cast<uintptr_t>(from) + huge - 1) / huge * huge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(bytes)) / huge * huge;
+  if (end > begin) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
-  static_cast<void>(p), static_cast<void>(bytes);
+  (void)from, (void)bytes;
 #endif
 }
 
@@ -27,11 +28,11 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t floats) {
-    const size_t bytes = static_cast<size_t>(std::max<int64_t>(floats, 1)) * sizeof(float);
-    const size_t unit = bytes >= 2 * HUGE_PAGE ? HUGE_PAGE : 64;
+    const size_t bytes = static_cast<size_t>(std::max<int64_t>(floats, 1)) * sizeof(float), huge = size_t{2} << 20;
+    const size_t unit = bytes >= 2 * huge ? huge : 64;
     p_.reset(static_cast<float*>(std::aligned_alloc(unit, (bytes + unit - 1) / unit * unit)));
     if (!p_) throw std::bad_alloc();
-    prefer_huge_pages(p_.get(), bytes);
+    if (unit == huge) advise_huge(p_.get(), static_cast<int64_t>(bytes));
   }
   float* get() const { return p_.get(); }
 

@@ -58,6 +58,12 @@ void head_forward(const Head& head, float* logits, const HeadStatistics& out, in
 // logits as head_forward left them for the same rows (they are overwritten), or null: they are computed again.
 void head_backward(const Head& head, float* logits, const HeadStatistics& saved, const HeadGradient& out, int threads);
 
+// float32 [N], as HeadStatistics: the six results of acpo_kernels/linear_hindsight_information.py. No buffer of logits: forward only.
+struct HindsightStatistics {
+  float *logp, *hindsight_logp, *entropy, *log_ratio, *kl, *information;
+};
+void head_hindsight(const Head& head, const void* hindsight_hidden, int64_t hindsight_stride, const HindsightStatistics& out, int threads);
+
 // Rows multiplied since the process began, for tests of what is not computed: in logits, dHidden, dWeight.
 struct HeadWork {
   int64_t logits, hidden, weight;

@@ -63,6 +63,15 @@ struct LaneGradient {
   alignas(64) float top[PANEL], a[PANEL], b[PANEL];
 };
 
+// What the divergences of PANEL rows need, against the maxima of both streams: a_j = exp((p_j - top_p) / T), b_j likewise,
+// x_j = log(a_j / b_j); see head_hindsight.cpp.
+struct Divergence {
+  alignas(64) float top_p[PANEL], top_q[PANEL];
+  alignas(64) double mass_p[PANEL], mass_q[PANEL];                  // sum of a, of b
+  alignas(64) double forward[PANEL], backward[PANEL], moved[PANEL];  // sums of b - a + a x >= 0, of a - b - b x >= 0, of b - a
+  alignas(64) float only_p[PANEL], only_q[PANEL];                   // not 0: an entry that is possible in this stream alone
+};
+
 struct HeadKernels {
   bool fused;  // has fused multiply-add: which form LaneScales takes
   // rows x width elements of float32, bf16 or fp16 (by Dtype), `stride` apart, into float32 panels, `panel` floats apart
@@ -77,9 +86,27 @@ struct HeadKernels {
   void (*finish)(float* z, int64_t rows, int64_t lanes, const float* bias, float softcap);  // bias null, softcap 0: none
   void (*statistics)(const float* z, int64_t rows, int64_t lanes, const LaneScales& scales, Lanes* state);
   void (*gradient)(float* z, int64_t rows, int64_t lanes, const LaneScales& scales, const LaneGradient& g, float softcap);
+  // adds the sums of Divergence against out's maxima, which are those of what was met so far, these rows included
+  void (*divergence)(const float* p, const float* q, int64_t rows, int64_t lanes, const LaneScales& scales, Divergence* out);
   void (*bias)(const float* g, int64_t rows, int64_t lanes, float* sums);  // sums[v] += sum_n g[v][n]
   void (*round[3])(const float* from, int64_t count, void* to);
 };
 extern const HeadKernels head_baseline, head_avx2, head_avx512;
+
+// The products from bf16 on AMX, beside head_avx512. C[i][32] = or += sum_k A[i][k] B[k][j]; A in panels of 32 k, [i][32] bf16, each
+// of them whole multiples of 16 rows; B in panels of 32 k, [16 pairs of k][32 columns][2] bf16.
+constexpr int64_t TILE_B = PANEL * PANEL;  // elements in a panel of B
+constexpr int PARTS = 3;                   // bf16 numbers whose sum is a float32 number
+struct HeadTiles {
+  // rows x width elements, `stride` apart, into panels of A
+  void (*pack)(const uint16_t* from, int64_t stride, int64_t rows, int64_t width, uint16_t* to, int64_t panel);
+  // `rows` <= 32 rows of it, turned over: to[h][v] of a panel of 32 v
+  void (*transpose)(const uint16_t* from, int64_t stride, int64_t rows, int64_t width, uint16_t* to);
+  void (*product)(const uint16_t* a, int64_t panel, int64_t rows, int64_t depth, const uint16_t* b, int64_t columns, float* c, bool add);
+  // g[v][32] as PARTS summands: as_a[part] [v][32], and as_b[part], pairs of v, from pair `from / 2` of its panels on; zeros past
+  // `lanes` and up to `whole` rows
+  void (*split)(const float* g, int64_t rows, int64_t whole, int64_t lanes, int64_t from, uint16_t* const* as_a, uint16_t* const* as_b);
+};
+extern const HeadTiles head_tiles;
 
 }  // namespace acpo

@@ -32,7 +32,6 @@ class Sweep {
       policy_loss(loss_, out_.loss, out_.metrics, nullptr, nullptr, threads_);
       return;
     }
-    if (out_.weight != nullptr) prefer_huge_pages(out_.weight, static_cast<size_t>(head_.vocab * head_.width) * sizeof(float));
     grad_logp_.resize(static_cast<size_t>(tokens_));
     grad_entropy_.resize(static_cast<size_t>(tokens_));
     if (loss_.grouped() && count() > LOGITS_ROWS) {

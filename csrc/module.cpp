@@ -49,7 +49,7 @@ acpo::RowStatistics row_statistics(uintptr_t logp, uintptr_t entropy, uintptr_t 
 void bind_logprob_entropy(py::module_& m) {
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
 
-  m.def("cpu_isa", [] { return std::string(acpo::name(acpo::isa())); });
+  m.def("cpu_isa", [] { return std::string(acpo::isa_name()); });
   m.def("restrict_cpu_isa", &acpo::restrict_isa, "For tests: the instruction set to use from here on, '' for the first choice.");
 
   py::class_<acpo::LogitRows>(m, "LogitRows").def(py::init(&logit_rows));
@@ -90,6 +90,16 @@ void bind_head(py::module_& m) {
                             {pointer<const float>(grad_logp), pointer<const float>(grad_entropy), pointer<void>(grad_hidden), head.dtype,
                              pointer<void>(grad_weight), head.dtype, pointer<float>(grad_bias), false},
                             threads);
+      },
+      no_gil);
+  m.def(
+      "head_hindsight",
+      [](const acpo::Head& head, uintptr_t hindsight_hidden, int64_t hindsight_stride, uintptr_t logp, uintptr_t hindsight_logp,
+         uintptr_t entropy, uintptr_t log_ratio, uintptr_t kl, uintptr_t information, int threads) {
+        acpo::head_hindsight(head, pointer<const void>(hindsight_hidden), hindsight_stride,
+                             {pointer<float>(logp), pointer<float>(hindsight_logp), pointer<float>(entropy), pointer<float>(log_ratio),
+                              pointer<float>(kl), pointer<float>(information)},
+                             threads);
       },
       no_gil);
   m.def(

@@ -107,7 +107,7 @@ TokenSums tokens_loss(const PolicyLoss& of, const GroupRatios& of_group, int64_t
   if (of.denominators && single) {
     denominator = of.denominators[0];
   } else if (single && denominator == 0.0) {
-    const int64_t count = of.mask == nullptr ? h.tokens : group_kernels().count(of.mask, h.tokens);
+    const int64_t count = of.mask == nullptr ? h.tokens : group_kernels().count(of.mask, h.tokens, h.tokens);
     denominator = count > 1 ? static_cast<double>(count) : 1.0;
   }
   const int64_t blocks = (last - first + TOKENS - 1) / TOKENS, shares = (blocks + BLOCKS - 1) / BLOCKS;

@@ -36,7 +36,7 @@ inline mask load(const int64_t* p) {
   return m;
 }
 inline vec keep(mask m, vec x) { return reinterpret_cast<vec>(m & reinterpret_cast<mask>(x)); }  // 0 elsewhere
-inline vec choose(mask m, vec a, vec b) { return reinterpret_cast<vec>((m & reinterpret_cast<mask>(a)) | (~m & reinterpret_cast<mask>(b))); }
+inline vec choose(mask m, vec a, vec b) { return m ? a : b; }
 inline vec clamp(vec x, vec low, vec high) {  // a NaN stays
   x = choose(x < low, low, x);
   return choose(x > high, high, x);

@@ -38,7 +38,7 @@ struct Count {
   void operator+=(const Count& other) { count += other.count; }
 };
 
-constexpr int64_t SEGMENTS = 16384;  // below so many segments one thread takes them all
+constexpr int64_t SEGMENTS = 2048;  // below so many segments one thread takes them all
 
 template <class Real>
 class Credit {
@@ -55,7 +55,7 @@ class Credit {
     rollouts(threads, [&](int64_t b) { read(b); });
     inverse_ = 1.0 / (own ? own_scale() : of_.scales ? static_cast<Real>(of_.scales[0]) : of_.scale);
     rollouts(threads, [&](int64_t b) { of_.additive ? additive(b) : weights(b); });
-    parallel_for(h_.tokens, SHARE, h_.tokens <= SERIAL ? 1 : threads, [&](int64_t first, int64_t last) { broadcast(first, last); });
+    parallel_for(h_.tokens, SHARE, threads, [&](int64_t first, int64_t last) { broadcast(first, last); });
   }
 
  private:
@@ -103,7 +103,7 @@ class Credit {
     const GroupKernels& kernels = group_kernels();
     counts_.resize(static_cast<size_t>(h_.segments));
     reduce<Count>(
-        groups_, 1, threads, [&](int64_t, int64_t, int64_t begin, int64_t end) { return Count{kernels.count(of_.mask + begin, end - begin)}; },
+        groups_, 1, threads, [&](int64_t, int64_t, int64_t begin, int64_t end) { return Count{kernels.count(of_.mask + begin, end - begin, groups_.tokens - begin)}; },
         [&](int64_t, int64_t s, const Count& all) { counts_[s] = all.count; });
   }
 
@@ -151,7 +151,7 @@ class Credit {
 
   // A vector at a time: the last one of a segment may write past it, as far as `last`, and the next segment comes after it.
   void broadcast(int64_t first, int64_t last) const {
-    constexpr int STEP = 64 / sizeof(Real);
+    constexpr int STEP = 128 / sizeof(Real);  // the length of most segments: no branch to guess
     groups_.runs(first, last, [&](int64_t s, int64_t t, int64_t end) {
       const Real value = per_segment_[s];
       if (of_.mask == nullptr) {

@@ -57,7 +57,7 @@ void forward(const SegmentReduce& of, Dtype dtype, const T* values, int64_t stri
   reduce<Sum>(
       groups, of.channels, threads,
       [&](int64_t c, int64_t, int64_t begin, int64_t end) {
-        return Sum{part(c, begin, end), mean && masked ? kernels.count(of.mask + begin, end - begin) : end - begin};
+        return Sum{part(c, begin, end), mean && masked ? kernels.count(of.mask + begin, end - begin, groups.tokens - begin) : end - begin};
       },
       [&](int64_t c, int64_t g, const Sum& all) {
         out[c * groups.count + g] = static_cast<Out>(mean && all.count > 1 ? all.sum / static_cast<double>(all.count) : all.sum);
@@ -67,7 +67,7 @@ void forward(const SegmentReduce& of, Dtype dtype, const T* values, int64_t stri
 // to[from, until) = value, a vector at a time: the last one may write past `until`, as far as `last`, and the next run comes after it.
 template <class T>
 void fill(T* to, int64_t from, int64_t until, int64_t last, T value) {
-  constexpr int STEP = 64 / sizeof(T);
+  constexpr int STEP = 128 / sizeof(T);  // the length of most groups: no branch to guess
   for (; from < until && from + STEP <= last; from += STEP) {
     for (int k = 0; k < STEP; ++k) to[from + k] = value;
   }
@@ -86,7 +86,7 @@ void backward(const SegmentReduce& of, const Out* grad, const T* values, int64_t
     reduce<Count>(
         groups, is_max ? of.channels : 1, threads,
         [&](int64_t c, int64_t g, int64_t begin, int64_t end) {
-          if (!is_max) return Count{kernels.count(of.mask + begin, end - begin)};
+          if (!is_max) return Count{kernels.count(of.mask + begin, end - begin, groups.tokens - begin)};
           Count all;
           const double top = output[c * groups.count + g];
           const T* x = values + c * stride;

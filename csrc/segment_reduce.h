@@ -28,7 +28,7 @@ void segment_reduce_backward(const SegmentReduce& of, const void* grad, const vo
 struct GroupKernels {
   using Of = double (*)(const void* values, const uint8_t* mask, int64_t n, int64_t available);
   Of sum[2][4], max[2][4];  // [masked][Dtype]
-  int64_t (*count)(const uint8_t* mask, int64_t n);
+  int64_t (*count)(const uint8_t* mask, int64_t n, int64_t available);
 };
 extern const GroupKernels segment_reduce_baseline, segment_reduce_avx2, segment_reduce_avx512;
 const GroupKernels& group_kernels();

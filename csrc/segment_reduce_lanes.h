@@ -1,6 +1,6 @@
 // The tokens of one group, over vectors of double as wide as SEGMENT_REDUCE_BYTES says (the compiler's vector extension): most groups
-// are a few vectors long, so there is no scalar rest: the last vector reads past the group, inside the array, and what it read too much
-// is cut off by a mask. Added up in double: with four sums a group's order of adding depends on its length alone.
+// are a few vectors long, so there is no scalar rest: the last vectors read past the group, inside the array, and what they read too
+// much is cut off by a mask. Added up in double: with four sums a group's order of adding depends on its length alone.
 //
 // Compiled once per instruction set: internal linkage, and no inline function of the standard library (see floats.h).
 #pragma once
@@ -50,46 +50,44 @@ inline mask kept(const uint8_t* p) {  // of bytes that are 0 or 1
   return -__builtin_convertvector(x, mask);
 }
 
-// The first n lanes
-inline mask first(int64_t n) {
-  struct Edge {
-    int64_t at[2 * W];
-    constexpr Edge() : at{} {
-      for (int i = 0; i < W; ++i) at[i] = -1;
-    }
-  };
-  static constexpr Edge edge{};
+// The first n lanes of STEP vectors in a row, n < 0 like 0 and n > STEP W like STEP W: vector k.
+constexpr int STEP = 4;
+struct Edge {
+  int64_t at[2 * STEP * W];
+  constexpr Edge() : at{} {
+    for (int i = 0; i < STEP * W; ++i) at[i] = -1;
+  }
+};
+constexpr Edge edge{};
+inline mask first(int64_t n, int k) {
   mask m;
-  memcpy(&m, edge.at + (W - n), sizeof m);
+  memcpy(&m, edge.at + (STEP * W - (n < STEP * W ? n : STEP * W)) + k * W, sizeof m);
   return m;
 }
 
 inline vec choose(mask m, vec a, vec b) { return reinterpret_cast<vec>((m & reinterpret_cast<mask>(a)) | (~m & reinterpret_cast<mask>(b))); }
-inline vec larger(vec x, vec best) { return choose((x > best) | (x != x), x, best); }  // a NaN stays
 
-// step(sum k, vector, lanes) over x[0, n), of which x[0, available) may be read
+// step(k, vector, lanes) over x[0, n), of which x[0, available) may be read. Always STEP vectors at a time, under masks: how many vectors
+// a group fills is what no branch predictor can know, and a wrong guess costs more than three vectors.
 template <bool MASKED, class T, class Step>
 void over(const T* x, const uint8_t* tokens, int64_t n, int64_t available, Step step) {
   int64_t i = 0;
-  const mask all = first(W);
-  for (; i + 4 * W <= n; i += 4 * W) {
-    for (int k = 0; k < 4; ++k) step(k, load(x + i + k * W), MASKED ? kept(tokens + i + k * W) : all);
-  }
-  for (int k = 0; i < n; i += W, k = (k + 1) % 4) {
-    mask lanes = n - i < W ? first(n - i) : all;
-    if (i + W <= available) {
-      if (MASKED) lanes &= kept(tokens + i);
-      step(k, load(x + i), lanes);
-    } else {
-      T rest[W] = {};
-      uint8_t of_rest[W] = {};
-      memcpy(rest, x + i, static_cast<size_t>(n - i) * sizeof(T));
-      if (MASKED) {
-        memcpy(of_rest, tokens + i, static_cast<size_t>(n - i));
-        lanes &= kept(of_rest);
-      }
-      step(k, load(rest), lanes);
+  for (; i < n && i + STEP * W <= available; i += STEP * W) {
+    for (int k = 0; k < STEP; ++k) {
+      mask lanes = first(n - i, k);
+      if (MASKED) lanes &= kept(tokens + i + k * W);
+      step(k, load(x + i + k * W), lanes);
     }
+  }
+  if (i >= n) return;
+  T rest[STEP * W] = {};
+  uint8_t of_rest[STEP * W] = {};
+  memcpy(rest, x + i, static_cast<size_t>(n - i) * sizeof(T));
+  if (MASKED) memcpy(of_rest, tokens + i, static_cast<size_t>(n - i));
+  for (int k = 0; k < STEP; ++k) {
+    mask lanes = first(n - i, k);
+    if (MASKED) lanes &= kept(of_rest + k * W);
+    step(k, load(rest + k * W), lanes);
   }
 }
 
@@ -109,30 +107,35 @@ double sum_of(const void* values, const uint8_t* tokens, int64_t n, int64_t avai
 template <class T, bool MASKED>
 double max_of(const void* values, const uint8_t* tokens, int64_t n, int64_t available) {
   const vec low = vec{} - INF;
-  vec best = low, other = low;
+  vec best = low, other = low, nan{};
   over<MASKED>(static_cast<const T*>(values), tokens, n, available, [&](int k, vec x, mask m) __attribute__((always_inline)) {
     x = choose(m, x, low);
-    k % 2 == 0 ? best = larger(x, best) : other = larger(x, other);
+    vec& top = k % 2 == 0 ? best : other;
+    top = x > top ? x : top;  // not a NaN: those are kept apart
+    nan = x != x ? x : nan;
   });
-  best = larger(other, best);
+  best = other > best ? other : best;
   double top = best[0];
-  for (int i = 1; i < W; ++i) top = best[i] > top || best[i] != best[i] ? best[i] : top;
+  for (int i = 1; i < W; ++i) top = best[i] > top ? best[i] : top;
+  for (int i = 0; i < W; ++i) top = nan[i] != nan[i] ? nan[i] : top;
   return top;
 }
 
-int64_t count_of(const uint8_t* tokens, int64_t n) {
-  int64_t count = 0;
-  while (n > 0) {  // in bytes, which up to 255 tokens a lane fill
-    uint8_t lanes[16] = {};
-    const int64_t end = n < 16 * 255 ? n : 16 * 255;
-    int64_t i = 0;
-    for (; i + 16 <= end; i += 16) {
-      for (int k = 0; k < 16; ++k) lanes[k] = static_cast<uint8_t>(lanes[k] + tokens[i + k]);
-    }
-    for (uint8_t lane : lanes) count += lane;
-    for (; i < end; ++i) count += tokens[i];
-    tokens += end;
-    n -= end;
+// Bytes that are 0 or 1, eight at a time: the product's highest byte is their sum.
+int64_t count_of(const uint8_t* tokens, int64_t n, int64_t available) {
+  constexpr uint64_t ONES = 0x0101010101010101u;
+  int64_t count = 0, i = 0;
+  for (; i + 8 <= n; i += 8) {
+    uint64_t eight;
+    memcpy(&eight, tokens + i, 8);
+    count += static_cast<int64_t>(eight * ONES >> 56);
+  }
+  if (i < n && i + 8 <= available) {
+    uint8_t eight[8];
+    memcpy(eight, tokens + i, 8);
+    for (int k = 0; k < 8; ++k) count += i + k < n ? eight[k] : 0;
+  } else {
+    for (; i < n; ++i) count += tokens[i];
   }
   return count;
 }

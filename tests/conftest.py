@@ -39,7 +39,7 @@ def device(request) -> torch.device:
     return torch.device(request.param)
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
+@pytest.fixture(params=["amx", "avx512", "avx2", "baseline"])
 def cpu_isa(request):
     """Every instruction set of the C++ kernels that this machine has, one after the other."""
     from acpo_kernels import _cpu

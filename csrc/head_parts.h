@@ -1,0 +1,276 @@
+// What the passes over the head share: memory, operands, and the statistics of parts of the vocabulary.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "buffer.h"
+#include "floats.h"
+#include "head.h"
+#include "head_kernels.h"
+#include "isa.h"
+#include "threads.h"
+
+namespace acpo {
+
+void count_work(const HeadWork& rows);
+
+// head_backward for a head whose logits are computed on tiles.
+void tiles_backward(const Head& head, float* logits, const HeadStatistics& saved, const HeadGradient& out, int threads);
+
+namespace {
+
+constexpr int64_t BLOCK = 112;            // rows of W: 8 tiles of 14
+constexpr int64_t SLICE = 36 * BLOCK;     // enough blocks that two or sixteen threads end together
+constexpr int64_t SLICE_ROWS = SLICE + 3; // a panel's stride is no multiple of 4 KB, so that the panels of one row do not share L1 sets
+constexpr int64_t UNIT = 8 * BLOCK;       // what one thread takes in the forward pass
+constexpr double INFINITE = std::numeric_limits<double>::infinity();
+
+inline const HeadKernels& head_kernels() {
+#if defined(__x86_64__)
+  switch (isa()) {
+    case Isa::avx512:
+      return head_avx512;
+    case Isa::avx2:
+      return head_avx2;
+    case Isa::baseline:
+      break;
+  }
+#else
+  isa();
+#endif
+  return head_baseline;
+}
+
+inline int64_t panels(int64_t n) { return (n + PANEL - 1) / PANEL; }
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+inline void* at(void* from, Dtype dtype, int64_t element) { return static_cast<char*>(from) + element * size_of(dtype); }
+inline const void* at(const void* from, Dtype dtype, int64_t element) { return static_cast<const char*>(from) + element * size_of(dtype); }
+
+inline int64_t lanes_of(int64_t count, int64_t panel) { return std::min(PANEL, count - panel * PANEL); }
+inline const void* weight_at(const Head& head, int64_t v) { return at(head.weight, head.dtype, v * head.weight_stride); }
+
+// The hidden states of the rows at work as an operand of the logits (X^T in panels over the rows), and the product itself: on tiles
+// for bf16 where there are any, else in float32.
+class Logits {
+ public:
+  static bool with_tiles(const Head& head) {
+#if defined(__x86_64__)
+    return head.dtype == Dtype::bfloat16 && has_tiles();
+#else
+    (void)head;
+    return false;
+#endif
+  }
+
+  const bool tiles;
+
+  // `along`, if not null, is filled with X in panels over H; for tiles each of panels(N) panels of B.
+  Logits(const Head& head, const HeadKernels& k, float* along, int threads)
+      : tiles(with_tiles(head)),
+        head_(head),
+        k_(k),
+        wide_(panels(head.width) * PANEL),
+        down_(panels(head.count) * PANEL * (tiles ? wide_ / 2 : head.width)) {
+    parallel_for(panels(head.count), 1, threads, [&](int64_t begin, int64_t end) {
+      Buffer row(wide_);
+      for (int64_t n = begin * PANEL; n < end * PANEL; ++n) {
+        if (n < head.count) {
+          const void* from = at(head.hidden, head.dtype, head.rows[n] * head.hidden_stride);
+          k.pack[static_cast<int>(head.dtype)](from, 0, 1, head.width, row.get(), PANEL);
+        } else {
+          std::fill_n(row.get(), wide_, 0.0f);
+        }
+        place(row.get(), n);
+        if (along == nullptr) continue;
+        if (tiles) {
+          for (int64_t h = 0; h < wide_; ++h) {
+            uint16_t* to = reinterpret_cast<uint16_t*>(along) + (h / PANEL * panels(head.count) + n / PANEL) * TILE_B;
+            to[(n % PANEL / 2 * PANEL + h % PANEL) * 2 + n % 2] = bits_of(row.get()[h]);
+          }
+          continue;
+        }
+        if (n >= head.count) continue;
+        for (int64_t h = 0; h < wide_; h += PANEL) std::copy_n(row.get() + h, PANEL, along + (h * head.count + n * PANEL));
+      }
+    });
+  }
+
+  // Floats that a packed block of W takes.
+  int64_t block_size() const { return wide_ * BLOCK; }
+
+  void pack(int64_t v, int64_t rows, float* block) const {
+#if defined(__x86_64__)
+    if (tiles) {
+      head_tiles.pack(static_cast<const uint16_t*>(weight_at(head_, v)), head_.weight_stride, rows, head_.width,
+                      reinterpret_cast<uint16_t*>(block), BLOCK * PANEL);
+      return;
+    }
+#endif
+    k_.pack[static_cast<int>(head_.dtype)](weight_at(head_, v), head_.weight_stride, rows, head_.width, block, BLOCK * PANEL);
+  }
+
+  // The finished logits of entries v to v + rows and the rows of panel p. `stride`: floats between the panels of the block.
+  void operator()(const float* block, int64_t stride, int64_t v, int64_t rows, int64_t p, float* z) const {
+    const int64_t lanes = lanes_of(head_.count, p);
+#if defined(__x86_64__)
+    if (tiles) {
+      head_tiles.product(reinterpret_cast<const uint16_t*>(block), stride, rows, head_.width,
+                         reinterpret_cast<const uint16_t*>(down_.get()) + p * PANEL * wide_, lanes, z, false);
+    } else
+#endif
+    {
+      k_.logits(block, stride, rows, head_.width, down_.get() + p * PANEL * head_.width, lanes, z);
+    }
+    if (head_.bias == nullptr && !(head_.softcap > 0.0)) return;
+    k_.finish(z, rows, lanes, head_.bias == nullptr ? nullptr : head_.bias + v, static_cast<float>(head_.softcap));
+  }
+
+ private:
+  void place(const float* row, int64_t n) {
+    const int64_t p = n / PANEL, i = n % PANEL;
+    if (!tiles) {
+      float* to = down_.get() + p * PANEL * head_.width;
+      for (int64_t h = 0; h < head_.width; ++h) to[h * PANEL + i] = row[h];
+      return;
+    }
+    uint16_t* to = reinterpret_cast<uint16_t*>(down_.get()) + p * PANEL * wide_;
+    for (int64_t h = 0; h < wide_; ++h) to[(h / 2 * PANEL + i) * 2 + h % 2] = bits_of(row[h]);
+  }
+
+  static uint16_t bits_of(float x) {  // exact: it came from bf16
+    bf16 value;
+    from_float(x, &value);
+    return value.bits;
+  }
+
+  const Head& head_;
+  const HeadKernels& k_;
+  const int64_t wide_;
+  const Buffer down_;
+};
+
+inline double temperature_of(const Head& head, int64_t row) { return head.temperatures == nullptr ? head.temperature : head.temperatures[row]; }
+
+inline std::vector<LaneScales> lane_scales(const Head& head, bool fused) {
+  std::vector<LaneScales> scales(panels(head.count));
+  for (int64_t n = 0; n < panels(head.count) * PANEL; ++n) {
+    set_scale(n < head.count ? temperature_of(head, head.rows[n]) : 1.0, fused, n % PANEL, &scales[n / PANEL]);
+  }
+  return scales;
+}
+
+// The sums of two parts of the vocabulary, against the larger of their maxima.
+inline void merge(float top, double rest, double weighted, double inverse, float* to_top, double* to_rest, double* to_weighted) {
+  if (top != top || !(top > -INFINITE)) {
+    *to_rest += rest;  // 0, or NaN where the part held one
+    return;
+  }
+  if (top > *to_top) {
+    std::swap(top, *to_top);
+    std::swap(rest, *to_rest);
+    std::swap(weighted, *to_weighted);
+    if (!(top > -INFINITE)) {
+      *to_rest += rest;
+      return;
+    }
+  }
+  const double d = (static_cast<double>(*to_top) - top) * inverse, e = std::exp(-d);
+  *to_rest += e > 0.0 ? (1.0 + rest) * e : rest != rest ? rest : 0.0;
+  *to_weighted += e > 0.0 ? e * (weighted + (1.0 + rest) * d) : 0.0;
+}
+
+// Calls body(task, scratch) for every task, with scratch of its own for each thread.
+template <class Body>
+void parallel_tasks(int64_t tasks, int64_t scratch, int threads, const Body& body) {
+  std::atomic<int64_t> next{0};
+  parallel_for(std::min<int64_t>(tasks, threads), 1, threads, [&](int64_t, int64_t) {
+    Buffer own(scratch);
+    for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(t, own.get());
+  });
+}
+
+inline void begin_lanes(Lanes* state) {
+  std::fill_n(state->top, PANEL, -std::numeric_limits<float>::infinity());
+  std::fill_n(state->rest, PANEL, 0.0);
+  std::fill_n(state->weighted, PANEL, 0.0);
+}
+
+// The statistics of row head.rows[n] from those of the units of the vocabulary, in their order.
+inline void finish_rows(const Head& head, const std::vector<Lanes>& parts, int64_t units, const std::vector<LaneScales>& scales,
+                 const std::vector<float>& target, const HeadStatistics& out) {
+  const int64_t wide = panels(head.count);
+  for (int64_t n = 0; n < head.count; ++n) {
+    const int64_t p = n / PANEL, lane = n % PANEL, row = head.rows[n];
+    const double inverse = scales[p].inverse[lane];
+    float top = -std::numeric_limits<float>::infinity();
+    double rest = 0.0, weighted = 0.0;
+    for (int64_t u = 0; u < units; ++u) {
+      const Lanes& part = parts[u * wide + p];
+      merge(part.top[lane], part.rest[lane], part.weighted[lane], inverse, &top, &rest, &weighted);
+    }
+    if (!(top > -INFINITE && top < INFINITE) || rest != rest || weighted != weighted) {
+      out.logp[row] = out.entropy[row] = out.maximum[row] = out.logsumexp[row] = std::numeric_limits<float>::quiet_NaN();
+      continue;
+    }
+    const double l = std::log1p(rest);
+    out.logp[row] = static_cast<float>((static_cast<double>(target[n]) - top) * inverse - l);
+    out.entropy[row] = static_cast<float>(l + weighted / (1.0 + rest));
+    out.maximum[row] = top;
+    out.logsumexp[row] = static_cast<float>(l);
+  }
+}
+
+// The gradient of each row's logits but the target's; rows beyond `count` in the last panel get 0.
+inline std::vector<LaneGradient> lane_gradients(const Head& head, const std::vector<LaneScales>& scales, const HeadStatistics& saved,
+                                         const HeadGradient& out) {
+  std::vector<LaneGradient> result(scales.size());
+  for (int64_t n = 0; n < panels(head.count) * PANEL; ++n) {
+    LaneGradient& g = result[n / PANEL];
+    const int64_t lane = n % PANEL;
+    g.a[lane] = g.b[lane] = 0.0f;
+    g.top[lane] = std::numeric_limits<float>::max();
+    if (n >= head.count) continue;
+    const int64_t row = head.rows[n];
+    const double l = saved.logsumexp[row], by_logp = out.grad_logp == nullptr ? 0.0 : out.grad_logp[row],
+                 by_entropy = out.grad_entropy == nullptr ? 0.0 : out.grad_entropy[row];
+    const double p_over_t = std::exp(-l) * scales[n / PANEL].inverse[lane];
+    g.top[lane] = saved.maximum[row];
+    g.a[lane] = static_cast<float>(p_over_t * (by_entropy * (l - saved.entropy[row]) - by_logp));
+    g.b[lane] = static_cast<float>(-p_over_t * by_entropy * 0.6931471805599453);
+  }
+  return result;
+}
+
+inline float target_gradient(const Head& head, const HeadStatistics& saved, const HeadGradient& out, int64_t row, double inverse, float z) {
+  const double l = saved.logsumexp[row], d = (static_cast<double>(z) - saved.maximum[row]) * inverse, p = std::exp(d - l);
+  double g = out.grad_logp == nullptr ? 0.0 : -static_cast<double>(out.grad_logp[row]) * std::expm1(d - l);
+  if (p > 0.0 && out.grad_entropy != nullptr) g += out.grad_entropy[row] * p * (l - d - saved.entropy[row]);
+  if (l != l) g = l;
+  const double r = head.softcap > 0.0 ? z / head.softcap : 0.0;
+  return static_cast<float>(g * inverse * (1.0 - r * r));
+}
+
+// The logits of one panel and block, turned into their gradient; its sums over rows go to the bias.
+inline void gradient_of_block(const Head& head, const HeadKernels& k, const HeadStatistics& saved, const HeadGradient& out,
+                              const std::vector<LaneScales>& scales, const std::vector<LaneGradient>& gradients, int64_t v, int64_t rows,
+                              int64_t p, float* z) {
+  const int64_t lanes = lanes_of(head.count, p);
+  float target[PANEL];
+  for (int64_t i = 0; i < lanes; ++i) {
+    const int64_t row = head.rows[p * PANEL + i], id = head.ids[row] - v;
+    if (id >= 0 && id < rows) target[i] = target_gradient(head, saved, out, row, scales[p].inverse[i], z[id * PANEL + i]);
+  }
+  k.gradient(z, rows, lanes, scales[p], gradients[p], static_cast<float>(head.softcap));
+  for (int64_t i = 0; i < lanes; ++i) {
+    const int64_t id = head.ids[head.rows[p * PANEL + i]] - v;
+    if (id >= 0 && id < rows) z[id * PANEL + i] = target[i];
+  }
+  if (out.bias != nullptr) k.bias(z, rows, lanes, out.bias + v);
+}
+
+}  // namespace
+}  // namespace acpo
