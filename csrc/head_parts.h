@@ -218,6 +218,18 @@ inline void merge(float top, double rest, double weighted, double inverse, float
   *to_weighted += e > 0.0 ? e * (weighted + (1.0 + rest) * d) : 0.0;
 }
 
+// The rows in parts of PART_ROWS: what is kept of the units of the vocabulary, 2 KB for 32 rows of a unit, stays below 60 MB.
+constexpr int64_t PART_ROWS = 4096;
+template <class Body>
+void for_some_rows(const Head& head, const Body& body) {
+  for (int64_t first = 0; first < head.count; first += PART_ROWS) {
+    Head part = head;
+    part.rows += first;
+    part.count = std::min(PART_ROWS, head.count - first);
+    body(part, first);
+  }
+}
+
 // Calls body(task, scratch) for every task, with scratch of its own for each thread.
 template <class Body>
 void parallel_tasks(int64_t tasks, int64_t scratch, int threads, const Body& body) {

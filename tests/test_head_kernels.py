@@ -30,7 +30,7 @@ def right(names, actual, single, exact, dtype):
 
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("size", SIZES)
-def test_against_the_reference(size, dtype, cpu_isa):
+def test_against_the_reference(size, dtype, head_isa):
     hidden, weight, ids, bias = inputs(*size, dtype)
     upstream = [torch.randn(size[0]) for _ in range(2)]
     for settings in ({}, dict(softcap=3.0, temperature=torch.rand(size[0]) + 0.5, mask=torch.rand(size[0]) < 0.8)):
@@ -43,7 +43,7 @@ def test_against_the_reference(size, dtype, cpu_isa):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_more_rows_than_a_group(dtype, cpu_isa):
+def test_more_rows_than_a_group(dtype, head_isa):
     hidden, weight, ids, bias = inputs(1061, 150, 33, dtype)  # the last panel of the second group holds 5 rows
     run = lambda kind, impl: forward_backward(hidden.to(kind), weight.to(kind), ids, bias.to(kind), 1.0, 0.3, impl=impl)  # noqa: E731
     whole = run(dtype, None)
@@ -53,7 +53,7 @@ def test_more_rows_than_a_group(dtype, cpu_isa):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bitwise_alone_in_any_batch_and_for_any_thread_count(dtype, cpu_isa):
+def test_bitwise_alone_in_any_batch_and_for_any_thread_count(dtype, head_isa):
     hidden, weight, ids, bias = inputs(65, 4100, 40, dtype)
     other, upstream = hidden.flip(0), (torch.randn(65), torch.randn(65))
     whole = forward_backward(hidden, weight, ids, bias, *upstream)
@@ -73,7 +73,7 @@ def test_bitwise_alone_in_any_batch_and_for_any_thread_count(dtype, cpu_isa):
             assert torch.equal(x, y)
 
 
-def test_nan_and_infinite_rows(cpu_isa):
+def test_nan_and_infinite_rows(head_isa):
     hidden, weight, ids, bias = inputs(40, 1000, 9)
     clean = forward_backward(hidden, weight, ids, bias)
     broken = hidden.clone()
@@ -92,7 +92,7 @@ def test_nan_and_infinite_rows(cpu_isa):
     assert all(x[[3, 35]].isnan().all() and not x[others].isnan().any() for x in (streams.log_ratio, streams.kl, streams.information))
 
 
-def test_confident_rows_and_maxima_that_rise(cpu_isa):
+def test_confident_rows_and_maxima_that_rise(head_isa):
     """The maximum rises from block to block and from unit to unit; the last entry has a margin of 40 over the others."""
     vocab = 2500
     weight = torch.zeros(vocab, 2)
@@ -108,17 +108,23 @@ def test_confident_rows_and_maxima_that_rise(cpu_isa):
 
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("size", SIZES)
-def test_hindsight_against_the_reference(size, dtype, cpu_isa):
+def test_hindsight_against_the_reference(size, dtype, head_isa):
     hidden, weight, ids, bias = inputs(*size, dtype)
     for distance, settings in ((1.0, {}), (0.03, dict(softcap=5.0, temperature=torch.rand(size[0]) + 0.5, mask=torch.rand(size[0]) < 0.8))):
         other = (hidden + distance * torch.randn(size[0], size[2])).to(dtype)
         run = lambda kind, impl: linear_hindsight_information(  # noqa: E731
-            hidden.to(kind), other.to(kind), weight.to(kind), ids, bias=bias.to(kind), **settings, impl=impl  # noqa: B023
+            hidden.to(kind),
+            other.to(kind),
+            weight.to(kind),
+            ids,
+            bias=bias.to(kind),
+            **settings,
+            impl=impl,  # noqa: B023
         )
         right(HindsightInformation._fields, run(dtype, None), run(torch.float32, "reference"), run(torch.float64, "reference"), dtype)
 
 
-def test_streams_that_agree(cpu_isa):
+def test_streams_that_agree(head_isa):
     hidden, weight, ids, bias = inputs(33, 3000, 20)
     same = linear_hindsight_information(hidden, hidden, weight, ids, bias=bias)
     assert all((x == 0).all() for x in (same.log_ratio, same.kl, same.information))
@@ -134,7 +140,7 @@ def test_streams_that_agree(cpu_isa):
             torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=0.0, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_entries_that_one_stream_alone_can_choose(cpu_isa):
+def test_entries_that_one_stream_alone_can_choose(head_isa):
     weight, ids = torch.randn(300, 3), torch.zeros(4, dtype=torch.int64)
     weight[250, 2] = -3e38
     hidden = torch.cat([torch.randn(4, 2), torch.tensor([[10.0], [0.0], [10.0], [0.0]])], 1)  # -inf or 0 at entry 250
@@ -147,7 +153,7 @@ def test_entries_that_one_stream_alone_can_choose(cpu_isa):
         torch.testing.assert_close(x.double(), y, rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_strided_operands(cpu_isa):
+def test_strided_operands(head_isa):
     hidden, weight, ids, bias = inputs(20, 150, 64)
     wide, tall = torch.randn(20, 70), torch.randn(300, 70)
     wide[:, 3:67], tall[::2, 5:69] = hidden, weight
