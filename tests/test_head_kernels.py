@@ -104,7 +104,7 @@ def test_confident_rows_and_maxima_that_rise(head_isa):
     actual, exact = run(torch.float32, None), run(torch.float64, "reference")
     for name, x, y in zip(NAMES[:2], actual, exact, strict=False):  # a log-prob of -1e-15 and its entropy, to working accuracy
         torch.testing.assert_close(x.double(), y, rtol=3e-6, atol=0.0, msg=lambda m, n=name: f"{n}: {m}")
-    right(NAMES, actual, run(torch.float32, "reference"), exact, torch.float32)
+    right(NAMES[:4], actual, run(torch.float32, "reference"), exact, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -113,15 +113,11 @@ def test_hindsight_against_the_reference(size, dtype, head_isa):
     hidden, weight, ids, bias = inputs(*size, dtype)
     for distance, settings in ((1.0, {}), (0.03, dict(softcap=5.0, temperature=torch.rand(size[0]) + 0.5, mask=torch.rand(size[0]) < 0.8))):
         other = (hidden + distance * torch.randn(size[0], size[2])).to(dtype)
-        run = lambda kind, impl: linear_hindsight_information(  # noqa: E731
-            hidden.to(kind),
-            other.to(kind),
-            weight.to(kind),
-            ids,
-            bias=bias.to(kind),
-            **settings,
-            impl=impl,  # noqa: B023
-        )
+
+        def run(kind, impl, other=other, settings=settings):
+            streams = hidden.to(kind), other.to(kind)
+            return linear_hindsight_information(*streams, weight.to(kind), ids, bias=bias.to(kind), **settings, impl=impl)
+
         right(HindsightInformation._fields, run(dtype, None), run(torch.float32, "reference"), run(torch.float64, "reference"), dtype)
 
 
