@@ -14,9 +14,10 @@ import torch
 from ragged import assert_right
 from test_linear_logprob_entropy import NAMES, forward_backward, inputs
 
-from acpo_kernels import HindsightInformation, hindsight_information, linear_hindsight_information, linear_logprob_entropy
+from acpo_kernels import HindsightInformation, _cpu, hindsight_information, linear_hindsight_information, linear_logprob_entropy
 from acpo_kernels.reference import head_logits
 
+pytestmark = pytest.mark.skipif(not _cpu.available, reason="built without the C++ extension")
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 # (rows, V, H): one of everything; a lane short of, at and past a panel of 32 rows and a block of 112 entries; past a unit of 896
 # and a slice of 4,032; past a piece of 256 of H
@@ -183,3 +184,17 @@ def test_memory():
     """MB beyond inputs and gradients, in a process of its own: at N = 2048, V = 40,000 the logits alone would be 312 MB."""
     out = subprocess.run([sys.executable, "-c", MEMORY, "2048", "64", "40000"], check=True, capture_output=True, text=True).stdout
     assert float(out) < 60
+
+
+def test_without_the_extension(monkeypatch):
+    """What ACPO_NO_EXT=1 leaves: PyTorch row tiles, the same numbers within the budget."""
+    hidden, weight, ids, bias = inputs(70, 37, 8, torch.bfloat16)
+    settings = dict(softcap=3.0, mask=torch.rand(70) < 0.8)
+    with monkeypatch.context() as patch:
+        patch.setattr(_cpu, "available", False)
+        actual = forward_backward(hidden, weight, ids, bias, 1.0, 0.3, **settings)
+        streams = linear_hindsight_information(hidden, hidden.flip(0), weight, ids, bias=bias)
+    run = lambda kind: forward_backward(hidden.to(kind), weight.to(kind), ids, bias.to(kind), 1.0, 0.3, **settings, impl="reference")  # noqa: E731
+    right(NAMES, actual, run(torch.float32), run(torch.float64), torch.bfloat16)
+    for x, y in zip(streams, linear_hindsight_information(hidden, hidden.flip(0), weight, ids, bias=bias), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
