@@ -153,7 +153,7 @@ class Logits {
     const int64_t lanes = lanes_of(head_.count, p);
 #if defined(__x86_64__)
     if (tiles) {
-      head_tiles.product(reinterpret_cast<const uint16_t*>(block), stride, rows, head_.width,
+      head_tiles.product({1, 0, 0}, reinterpret_cast<const uint16_t*>(block), stride, rows, head_.width,
                          reinterpret_cast<const uint16_t*>(down_.get()) + p * PANEL * wide_, lanes, z, false);
     } else
 #endif
