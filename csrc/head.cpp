@@ -12,20 +12,7 @@ constexpr int64_t STRIP = 8;              // panels of rows in a piece of work f
 
 std::atomic<int64_t> logits_rows{0}, hidden_rows{0}, weight_rows{0};
 
-}  // namespace
-
-void count_work(const HeadWork& rows) {
-  logits_rows += rows.logits;
-  hidden_rows += rows.hidden;
-  weight_rows += rows.weight;
-}
-
-int64_t head_logits_size(int64_t vocab, int64_t count) { return vocab * panels(count) * PANEL; }
-
-HeadWork head_work() { return {logits_rows.load(), hidden_rows.load(), weight_rows.load()}; }
-
-void head_forward(const Head& head, float* logits, const HeadStatistics& out, int threads) {
-  if (head.count == 0) return;
+void forward_rows(const Head& head, float* logits, const HeadStatistics& out, int threads) {
   const HeadKernels& k = head_kernels();
   const Logits product(head, k, nullptr, threads);
   const std::vector<LaneScales> scales = lane_scales(head, k.fused);
@@ -53,6 +40,24 @@ void head_forward(const Head& head, float* logits, const HeadStatistics& out, in
   });
   count_work({head.count, 0, 0});
   finish_rows(head, parts, units, scales, target, out);
+}
+
+}  // namespace
+
+void count_work(const HeadWork& rows) {
+  logits_rows += rows.logits;
+  hidden_rows += rows.hidden;
+  weight_rows += rows.weight;
+}
+
+int64_t head_logits_size(int64_t vocab, int64_t count) { return vocab * panels(count) * PANEL; }
+
+HeadWork head_work() { return {logits_rows.load(), hidden_rows.load(), weight_rows.load()}; }
+
+void head_forward(const Head& head, float* logits, const HeadStatistics& out, int threads) {
+  for_some_rows(head, [&](const Head& part, int64_t first) {
+    forward_rows(part, logits == nullptr ? nullptr : logits + head_logits_size(head.vocab, first), out, threads);
+  });
 }
 
 void head_backward(const Head& head, float* logits, const HeadStatistics& saved, const HeadGradient& out, int threads) {

@@ -30,7 +30,7 @@ struct alignas(64) TileConfig {
 
 // Tiles 0 to 3 are C, 4 and 5 A, 6 and 7 B.
 template <bool TALL, bool WIDE>
-void piece(const uint16_t* a, int64_t panel, const uint16_t* b, int64_t depth, float* c, bool add) {
+void piece(const Summands& of, const uint16_t* a, int64_t panel, const uint16_t* b, int64_t depth, float* c, bool add) {
   constexpr int64_t ROW = PANEL * sizeof(float);
   if (add) {
     _tile_loadd(0, c, ROW);
@@ -43,18 +43,21 @@ void piece(const uint16_t* a, int64_t panel, const uint16_t* b, int64_t depth, f
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t k = 0; k < depth; ++k, a += panel, b += PANEL * PANEL) {
-    _tile_loadd(4, a, 64);
-    _tile_loadd(6, b, 128);
-    _tile_dpbf16ps(0, 4, 6);
-    if (WIDE) {
-      _tile_loadd(7, b + PANEL, 128);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if (TALL) {
-      _tile_loadd(5, a + SIDE * PANEL, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      if (WIDE) _tile_dpbf16ps(3, 5, 7);
+  for (int64_t part = 0; part < of.count; ++part) {
+    const uint16_t *x = a + part * of.a, *y = b + part * of.b;
+    for (int64_t k = 0; k < depth; ++k, x += panel, y += TILE_B) {
+      _tile_loadd(4, x, 64);
+      _tile_loadd(6, y, 128);
+      _tile_dpbf16ps(0, 4, 6);
+      if (WIDE) {
+        _tile_loadd(7, y + PANEL, 128);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if (TALL) {
+        _tile_loadd(5, x + SIDE * PANEL, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        if (WIDE) _tile_dpbf16ps(3, 5, 7);
+      }
     }
   }
   _tile_stored(0, c, ROW);
@@ -64,32 +67,32 @@ void piece(const uint16_t* a, int64_t panel, const uint16_t* b, int64_t depth, f
 }
 
 template <bool WIDE>
-void all_rows(const uint16_t* weight, int64_t panel, int64_t rows, const uint16_t* b, int64_t depth, float* z, bool add) {
+void all_rows(const Summands& of, const uint16_t* a, int64_t panel, int64_t rows, const uint16_t* b, int64_t depth, float* c, bool add) {
   int64_t v = 0;
-  for (; v + 2 * SIDE <= rows; v += 2 * SIDE) piece<true, WIDE>(weight + v * PANEL, panel, b, depth, z + v * PANEL, add);
+  for (; v + 2 * SIDE <= rows; v += 2 * SIDE) piece<true, WIDE>(of, a + v * PANEL, panel, b, depth, c + v * PANEL, add);
   for (; v < rows; v += SIDE) {
     const int64_t n = rows - v < SIDE ? rows - v : SIDE;
     if (n == SIDE) {
-      piece<false, WIDE>(weight + v * PANEL, panel, b, depth, z + v * PANEL, add);
-    } else {  // the end of the vocabulary: the packed rows go on with zeros, z does not
+      piece<false, WIDE>(of, a + v * PANEL, panel, b, depth, c + v * PANEL, add);
+    } else {  // the last rows: those of A go on with zeros, c does not
       alignas(64) float part[SIDE * PANEL] = {};
-      memcpy(part, z + v * PANEL, static_cast<size_t>(n * PANEL) * sizeof(float));
-      piece<false, WIDE>(weight + v * PANEL, panel, b, depth, part, add);
-      memcpy(z + v * PANEL, part, static_cast<size_t>(n * PANEL) * sizeof(float));
+      memcpy(part, c + v * PANEL, static_cast<size_t>(n * PANEL) * sizeof(float));
+      piece<false, WIDE>(of, a + v * PANEL, panel, b, depth, part, add);
+      memcpy(c + v * PANEL, part, static_cast<size_t>(n * PANEL) * sizeof(float));
     }
   }
 }
 
-void tiles_product(const uint16_t* a, int64_t panel, int64_t rows, int64_t depth, const uint16_t* b, int64_t columns, float* c, bool add) {
+void tiles_product(const Summands& of, const uint16_t* a, int64_t panel, int64_t rows, int64_t depth, const uint16_t* b, int64_t columns, float* c, bool add) {
   static const TileConfig config;
   _tile_loadconfig(&config);
   const int64_t all = (depth + PANEL - 1) / PANEL;
   for (int64_t k = 0; k < all; k += DEPTH) {
     const int64_t n = all - k < DEPTH ? all - k : DEPTH;
     if (columns > SIDE) {
-      all_rows<true>(a + k * panel, panel, rows, b + k * TILE_B, n, c, add || k > 0);
+      all_rows<true>(of, a + k * panel, panel, rows, b + k * TILE_B, n, c, add || k > 0);
     } else {
-      all_rows<false>(a + k * panel, panel, rows, b + k * TILE_B, n, c, add || k > 0);
+      all_rows<false>(of, a + k * panel, panel, rows, b + k * TILE_B, n, c, add || k > 0);
     }
   }
   _tile_release();

@@ -40,10 +40,7 @@ float divergence(double sum, double mass, double s, double difference) {
   return static_cast<float>(kl < 0.0 ? 0.0 : kl);
 }
 
-}  // namespace
-
-void head_hindsight(const Head& head, const void* hindsight_hidden, int64_t hindsight_stride, const HindsightStatistics& out, int threads) {
-  if (head.count == 0) return;
+void hindsight_rows(const Head& head, const void* hindsight_hidden, int64_t hindsight_stride, const HindsightStatistics& out, int threads) {
   const HeadKernels& k = head_kernels();
   Head other = head;
   other.hidden = hindsight_hidden;
@@ -123,6 +120,12 @@ void head_hindsight(const Head& head, const void* hindsight_hidden, int64_t hind
                                ? infinity
                                : divergence(total.backward[i], total.mass_q[i], -total.moved[i] / total.mass_q[i], -difference);
   }
+}
+
+}  // namespace
+
+void head_hindsight(const Head& head, const void* hindsight_hidden, int64_t hindsight_stride, const HindsightStatistics& out, int threads) {
+  for_some_rows(head, [&](const Head& part, int64_t) { hindsight_rows(part, hindsight_hidden, hindsight_stride, out, threads); });
 }
 
 }  // namespace acpo

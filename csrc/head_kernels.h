@@ -97,12 +97,15 @@ extern const HeadKernels head_baseline, head_avx2, head_avx512;
 // of them whole multiples of 16 rows; B in panels of 32 k, [16 pairs of k][32 columns][2] bf16.
 constexpr int64_t TILE_B = PANEL * PANEL;  // elements in a panel of B
 constexpr int PARTS = 3;                   // bf16 numbers whose sum is a float32 number
+struct Summands {  // of A or of B: the product is the sum over them, `a` and `b` elements apart
+  int64_t count, a, b;
+};
 struct HeadTiles {
   // rows x width elements, `stride` apart, into panels of A
   void (*pack)(const uint16_t* from, int64_t stride, int64_t rows, int64_t width, uint16_t* to, int64_t panel);
   // `rows` <= 32 rows of it, turned over: to[h][v] of a panel of 32 v
   void (*transpose)(const uint16_t* from, int64_t stride, int64_t rows, int64_t width, uint16_t* to);
-  void (*product)(const uint16_t* a, int64_t panel, int64_t rows, int64_t depth, const uint16_t* b, int64_t columns, float* c, bool add);
+  void (*product)(const Summands& of, const uint16_t* a, int64_t panel, int64_t rows, int64_t depth, const uint16_t* b, int64_t columns, float* c, bool add);
   // g[v][32] as PARTS summands: as_a[part] [v][32], and as_b[part], pairs of v, from pair `from / 2` of its panels on; zeros past
   // `lanes` and up to `whole` rows
   void (*split)(const float* g, int64_t rows, int64_t whole, int64_t lanes, int64_t from, uint16_t* const* as_a, uint16_t* const* as_b);

@@ -118,7 +118,7 @@ class Logits {
     const int64_t lanes = lanes_of(head_.count, p);
 #if defined(__x86_64__)
     if (tiles) {
-      head_tiles.product(reinterpret_cast<const uint16_t*>(block), stride, rows, head_.width,
+      head_tiles.product({1, 0, 0}, reinterpret_cast<const uint16_t*>(block), stride, rows, head_.width,
                          reinterpret_cast<const uint16_t*>(down_.get()) + p * PANEL * wide_, lanes, z, false);
     } else
 #endif
@@ -181,6 +181,18 @@ inline void merge(float top, double rest, double weighted, double inverse, float
   const double d = (static_cast<double>(*to_top) - top) * inverse, e = std::exp(-d);
   *to_rest += e > 0.0 ? (1.0 + rest) * e : rest != rest ? rest : 0.0;
   *to_weighted += e > 0.0 ? e * (weighted + (1.0 + rest) * d) : 0.0;
+}
+
+// The rows in parts of PART_ROWS: what is kept of the units of the vocabulary, 2 KB for 32 rows of a unit, stays below 60 MB.
+constexpr int64_t PART_ROWS = 4096;
+template <class Body>
+void for_some_rows(const Head& head, const Body& body) {
+  for (int64_t first = 0; first < head.count; first += PART_ROWS) {
+    Head part = head;
+    part.rows += first;
+    part.count = std::min(PART_ROWS, head.count - first);
+    body(part, first);
+  }
 }
 
 // Calls body(task, scratch) for every task, with scratch of its own for each thread.

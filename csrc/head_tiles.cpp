@@ -67,10 +67,8 @@ void tiles_backward(const Head& head, float* logits, const HeadStatistics& saved
         float* const to = direct ? static_cast<float*>(out.weight) + v * head.width : slice_gradient.get() + from * head.width;
         for (int64_t h = 0; h < tall; ++h) {
           const int64_t columns = std::min(PANEL, head.width - h * PANEL);
-          for (int part = 0; part < PARTS; ++part) {
-            head_tiles.product(split + part * most * BLOCK * PANEL, BLOCK * PANEL, rows, count, words(along.get()) + (h * wide + group) * TILE_B,
-                               columns, sum, part > 0);
-          }
+          head_tiles.product({PARTS, most * BLOCK * PANEL, 0}, split, BLOCK * PANEL, rows, count,
+                             words(along.get()) + (h * wide + group) * TILE_B, columns, sum, false);
           for (int64_t i = 0; i < rows; ++i) {
             float *const c = to + i * head.width + h * PANEL, *const s = sum + i * PANEL;
             if (add) {
@@ -91,11 +89,9 @@ void tiles_backward(const Head& head, float* logits, const HeadStatistics& saved
         const int64_t h = task % bands * HEIGHT, rows = std::min(HEIGHT, head.width - h);
         for (int64_t v = 0; v < all; v += DEPTH) {
           for (int64_t p = first; p < last; ++p) {
-            for (int part = 0; part < PARTS; ++part) {
-              head_tiles.product(words(turned.get()) + (v * height + h) * PANEL, height * PANEL, rows, std::min(DEPTH, all - v) * PANEL,
-                                 held_at(part, p - group) + v * TILE_B, lanes_of(head.count, p), sums + (p - first) * HEIGHT * PANEL,
-                                 v > 0 || part > 0);
-            }
+            head_tiles.product({PARTS, 0, most * SLICE_PANELS * TILE_B}, words(turned.get()) + (v * height + h) * PANEL, height * PANEL, rows,
+                               std::min(DEPTH, all - v) * PANEL, held_at(0, p - group) + v * TILE_B, lanes_of(head.count, p),
+                               sums + (p - first) * HEIGHT * PANEL, v > 0);
           }
         }
         for (int64_t p = first; p < last; ++p) {

@@ -39,19 +39,29 @@ def device(request) -> torch.device:
     return torch.device(request.param)
 
 
-@pytest.fixture(params=["amx", "avx512", "avx2", "baseline"])
-def cpu_isa(request):
-    """Every instruction set of the C++ kernels that this machine has, one after the other."""
+def restricted(name: str):
     from acpo_kernels import _cpu
 
     if not _cpu.available:
         pytest.skip("built without the C++ extension")
     try:
-        _cpu._C.restrict_cpu_isa(request.param)
+        _cpu._C.restrict_cpu_isa(name)
     except ValueError as missing:
         pytest.skip(str(missing))
-    yield request.param
+    yield name
     _cpu._C.restrict_cpu_isa("")
+
+
+@pytest.fixture(params=["avx512", "avx2", "baseline"])
+def cpu_isa(request):
+    """Every instruction set of the C++ kernels that this machine has, one after the other."""
+    yield from restricted(request.param)
+
+
+@pytest.fixture(params=["amx", "avx512", "avx2", "baseline"])
+def head_isa(request):
+    """Those of the matrix products: bf16 has AMX too."""
+    yield from restricted(request.param)
 
 
 @pytest.fixture(scope="session")
