@@ -6,6 +6,7 @@ The dispatcher chooses the implementation, torch.compile sees one node, and auto
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -41,6 +42,17 @@ def define(
 
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def triton(operation: str, name: str | None = None) -> Callable:
+    """The CUDA implementation `_triton/<operation>.py: name`, imported when it is first called: the package imports without triton."""
+    name = name or operation
+
+    def call(*args):
+        return getattr(importlib.import_module(f"._triton.{operation}", __package__), name)(*args)
+
+    call.__name__ = name
+    return call
 
 
 def _without_autocast(function: Callable, device: str) -> Callable:

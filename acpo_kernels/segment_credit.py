@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _checks as check
 from . import _torch, reference
-from ._library import define, number_or_tensor
+from ._library import define, number_or_tensor, triton
 from ._results import SegmentCredit
 from .segments import Segments
 
@@ -101,6 +101,6 @@ _op = define(
     " Tensor? mask, str form, float bound, float gain, float? reliability, Tensor? reliabilities, bool exclude_terminal, float? scale,"
     " Tensor? scales) -> (Tensor, Tensor)",
     cpu=_torch.segment_credit,
-    cuda=_torch.segment_credit,
+    cuda=triton("segment_credit"),
     fake=_fake,
 )
