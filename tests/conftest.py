@@ -85,13 +85,14 @@ def warmed(finished_run) -> dict[str, torch.Tensor]:
     return latest(finished_run / "checkpoints")[0]["policy"]
 
 
-# Operations whose Triton kernels stand in for the dispatcher's CPU implementation under TRITON_INTERPRET=1, so that their tests are
+# Test files in which the Triton kernels stand in for the dispatcher's CPU implementation under TRITON_INTERPRET=1, so that the tests are
 # the same ones (`logprob_entropy` has a fixture of its own in implementations.py).
 KERNELS = {
     "segment_reduce": ("segment_reduce", "segment_reduce_backward"),
     "segment_credit": ("segment_credit",),
     "policy_loss": ("policy_loss",),
     "hindsight_information": ("hindsight_information", "logprob_entropy"),
+    "chunks": ("segment_reduce", "segment_reduce_backward", "segment_credit", "policy_loss"),
 }
 
 
@@ -108,7 +109,7 @@ def kernels_in_the_interpreter(request):
     library = torch.library.Library(NAMESPACE, "IMPL")
     for name in KERNELS[operation]:
         own = name != "logprob_entropy"
-        kernel = triton(operation, name) if own else importlib.import_module("acpo_kernels.logprob_entropy")._cuda_forward
+        kernel = triton(name.removesuffix("_backward"), name) if own else importlib.import_module("acpo_kernels.logprob_entropy")._cuda_forward
         library.impl(name, kernel, "CPU", allow_override=True)
     yield
     library._destroy()

@@ -103,7 +103,7 @@ class Driver:
 
 
 class Launches:
-    """What was launched since the last `clear`, kernel by kernel: name and compiled kernel, in order."""
+    """What was launched: name and compiled kernel, in order; and how often each kernel was compiled."""
 
     def __init__(self, architecture: int, kernels):
         self.architecture, self.kernels, self.log = architecture, kernels, []
@@ -111,13 +111,9 @@ class Launches:
     def compiled(self) -> list[int]:
         return [len(kernel.device_caches[self.architecture][0]) for kernel in self.kernels]
 
-    def clear(self) -> list[tuple[str, object]]:
-        log, self.log = self.log, []
-        return log
 
-
-def launched(monkeypatch, architecture: int, *kernels) -> Launches:
-    """Launches of these kernels compile, with what the launcher passes and hints, and stop there."""
+def launched(monkeypatch, architecture: int, *kernels, compiling: bool = True) -> Launches:
+    """Launches of these kernels compile (or not even that), with what the launcher passes and hints, and stop there."""
     from triton.runtime.driver import driver
 
     monkeypatch.setattr(driver, "_active", Driver(architecture))
@@ -125,7 +121,7 @@ def launched(monkeypatch, architecture: int, *kernels) -> Launches:
     for kernel in kernels:
 
         def run(*args, kernel=kernel, inner=kernel.run, **options):
-            launches.log.append((kernel.__name__, inner(*args, **{**options, "warmup": True})))
+            launches.log.append((kernel.__name__, inner(*args, **{**options, "warmup": True}) if compiling else None))
 
         monkeypatch.setattr(kernel, "run", run)
     return launches

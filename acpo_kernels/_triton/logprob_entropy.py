@@ -3,10 +3,14 @@
 Forward: one program a row, which reads N V s bytes once. Each LANE (one of BLOCK positions) keeps its own running maximum m, the
 sum r of exp(x - m) over its elements but one that holds m, and w = sum of exp(x - m) (m - x). A step reads four elements a lane and
 plays a knock-out of minimum and maximum among them and m: whoever loses is a term of the sum, the last winner is the new m. So the
-maximum is left out of r exactly, ties and all, without a comparison, and a logit costs one exp2 and about eight float32
-instructions; at H200 rates bf16 leaves 13. Lanes meet once, after the loop: no shuffle or barrier inside it. Because most terms are
-taken against the maximum of their own lane, the arguments of exp2 are small, and the plain product with log2(e) is exact enough;
-where lanes meet the product is compensated.
+maximum is left out of r exactly, ties and all, without a comparison. Lanes meet once, after the loop: no shuffle or barrier inside
+it. Because most terms are taken against the maximum of their own lane, the arguments of exp2 are small, and the plain product with
+log2(e) is exact enough; where lanes meet the product is compensated.
+
+Machine instructions on sm_90, loads and loop control included: 380 for 32 logits of bf16 in the forward, 11.9 a logit, of which 1.25
+are exp2. An H200 leaves 12.9 to a bf16 logit read at 4.8 TB/s, 16.9 at 85 % of a copy of 4.3 TB/s, and twice that to fp32. The
+backward, which reads and writes, has twice that again: 800 for 32, 25 a logit, the scalars of the row included, against 25.8 and
+33.8 in bf16. Not measured on a GPU.
 
 A row that is not 16-byte aligned (V = 50,257 in bf16 begins anywhere) is read element by element, 32 neighbours a warp: 64 bytes an
 instruction, of which a multiprocessor issues one a cycle, 112 GB/s at 1.755 GHz against its 36 GB/s of an H200's 4.8 TB/s. Wide
@@ -41,6 +45,8 @@ NUM_WARPS = 4
 CHUNK = 4096  # of the backward, four blocks: the scalar work of a row is spread over 32 logits a thread
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E_LOW = tl.constexpr(1.4426950408889634 - 1.44269502162933349609375)  # what float32 leaves of log2(e)
+LN2 = tl.constexpr(0.6931471805599453)
 LN2_HIGH = tl.constexpr(0.693115234375)  # 13 bits: its product with an integer of up to 11 bits is exact
 LN2_LOW = tl.constexpr(0.693147180559945309 - 0.693115234375)
 ROUNDING = tl.constexpr("rtne")
@@ -75,6 +81,16 @@ def _exp_parts(d):
     f = (d - n * LN2_HIGH) - n * LN2_LOW
     half = tl.floor(0.5 * n)
     return f, tl.exp2(half), tl.exp2(n - half)
+
+
+@triton.jit
+def _probability(log_p):
+    """exp(log_p), log_p <= 0. What the product with log2(e) loses (58 rounded to float32: 1e-6 of the result) is kept by a fused
+    multiply and put back; the exponential of a far smaller number is 0."""
+    product = log_p * LOG2E
+    lost = tl.fma(log_p, LOG2E_LOW, tl.fma(log_p, LOG2E, -product))
+    p = tl.exp2(product)
+    return tl.fma(p * lost, LN2, p)
 
 
 @triton.jit
@@ -256,8 +272,7 @@ def _logprob_entropy_bwd_kernel(
         offs = begin + start + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + offs, mask=offs < readable, other=-INF).to(tl.float32)
         u = tl.maximum(x - top, limit)
-        f, scale_a, scale_b = _exp_parts(u * per_t)
-        g = tl.exp2(f * LOG2E) * (a + b * u) * scale_a * scale_b
+        g = _probability(u * per_t) * (a + b * u)
         g = tl.where(offs == target, own, g)
         tl.store(out_ptr + offs, g.to(gradient_ptr.dtype.element_ty, fp_downcast_rounding=ROUNDING), mask=offs < size)
 

@@ -45,8 +45,9 @@ def _segment_reduce_fwd_kernel(
     stride_channel, num_tokens, num_units, num_slots, bisections,
     MODE: tl.constexpr, HAS_MASK: tl.constexpr, DIRECT: tl.constexpr, SEQUENCE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    channel = tl.program_id(1).to(tl.int64)
-    slot = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    tiles = tl.cdiv(num_slots, ROWS)  # one dimension of the grid for both: the others end at 65,535
+    channel = (tl.program_id(0) // tiles).to(tl.int64)
+    slot = (tl.program_id(0) % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     unit, first, chunks, start, end = _chunk(
         slot, token_offsets_ptr, sequence_offsets_ptr, num_tokens, num_units, bisections, SEQUENCE, CHUNK
     )  # fmt: skip
@@ -76,8 +77,9 @@ def _segment_reduce_combine_kernel(
     token_offsets_ptr, sequence_offsets_ptr, partial_ptr, count_ptr, out_ptr, num_tokens, num_units, num_slots,
     MODE: tl.constexpr, SEQUENCE: tl.constexpr, CHUNK: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
-    channel = tl.program_id(1).to(tl.int64)
-    unit = tl.program_id(0).to(tl.int64) * PARTIALS + tl.arange(0, PARTIALS)  # [32]
+    tiles = tl.cdiv(num_units, PARTIALS)
+    channel = (tl.program_id(0) // tiles).to(tl.int64)
+    unit = (tl.program_id(0) % tiles).to(tl.int64) * PARTIALS + tl.arange(0, PARTIALS)  # [32]
     here = unit < num_units
     low, high = unit, unit + 1
     if SEQUENCE:
@@ -110,8 +112,9 @@ def _segment_reduce_bwd_kernel(
     stride_channel, num_tokens, num_units, num_slots, bisections,
     MODE: tl.constexpr, HAS_MASK: tl.constexpr, SEQUENCE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    channel = tl.program_id(1).to(tl.int64)
-    slot = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    tiles = tl.cdiv(num_slots, ROWS)
+    channel = (tl.program_id(0) // tiles).to(tl.int64)
+    slot = (tl.program_id(0) % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     unit, first, chunks, start, end = _chunk(
         slot, token_offsets_ptr, sequence_offsets_ptr, num_tokens, num_units, bisections, SEQUENCE, CHUNK
     )  # fmt: skip
@@ -156,12 +159,12 @@ def _forward(values, maxima, token_offsets, sequence_offsets, mode: int, level: 
     partial = None if direct else torch.empty(channels * num_slots, dtype=torch.float32, device=values.device)
     count = None if direct or mode != MEAN.value else torch.empty(num_slots, dtype=torch.int32, device=values.device)
     with device(values):
-        _segment_reduce_fwd_kernel[(triton.cdiv(num_slots, tile["ROWS"]), channels)](
+        _segment_reduce_fwd_kernel[(triton.cdiv(num_slots, tile["ROWS"]) * channels,)](
             values, maxima, compact(mask), token_offsets, sequence_offsets, out, partial, count, stride, n, units, num_slots, bisections(units),
             MODE=mode, HAS_MASK=mask is not None, DIRECT=direct, SEQUENCE=sequence, **tile, num_warps=NUM_WARPS,
         )  # fmt: skip
         if not direct:
-            _segment_reduce_combine_kernel[(triton.cdiv(units, PARTIALS), channels)](
+            _segment_reduce_combine_kernel[(triton.cdiv(units, PARTIALS) * channels,)](
                 token_offsets, sequence_offsets, partial, count, out, n, units, num_slots,
                 MODE=mode, SEQUENCE=sequence, CHUNK=tile["CHUNK"], PARTIALS=PARTIALS, num_warps=NUM_WARPS,
             )  # fmt: skip
@@ -189,7 +192,7 @@ def segment_reduce_backward(grad, token_offsets, sequence_offsets, reduce, level
         count = _forward(compact(mask), None, token_offsets, sequence_offsets, SUM.value, level, None)
     num_slots = slots(num_tokens, units, level)
     with device(grad):
-        _segment_reduce_bwd_kernel[(triton.cdiv(num_slots, tile["ROWS"]), out.numel() // num_tokens)](
+        _segment_reduce_bwd_kernel[(triton.cdiv(num_slots, tile["ROWS"]) * (out.numel() // num_tokens),)](
             grad, values, output, count, compact(mask), token_offsets, sequence_offsets, out, stride, num_tokens, units, num_slots,
             bisections(units), MODE=MODES[reduce], HAS_MASK=mask is not None, SEQUENCE=sequence, **tile, num_warps=NUM_WARPS,
         )  # fmt: skip
