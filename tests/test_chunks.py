@@ -18,9 +18,16 @@ TERMINAL = (False, True, True, True, True, False, True, True)
 SHORT = ((127, 129), (3, 0, 1), (), (1025,))
 
 
+@pytest.fixture(autouse=True)
+def everything_on(device):
+    torch.set_default_device(device)
+    yield
+    torch.set_default_device("cpu")
+
+
 def case(seed: int = 0, lengths=LENGTHS, terminal=TERMINAL):
     torch.manual_seed(seed)
-    segments = segments_of(lengths, terminal)
+    segments = segments_of(lengths, terminal, torch.get_default_device())
     return segments, torch.rand(segments.num_tokens) < 0.7
 
 
@@ -108,4 +115,4 @@ def test_a_sequence_alone_has_the_gradient_of_the_batch(ratio):
     whole = gradient(segments, slice(None))
     for b, lengths in enumerate(SHORT):
         here = slice(offsets[b], offsets[b + 1])
-        assert torch.equal(gradient(segments_of([lengths]), here), whole[here])
+        assert torch.equal(gradient(segments_of([lengths], device=torch.get_default_device()), here), whole[here])
