@@ -142,9 +142,12 @@ def test_nothing_is_compiled_again_for_another_batch(monkeypatch):
 
 
 def record() -> dict[str, list[int]]:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        rows = [measure(monkeypatch, architecture, name) for name in CALLS for architecture in ARCHITECTURES]
-    return {key: [c.registers, c.shared] for row in rows for key, c in row.items()}
+    table = {}
+    for name in CALLS:
+        for architecture in ARCHITECTURES:
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                table |= {key: [c.registers, c.shared] for key, c in measure(monkeypatch, architecture, name).items()}
+    return table
 
 
 if __name__ == "__main__":  # records the table for this version of triton

@@ -20,7 +20,7 @@ class Compiled:
     stack: int
     shared: int
     local: int
-    sass: str
+    cubin: bytes
 
     def loops(self) -> list[str]:
         """The bodies of the loops: from a label to the branch back to it."""
@@ -33,7 +33,7 @@ class Compiled:
 
     def machine_loops(self) -> list[list[str]]:
         """The same in machine instructions: what a warp issues for one turn."""
-        lines = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]+?)\s*;", self.sass)]
+        lines = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]+?)\s*;", cuobjdump("-sass", self.cubin))]
         found = []
         for address, instruction in lines:
             branch = re.match(r"(?:@!?U?P\d+ )?BRA\S* (?:!?U?P\d+, )?(?:`\(.*\)|0x([0-9a-f]+))", instruction)
@@ -68,20 +68,21 @@ def compile_kernel(kernel, types: dict[str, str], constants: dict, divisible: se
     return measured(compiled)
 
 
-def measured(compiled) -> Compiled:
-    """What a compiled kernel takes of a multiprocessor, as cuobjdump says."""
+def cuobjdump(option: str, cubin: bytes) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage, sass = (
-            subprocess.run([tool, option, cubin.name], check=True, capture_output=True, text=True).stdout
-            for option in ("--dump-resource-usage", "-sass")
-        )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def measured(compiled) -> Compiled:
+    """What a compiled kernel takes of a multiprocessor."""
+    usage = cuobjdump("--dump-resource-usage", compiled.asm["cubin"])
     numbers = {key: int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "SHARED", "LOCAL")}
-    return Compiled(compiled.asm["ptx"], numbers["REG"], numbers["STACK"], numbers["SHARED"], numbers["LOCAL"], sass)
+    return Compiled(compiled.asm["ptx"], numbers["REG"], numbers["STACK"], numbers["SHARED"], numbers["LOCAL"], compiled.asm["cubin"])
 
 
 class Driver:
