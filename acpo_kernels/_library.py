@@ -6,6 +6,7 @@ The dispatcher chooses the implementation, torch.compile sees one node, and auto
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -58,6 +59,17 @@ def _below_autograd(operation: Callable) -> Callable:
             return operation(*args)
 
     return run
+
+
+def triton(operation: str, name: str | None = None) -> Callable:
+    """The CUDA implementation `_triton/<operation>.py: name`, imported when it is first called: the package imports without triton."""
+    name = name or operation
+
+    def call(*args):
+        return getattr(importlib.import_module(f"._triton.{operation}", __package__), name)(*args)
+
+    call.__name__ = name
+    return call
 
 
 def _without_autocast(function: Callable, device: str) -> Callable:

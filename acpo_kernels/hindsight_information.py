@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _checks as check
 from . import _torch, reference
-from ._library import define, number_or_tensor
+from ._library import define, number_or_tensor, triton
 from ._results import HindsightInformation
 
 
@@ -63,6 +63,6 @@ _op = define(
     "hindsight_information(Tensor logits, Tensor hindsight_logits, Tensor ids, float? temperature, Tensor? temperatures, Tensor? mask)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     cpu=_forward_cpu,
-    cuda=_torch.hindsight_information,
+    cuda=triton("hindsight_information"),
     fake=_fake,
 )

@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _checks as check
 from . import _cpu, _torch, reference
-from ._library import define, number_or_tensor
+from ._library import define, number_or_tensor, triton
 from ._results import PolicyLoss
 from .segments import Segments
 
@@ -136,7 +136,7 @@ _op = define(
     " float clip_high, str ratio, Tensor? entropy, float? entropy_weight, Tensor? entropy_weights, Tensor? ref_logp, float kl_weight,"
     " Tensor? rollout_logp, float rollout_cap, float? denominator, Tensor? denominators) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_cpu.policy_loss if _cpu.available else _torch.policy_loss,
-    cuda=_torch.policy_loss,
+    cuda=triton("policy_loss"),
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

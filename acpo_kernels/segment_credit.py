@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import _checks as check
 from . import _cpu, _torch, reference
-from ._library import define, number_or_tensor
+from ._library import define, number_or_tensor, triton
 from ._results import SegmentCredit
 from .segments import Segments
 
@@ -105,6 +105,6 @@ _op = define(
     " Tensor? mask, str form, float bound, float gain, float? reliability, Tensor? reliabilities, bool exclude_terminal, float? scale,"
     " Tensor? scales) -> (Tensor, Tensor)",
     cpu=_cpu.segment_credit if _cpu.available else _torch.segment_credit,
-    cuda=_torch.segment_credit,
+    cuda=triton("segment_credit"),
     fake=_fake,
 )

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import _checks as check
 from . import _cpu, _torch, reference
-from ._library import define
+from ._library import define, triton
 from .segments import Segments
 
 
@@ -67,7 +67,7 @@ def _backward_fake(grad, token_offsets, sequence_offsets, reduce, level, mask, n
 _op = define(
     "segment_reduce(Tensor values, Tensor token_offsets, Tensor sequence_offsets, str reduce, str level, Tensor? mask) -> Tensor",
     cpu=_cpu.segment_reduce if _cpu.available else _torch.segment_reduce,
-    cuda=_torch.segment_reduce,
+    cuda=triton("segment_reduce"),
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -77,6 +77,6 @@ _backward_op = define(
     "segment_reduce_backward(Tensor grad, Tensor token_offsets, Tensor sequence_offsets, str reduce, str level, Tensor? mask, SymInt num_tokens,"
     " ScalarType dtype, Tensor? values, Tensor? output) -> Tensor",
     cpu=_cpu.segment_reduce_backward if _cpu.available else _torch.segment_reduce_backward,
-    cuda=_torch.segment_reduce_backward,
+    cuda=triton("segment_reduce", "segment_reduce_backward"),
     fake=_backward_fake,
 )

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-settings.register_profile("acpo", deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+settings.register_profile(
+    "acpo", deadline=None, derandomize=True, max_examples=4 if INTERPRETED else 25, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 settings.load_profile("acpo")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -87,3 +93,52 @@ def warmed(finished_run) -> dict[str, torch.Tensor]:
     from acpo.checkpoint import latest
 
     return latest(finished_run / "checkpoints")[0]["policy"]
+
+
+# Test files in which the Triton kernels stand in for the dispatcher's CPU implementation under TRITON_INTERPRET=1, so that the tests are
+# the same ones (`logprob_entropy` has a fixture of its own in implementations.py).
+KERNELS = {
+    "segment_reduce": ("segment_reduce", "segment_reduce_backward"),
+    "segment_credit": ("segment_credit",),
+    "policy_loss": ("policy_loss",),
+    "hindsight_information": ("hindsight_information", "logprob_entropy"),
+    "chunks": ("segment_reduce", "segment_reduce_backward", "segment_credit", "policy_loss"),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels_in_the_interpreter(request):
+    operation = request.module.__name__.removeprefix("test_")
+    if INTERPRETED:
+        round_as_a_gpu_does()
+    if not INTERPRETED or operation not in KERNELS:
+        yield
+        return
+    from acpo_kernels._library import NAMESPACE, triton
+
+    library = torch.library.Library(NAMESPACE, "IMPL")
+    for name in KERNELS[operation]:
+        own = name != "logprob_entropy"
+        kernel = triton(name.removesuffix("_backward"), name) if own else importlib.import_module("acpo_kernels.logprob_entropy")._cuda_forward
+        library.impl(name, kernel, "CPU", allow_override=True)
+    yield
+    library._destroy()
+
+
+def round_as_a_gpu_does() -> None:
+    """The interpreter cuts float32 off where it becomes bfloat16; a compiled kernel rounds to nearest even (cvt.rn)."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    if hasattr(builder, "cut_off"):
+        return
+    builder.cut_off = builder.cast_impl
+
+    def cast(self, src, dst_type):
+        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
+            return self.cut_off(src, dst_type)
+        rounded = torch.from_numpy(numpy.atleast_1d(src.data).copy()).bfloat16().view(torch.int16).numpy().view(numpy.uint16)
+        return interpreter.TensorHandle(rounded.reshape(numpy.shape(src.data)), dst_type.scalar)
+
+    builder.cast_impl = cast

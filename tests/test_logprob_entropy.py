@@ -346,6 +346,33 @@ def test_same_bits_in_any_batch(run):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("v", [37, 9001])
+def test_the_gradient_may_take_the_place_of_the_logits(run, dtype, v):
+    """The kernel's own option: every element is read before it is written. The target lies in the first, a middle, the last chunk."""
+    if run.name != "interpreter":
+        pytest.skip("the launcher is called directly in the interpreter alone; the public option has tests of its own")
+    from acpo_kernels._triton import logprob_entropy as kernels
+
+    logits, ids, grads = case(2 * 4, v, dtype)
+    ids[:3] = torch.tensor([0, v // 2, v - 1])
+    ids[5] = -100
+    wide = torch.zeros(2, 5, v, dtype=dtype)
+    wide[:, :4] = logits.view(2, 4, v)
+    view, ids = wide[:, :4], ids.view(2, 4)  # two leading strides
+    grads = {name: g.view(2, 4) for name, g in grads.items()}
+    statistics = tuple(torch.full(ids.shape, NAN) for _ in range(4))
+    kernels.forward(view, ids, 0.7, None, None, statistics)
+    wanted = torch.full(view.shape, NAN, dtype=dtype)
+    arguments = (grads["grad_logp"], grads["grad_entropy"], view, ids, statistics[1:], 0.7, None, None)
+    kernels.backward(*arguments, wanted)
+    kernels.backward(*arguments, view)
+    assert torch.equal(view, wanted) and (wide[:, 4] == 0).all()
+    columns = torch.zeros(v, 3, dtype=dtype).T
+    with pytest.raises(ValueError, match="gradient must have the strides"):
+        kernels.backward(None, torch.ones(3), columns, ids[0, :3], tuple(s[0, :3] for s in statistics[1:]), 1.0, None, None, columns)
+
+
 @torch_only
 def test_gradients_through_either_output(run):
     logits, ids, _ = case(4, 90)

@@ -11,17 +11,34 @@ from pathlib import Path
 
 import pytest
 
+# float64 runs on PyTorch there as on CUDA, so the tests that are named hold float32, bfloat16 and float16: dtype1 to dtype3. What
+# is left out is registration, and many programs or wide rows, which the interpreter takes one after the other.
+SELECTED = {
+    "test_chunks.py": "test",
+    "test_segment_reduce.py": "(against_the_reference and (dtype1 or dtype2)) or by_hand or nan_in_masked or maxima_of or a_channel_alone",
+    "test_segment_credit.py": "(against_the_reference and (dtype1 or dtype2)) or bitwise or conserve or fewer_than or not_finite or empty_calls",
+    "test_policy_loss.py": "(against_the_reference and (dtype1 or dtype2)) or masked_tokens or empty_calls or border",
+    "test_hindsight_information.py": "(against_the_reference and -33- and (dtype1 or dtype2)) or impossible or underflows or broken"
+    " or masked_rows or margins or empty_and_strided or change_places or not_negative",
+}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("file", ["test_logprob_entropy.py"])
-def test_kernels_in_the_interpreter(file):
+def interpreted(files: list[str], selection: str) -> None:
     here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreter", str(here / file), "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", selection, *(str(here / file) for file in files), "-p", "no:cacheprovider"]
     result = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, cwd=here.parent, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+class TestKernelsInTheInterpreter:
+    def test_logprob_entropy(self):
+        interpreted(["test_logprob_entropy.py"], "interpreter")
+
+    def test_operations_behind_the_dispatcher(self):
+        interpreted(list(SELECTED), " or ".join(f"({file} and ({names}))" for file, names in SELECTED.items()))

@@ -20,6 +20,7 @@ class Compiled:
     stack: int
     shared: int
     local: int
+    cubin: bytes
 
     def loops(self) -> list[str]:
         """The bodies of the loops: from a label to the branch back to it."""
@@ -28,6 +29,16 @@ class Compiled:
             back = re.search(rf"bra(?:\.uni)?\s+{re.escape(label[1])};", self.ptx[label.end() :])
             if back:
                 found.append(self.ptx[label.end() : label.end() + back.end()])
+        return found
+
+    def machine_loops(self) -> list[list[str]]:
+        """The same in machine instructions: what a warp issues for one turn."""
+        lines = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]+?)\s*;", cuobjdump("-sass", self.cubin))]
+        found = []
+        for address, instruction in lines:
+            branch = re.match(r"(?:@!?U?P\d+ )?BRA\S* (?:!?U?P\d+, )?(?:`\(.*\)|0x([0-9a-f]+))", instruction)
+            if branch and branch[1] and int(branch[1], 16) < address:
+                found.append([text for at, text in lines if int(branch[1], 16) <= at <= address])
         return found
 
     @staticmethod
@@ -54,13 +65,24 @@ def compile_kernel(kernel, types: dict[str, str], constants: dict, divisible: se
         {(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": num_warps})
+    return measured(compiled)
+
+
+def cuobjdump(option: str, cubin: bytes) -> str:
+    import triton
+
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = subprocess.run([tool, "--dump-resource-usage", cubin.name], check=True, capture_output=True, text=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def measured(compiled) -> Compiled:
+    """What a compiled kernel takes of a multiprocessor."""
+    usage = cuobjdump("--dump-resource-usage", compiled.asm["cubin"])
     numbers = {key: int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "SHARED", "LOCAL")}
-    return Compiled(compiled.asm["ptx"], numbers["REG"], numbers["STACK"], numbers["SHARED"], numbers["LOCAL"])
+    return Compiled(compiled.asm["ptx"], numbers["REG"], numbers["STACK"], numbers["SHARED"], numbers["LOCAL"], compiled.asm["cubin"])
 
 
 class Driver:
@@ -81,12 +103,26 @@ class Driver:
         return GPUTarget("cuda", self.architecture, 32)
 
 
-def launched(monkeypatch, architecture: int, *kernels):
-    """Launches of these kernels compile, with what the launcher passes and hints, and stop there. The result counts, kernel by
-    kernel, what was compiled."""
+class Launches:
+    """What was launched: name and compiled kernel, in order; and how often each kernel was compiled."""
+
+    def __init__(self, architecture: int, kernels):
+        self.architecture, self.kernels, self.log = architecture, kernels, []
+
+    def compiled(self) -> list[int]:
+        return [len(kernel.device_caches[self.architecture][0]) for kernel in self.kernels]
+
+
+def launched(monkeypatch, architecture: int, *kernels, compiling: bool = True) -> Launches:
+    """Launches of these kernels compile (or not even that), with what the launcher passes and hints, and stop there."""
     from triton.runtime.driver import driver
 
     monkeypatch.setattr(driver, "_active", Driver(architecture))
+    launches = Launches(architecture, kernels)
     for kernel in kernels:
-        monkeypatch.setattr(kernel, "run", lambda *args, run=kernel.run, **options: run(*args, **{**options, "warmup": True}))
-    return lambda: [len(kernel.device_caches[architecture][0]) for kernel in kernels]
+
+        def run(*args, kernel=kernel, inner=kernel.run, **options):
+            launches.log.append((kernel.__name__, inner(*args, **{**options, "warmup": True}) if compiling else None))
+
+        monkeypatch.setattr(kernel, "run", run)
+    return launches

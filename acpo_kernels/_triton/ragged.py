@@ -1,0 +1,104 @@
+"""What the kernels over the ragged hierarchy share: chunks of units, and exp without the error of a rounded product.
+
+A UNIT is a segment or a sequence. It is cut into chunks of CHUNK tokens counted from its own first token, so that the order of its
+sums depends on nothing but its own tokens, and a huge unit is spread over as many programs as it needs. Unit u owns the slots
+u + begin_u // CHUNK, ..., at least one and at least as many as it has chunks: the grid follows from N and the number of units
+alone, offsets are never read back, and a slot finds its unit by bisection. A program takes ROWS neighbouring slots.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# A program is a tile of 1024 tokens, 8 for each of 128 threads. Reasoning steps hold 8 to 256 tokens (section 2 of docs/method.md),
+# so eight chunks of 128; a rollout is long, so one chunk of 1024. The first token of a chunk lies anywhere: loads are as wide as
+# an element, 32 neighbouring ones a warp.
+TILES = {"segment": {"ROWS": 8, "CHUNK": 128}, "sequence": {"ROWS": 1, "CHUNK": 1024}}
+NUM_WARPS = 4
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2_HIGH = tl.constexpr(0.693115234375)  # 13 bits: its product with an integer of up to 11 bits is exact
+LN2_LOW = tl.constexpr(0.693147180559945309 - 0.693115234375)
+
+
+@triton.jit
+def _unit_begin(unit, token_offsets_ptr, sequence_offsets_ptr, SEQUENCE: tl.constexpr):
+    if SEQUENCE:
+        unit = tl.load(sequence_offsets_ptr + unit)
+    return tl.load(token_offsets_ptr + unit)
+
+
+@triton.jit
+def _chunk(slot, token_offsets_ptr, sequence_offsets_ptr, num_tokens, num_units, bisections, SEQUENCE: tl.constexpr, CHUNK: tl.constexpr):
+    """(unit, its first slot, its number of chunks, first token and end of the chunk) of each slot; past the last chunk of a unit the
+    chunk is empty and `slot - first slot >= chunks`."""
+    low = slot * 0
+    high = low + num_units
+    for _ in range(bisections):
+        middle = (low + high) // 2
+        below = middle + _unit_begin(middle, token_offsets_ptr, sequence_offsets_ptr, SEQUENCE) // CHUNK <= slot
+        low = tl.where(below, middle, low)
+        high = tl.where(below, high, middle)
+    # Offsets are the caller's promise; held to [0, N] a broken one still reads nothing outside.
+    begin = tl.minimum(tl.maximum(_unit_begin(low, token_offsets_ptr, sequence_offsets_ptr, SEQUENCE), 0), num_tokens)
+    end = tl.minimum(tl.maximum(_unit_begin(low + 1, token_offsets_ptr, sequence_offsets_ptr, SEQUENCE), begin), num_tokens)
+    first = low + begin // CHUNK
+    chunks = tl.maximum((end - begin + CHUNK - 1) // CHUNK, 1)
+    start = begin + (slot - first) * CHUNK
+    return low, first, chunks, start, tl.minimum(start + CHUNK, end)
+
+
+@triton.jit
+def _k3(x):
+    """exp(x) - 1 - x: Taylor for |x| < 0.5, where the difference would cancel; the term left out is 2e-10 of the first."""
+    series = 1.0 + x * (1.0 / 9) * (1.0 + x * (1.0 / 10))
+    series = 1.0 + x * (1.0 / 6) * (1.0 + x * (1.0 / 7) * (1.0 + x * (1.0 / 8) * series))
+    series = 0.5 * x * x * (1.0 + x * (1.0 / 3) * (1.0 + x * (1.0 / 4) * (1.0 + x * (1.0 / 5) * series)))
+    return series
+
+
+@triton.jit
+def _exp(x):
+    """exp for |x| <= 100. The integer part of x log2(e) is split off first (a product of 28 rounded to float32 costs exp 1e-6 of
+    itself), and the rest goes through the series, half a unit more exact than ex2.approx."""
+    n = tl.floor(x * LOG2E + 0.5)
+    f = (x - n * LN2_HIGH) - n * LN2_LOW
+    return (1.0 + (f + _k3(f))) * tl.exp2(n)
+
+
+@triton.jit
+def _exp_wide(x):
+    """The same before it is rounded, as a float64 good to 2e-8: for sums whose terms cancel."""
+    n = tl.floor(x * LOG2E + 0.5)
+    f = (x - n * LN2_HIGH) - n * LN2_LOW
+    return (1.0 + (f + _k3(f)).to(tl.float64)) * tl.exp2(n)
+
+
+@triton.jit
+def _exp_minus_1_minus(x):
+    return tl.where(tl.abs(x) < 0.5, _k3(tl.where(tl.abs(x) < 0.5, x, 0.0)), (_exp(x) - 1.0) - x)
+
+
+def slots(num_tokens: int, num_units: int, level: str) -> int:
+    return num_units + num_tokens // TILES[level]["CHUNK"]
+
+
+def bisections(num_units: int) -> int:
+    return max(num_units, 1).bit_length()
+
+
+def device(tensor: Tensor):
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def compact(tensor: Tensor | None) -> Tensor | None:
+    """Packed vectors are contiguous; a strided one is copied. Booleans are read as bytes."""
+    if tensor is None:
+        return None
+    tensor = tensor.contiguous()
+    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor

@@ -1,0 +1,156 @@
+"""What the operations on packed tokens, and the two-stream one, launch on CUDA: how many kernels, compiled with the launcher's own
+hints for sm_80, sm_90 and sm_100, and what each takes of a multiprocessor. Nothing runs: a driver that is not there stands in."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("under the interpreter nothing compiles", allow_module_level=True)
+
+from triton_compile import ARCHITECTURES, launched, measured  # noqa: E402
+
+MODULES = {
+    n: importlib.import_module(f"acpo_kernels._triton.{n}") for n in ("segment_reduce", "segment_credit", "policy_loss", "hindsight_information")
+}
+KERNELS = [value for module in MODULES.values() for name, value in vars(module).items() if re.fullmatch(r"_\w+_kernel", name)]
+RESOURCES = Path(__file__).parent / "triton_resources.json"
+
+OFFSETS, SEQUENCES = torch.tensor([0, 3000, 3004, 9000]), torch.tensor([0, 2, 3])
+N = 9000
+
+
+def reduce(reduce, *, n=N, dtype=torch.float32, mask=True, level="segment"):
+    values, mask = torch.zeros(2, n, dtype=dtype), torch.ones(n, dtype=torch.bool) if mask else None
+    return MODULES["segment_reduce"].segment_reduce(values, OFFSETS.clamp(max=n), SEQUENCES, reduce, level, mask)
+
+
+def reduce_backward(reduce, *, mask=True):
+    values, mask = torch.zeros(2, N), torch.ones(N, dtype=torch.bool) if mask else None
+    units = torch.zeros(2, 3)
+    operation = MODULES["segment_reduce"].segment_reduce_backward
+    return operation(units, OFFSETS, SEQUENCES, reduce, "segment", mask, N, torch.float32, values, units)
+
+
+def credit(form, scale, *, mask=True):
+    mask = torch.ones(N, dtype=torch.bool) if mask else None
+    arguments = (torch.zeros(3), OFFSETS, SEQUENCES, torch.zeros(2), N, torch.ones(2, dtype=torch.bool), mask, form, 0.5, 0.5)
+    return MODULES["segment_credit"].segment_credit(*arguments, None, torch.ones(2), True, scale, None)
+
+
+def loss(ratio, denominator, *, mask=True, everything=True):
+    x, mask = torch.zeros(N), torch.ones(N, dtype=torch.bool) if mask else None
+    number, tensor = (None, denominator) if isinstance(denominator, torch.Tensor) else (denominator, None)
+    more = x if everything else None
+    return MODULES["policy_loss"].policy_loss(
+        x, more, x, OFFSETS, SEQUENCES, mask, 0.2, 0.28, ratio, more, None, more, more, 0.1, more, 2.0, number, tensor
+    )  # fmt: skip
+
+
+def hindsight(dtype, vocab=1024):
+    streams = [torch.zeros(3, vocab, dtype=dtype) for _ in range(2)]
+    return MODULES["hindsight_information"].hindsight_information(*streams, torch.zeros(3, dtype=torch.int64), 1.0, None, None)
+
+
+# The launches of a call, as the docstrings of the kernels state them.
+CALLS = {
+    "segment_reduce sum": (lambda: reduce("sum"), 2),
+    "segment_reduce mean": (lambda: reduce("mean"), 2),
+    "segment_reduce max bf16": (lambda: reduce("max", dtype=torch.bfloat16), 2),
+    "segment_reduce mean, N <= CHUNK": (lambda: reduce("mean", n=100), 1),
+    "segment_reduce sum, sequences, no mask": (lambda: reduce("sum", level="sequence", mask=False), 2),
+    "segment_reduce_backward sum": (lambda: reduce_backward("sum"), 1),
+    "segment_reduce_backward mean, no mask": (lambda: reduce_backward("mean", mask=False), 1),
+    "segment_reduce_backward mean": (lambda: reduce_backward("mean"), 3),
+    "segment_reduce_backward max": (lambda: reduce_backward("max"), 3),
+    "segment_credit weights": (lambda: credit("weights", 0.7), 1),
+    "segment_credit weights, no mask": (lambda: credit("weights", 0.7, mask=False), 1),
+    "segment_credit weights, the batch's scale": (lambda: credit("weights", None), 2),
+    "segment_credit additive, the batch's scale": (lambda: credit("additive", None), 2),
+    "policy_loss token": (lambda: loss("token", None), 3),
+    "policy_loss token, a denominator": (lambda: loss("token", 7.0), 2),
+    "policy_loss token, no mask, on-policy": (lambda: loss("token", None, mask=False, everything=False), 2),
+    "policy_loss segment, one denominator a sequence": (lambda: loss("segment", torch.ones(2)), 3),
+    "policy_loss sequence": (lambda: loss("sequence", None), 3),
+    "hindsight_information bf16": (lambda: hindsight(torch.bfloat16), 1),
+    "hindsight_information fp32": (lambda: hindsight(torch.float32), 1),
+    "hindsight_information fp16 unaligned": (lambda: hindsight(torch.float16, 1001), 1),
+}
+
+
+# What is compiled in every run: each kernel for sm_90, the large ones for the others too. The whole table, all calls on all three, is
+# made and held to the same by `python tests/test_triton_launches.py` (two minutes).
+LARGE = ("segment_credit weights, the batch's scale", "policy_loss segment, one denominator a sequence", "hindsight_information bf16")
+EVERY_RUN = [(name, a) for name in LARGE for a in ARCHITECTURES]
+EVERY_RUN += [(name, 90) for name in ("segment_reduce mean", "segment_reduce_backward max", "hindsight_information fp32")]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_launches(name, monkeypatch):
+    call, wanted = CALLS[name]
+    launches = launched(monkeypatch, 90, *KERNELS, compiling=False)
+    call()
+    assert len(launches.log) == wanted, [kernel for kernel, _ in launches.log]
+
+
+def measure(monkeypatch, architecture: int, name: str):
+    """{key of the table: Compiled} of one call, held to what each kernel is to be."""
+    launches = launched(monkeypatch, architecture, *KERNELS)
+    CALLS[name][0]()
+    found = {f"{name}: {kernel.strip('_')} sm_{architecture}": measured(compiled) for kernel, compiled in launches.log}
+    for key, compiled in found.items():
+        assert compiled.stack == 0 and compiled.local == 0, key  # nothing spilled
+    if name in ("hindsight_information bf16", "hindsight_information fp32"):
+        (compiled,) = found.values()
+        loops = [loop for loop in compiled.loops() if ".global" in loop]
+        assert len(loops) == 3  # one a stream, one of both
+        for loop in loops:
+            assert set(compiled.accesses(loop, "ld")) == {128}
+            assert not re.search(r"shfl|bar\.|ld\.shared|\bdiv\.|\brcp\.", loop)
+    return found
+
+
+@pytest.mark.parametrize(("name", "architecture"), EVERY_RUN)
+def test_resources(name, architecture, monkeypatch):
+    recorded = json.loads(RESOURCES.read_text()).get(triton.__version__)
+    for key, compiled in measure(monkeypatch, architecture, name).items():
+        if recorded is not None:
+            assert recorded[key] == [compiled.registers, compiled.shared], key
+
+
+def test_nothing_is_compiled_again_for_another_batch(monkeypatch):
+    launches = launched(monkeypatch, 90, *KERNELS)
+    seen = set()
+    for n, sequences in ((129, 1), (130, 2), (1040, 15), (1041, 16), (4096, 17)):
+        offsets, x, b = torch.linspace(0, n, sequences + 1).long(), torch.zeros(n), torch.zeros(sequences)
+        each, mask = torch.arange(sequences + 1), torch.ones(n, dtype=torch.bool)
+        MODULES["segment_reduce"].segment_reduce(x, offsets, each, "mean", "segment", mask)
+        MODULES["segment_reduce"].segment_reduce_backward(b, offsets, each, "mean", "segment", mask, n, torch.float32, x, b)
+        MODULES["segment_credit"].segment_credit(b, offsets, each, b, n, None, mask, "weights", 0.5, 0.5, 1.0, None, True, None, None)
+        for ratio in ("token", "segment"):
+            MODULES["policy_loss"].policy_loss(x, x, x, offsets, each, mask, 0.2, 0.28, ratio, x, 0.1, None, x, 0.1, x, 2.0, None, None)
+        seen.add(tuple(launches.compiled()))
+    assert len(seen) == 1, seen
+
+
+def record() -> dict[str, list[int]]:
+    table = {}
+    for name in CALLS:
+        for architecture in ARCHITECTURES:
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                table |= {key: [c.registers, c.shared] for key, c in measure(monkeypatch, architecture, name).items()}
+    return table
+
+
+if __name__ == "__main__":  # records the table for this version of triton
+    table = json.loads(RESOURCES.read_text())
+    table.setdefault(triton.__version__, {}).update(record())
+    RESOURCES.write_text(json.dumps(table, indent=1) + "\n")
