@@ -65,14 +65,15 @@ def _temperature(temperature: float | None, temperatures: Tensor | None, rows: s
 
 def linear_logprob_entropy(hidden, weight, ids, bias, temperature, temperatures, softcap, mask):
     head = _Head(weight, bias, softcap, reference.active_rows(ids, mask))
-    logp, entropy = (torch.zeros(ids.shape, dtype=head.dtype, device=ids.device) for _ in range(2))
+    outs = tuple(torch.zeros(ids.shape, dtype=head.dtype, device=ids.device) for _ in range(4))
     for rows in head.tiles():
         tile = (head.logits(hidden, rows), ids[rows], *_temperature(temperature, temperatures, rows), head.active[rows])
-        logp[rows], entropy[rows], _, _ = torch.ops.acpo_kernels.logprob_entropy(*tile)
-    return logp, entropy
+        for out, value in zip(outs, torch.ops.acpo_kernels.logprob_entropy(*tile), strict=True):
+            out[rows] = value
+    return outs
 
 
-def linear_logprob_entropy_backward(hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, needs):
+def linear_logprob_entropy_backward(hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, statistics, needs):
     upstream = torch.zeros_like(ids, dtype=torch.bool)
     for grad in (grad_logp, grad_entropy):
         if grad is not None:
@@ -86,9 +87,8 @@ def linear_logprob_entropy_backward(hidden, weight, ids, bias, temperature, temp
     for rows in head.tiles():
         logits = head.logits(hidden, rows)
         tile = (logits, ids[rows], *_temperature(temperature, temperatures, rows), head.active[rows])
-        _, *statistics = torch.ops.acpo_kernels.logprob_entropy(*tile)
         grads = [None if g is None else g[rows] for g in (grad_logp, grad_entropy)]
-        grad = torch.ops.acpo_kernels.logprob_entropy_backward(*grads, *tile[:2], *statistics, *tile[2:])
+        grad = torch.ops.acpo_kernels.logprob_entropy_backward(*grads, *tile[:2], *(s[rows] for s in statistics[1:]), *tile[2:])
         grad = head.before_softcap(logits, grad)
         if need_hidden:
             out_hidden[rows] = head.grad_hidden(grad).to(hidden.dtype)

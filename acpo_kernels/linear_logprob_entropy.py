@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import _checks as check
@@ -49,7 +50,11 @@ def linear_logprob_entropy(
     check.head(hidden, weight, ids, bias, temperature, softcap, mask)
     if impl == "reference":
         return reference.linear_logprob_entropy(hidden, weight, ids, bias=bias, temperature=temperature, softcap=softcap, mask=mask)
-    return LogprobEntropy(*_op(hidden, weight, ids, bias, *number_or_tensor(temperature), softcap, mask))
+    return LogprobEntropy(*_op(hidden, weight, ids, bias, *number_or_tensor(temperature), softcap, mask)[:2])
+
+
+# The operation's four results are those of `logprob_entropy`: logp, entropy, and for the backward the maximum of the logits and the
+# centred logsumexp.
 
 
 def _forward_cpu(hidden, weight, ids, bias, temperature, temperatures, softcap, mask):
@@ -57,28 +62,46 @@ def _forward_cpu(hidden, weight, ids, bias, temperature, temperatures, softcap, 
     return _torch.linear_logprob_entropy(hidden, weight, ids, bias, temperature, temperatures, softcap, mask)
 
 
+def _forward_cuda(hidden, weight, ids, bias, temperature, temperatures, softcap, mask):
+    if hidden.dtype == torch.float64:
+        return _torch.linear_logprob_entropy(hidden, weight, ids, bias, temperature, temperatures, softcap, mask)
+    from ._triton import linear_logprob_entropy as kernels
+
+    return kernels.forward(hidden, weight, ids, bias, temperature, temperatures, softcap, mask)
+
+
+def _backward_cuda(hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, statistics, needs):
+    if hidden.dtype == torch.float64:
+        return _torch.linear_logprob_entropy_backward(
+            hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, statistics, needs
+        )
+    from ._triton import linear_gradients as kernels
+
+    return kernels.backward(hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, statistics, needs)
+
+
 def _fake(hidden, weight, ids, *rest):
-    dtype = reference.working_dtype(hidden.dtype)
-    return hidden.new_empty(ids.shape, dtype=dtype), hidden.new_empty(ids.shape, dtype=dtype)
+    return tuple(hidden.new_empty(ids.shape, dtype=reference.working_dtype(hidden.dtype)) for _ in range(4))
 
 
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     hidden, weight, ids, bias, ctx.temperature, temperatures, ctx.softcap, mask = inputs
-    ctx.save_for_backward(hidden, weight, ids, bias, temperatures, mask)
+    ctx.save_for_backward(hidden, weight, ids, bias, temperatures, mask, *output)
+    ctx.mark_non_differentiable(*output[2:])
 
 
-def _backward(ctx, grad_logp, grad_entropy):
-    hidden, weight, ids, bias, temperatures, mask = ctx.saved_tensors
+def _backward(ctx, grad_logp, grad_entropy, *_):
+    hidden, weight, ids, bias, temperatures, mask, *statistics = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[3]]
     if grad_logp is None and grad_entropy is None:
         return (None,) * 8
-    grads = _backward_op(hidden, weight, ids, bias, ctx.temperature, temperatures, ctx.softcap, mask, grad_logp, grad_entropy, needs)
+    grads = _backward_op(hidden, weight, ids, bias, ctx.temperature, temperatures, ctx.softcap, mask, grad_logp, grad_entropy, statistics, needs)
     grad_hidden, grad_weight, grad_bias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return grad_hidden, grad_weight, None, grad_bias, None, None, None, None
 
 
-def _backward_fake(hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, needs):
+def _backward_fake(hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, statistics, needs):
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
         weight.new_empty(weight.shape if needs[1] else (0,)),
@@ -90,17 +113,17 @@ def _backward_fake(hidden, weight, ids, bias, temperature, temperatures, softcap
 
 _op = define(
     "linear_logprob_entropy(Tensor hidden, Tensor weight, Tensor ids, Tensor? bias, float? temperature, Tensor? temperatures, float? softcap,"
-    " Tensor? mask) -> (Tensor, Tensor)",
+    " Tensor? mask) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_forward_cpu,
-    cuda=_torch.linear_logprob_entropy,
+    cuda=_forward_cuda,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
 )
 _backward_op = define(
     "linear_logprob_entropy_backward(Tensor hidden, Tensor weight, Tensor ids, Tensor? bias, float? temperature, Tensor? temperatures,"
-    " float? softcap, Tensor? mask, Tensor? grad_logp, Tensor? grad_entropy, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    " float? softcap, Tensor? mask, Tensor? grad_logp, Tensor? grad_entropy, Tensor[] statistics, bool[] needs) -> (Tensor, Tensor, Tensor)",
     cpu=_torch.linear_logprob_entropy_backward,
-    cuda=_torch.linear_logprob_entropy_backward,
+    cuda=_backward_cuda,
     fake=_backward_fake,
 )

@@ -391,7 +391,8 @@ def test_opcheck(device):
         torch.library.opcheck(ops.linear_logprob_entropy.default, (h, w.detach(), ids, None, 0.9, None, None, None))
         grad = torch.randn(6, device=device)
         for needs in ([True, True, True], [True, False, False], [False, True, False]):
-            arguments = (h.detach(), w.detach(), ids, b.detach(), 1.0, None, None, mask, grad, None, needs)
+            statistics = ops.linear_logprob_entropy(h.detach(), w.detach(), ids, b.detach(), 1.0, None, None, mask)
+            arguments = (h.detach(), w.detach(), ids, b.detach(), 1.0, None, None, mask, grad, None, statistics, needs)
             torch.library.opcheck(ops.linear_logprob_entropy_backward.default, arguments)
 
 

@@ -16,7 +16,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("file", ["test_logprob_entropy.py"])
+@pytest.mark.parametrize("file", ["test_logprob_entropy.py", "interpreter_linear.py"])
 def test_kernels_in_the_interpreter(file):
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreter", str(here / file), "-p", "no:cacheprovider"]
