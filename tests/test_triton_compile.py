@@ -106,5 +106,5 @@ def test_launcher_compiles_once_for_every_number_of_rows(monkeypatch):
 if __name__ == "__main__":  # records the table for this version of triton
     table = json.loads(RESOURCES.read_text()) if RESOURCES.exists() else {}
     built = {key(*c): logprob_entropy(*c) for c in CASES}
-    table[triton.__version__] = {k: [c.registers, c.shared] for k, c in built.items()}
+    table.setdefault(triton.__version__, {}).update({k: [c.registers, c.shared] for k, c in built.items()})
     RESOURCES.write_text(json.dumps(table, indent=1) + "\n")

@@ -20,6 +20,7 @@ class Compiled:
     stack: int
     shared: int
     local: int
+    dynamic: int  # shared memory asked for at launch; `shared` is what the code holds itself
 
     def loops(self) -> list[str]:
         """The bodies of the loops: from a label to the branch back to it."""
@@ -37,7 +38,9 @@ class Compiled:
         return [int(m[1] or 1) * int(m[2]) for m in re.finditer(pattern, ptx)]
 
 
-def compile_kernel(kernel, types: dict[str, str], constants: dict, divisible: set[str], architecture: int, num_warps: int) -> Compiled:
+def compile_kernel(
+    kernel, types: dict[str, str], constants: dict, divisible: set[str], architecture: int, num_warps: int, num_stages: int = 3
+) -> Compiled:
     """types: the run-time arguments; constants: the rest; divisible: the arguments that are multiples of 16 at launch."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -53,14 +56,14 @@ def compile_kernel(kernel, types: dict[str, str], constants: dict, divisible: se
         constants,
         {(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": num_warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": num_warps, "num_stages": num_stages})
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = subprocess.run([tool, "--dump-resource-usage", cubin.name], check=True, capture_output=True, text=True).stdout
     numbers = {key: int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "SHARED", "LOCAL")}
-    return Compiled(compiled.asm["ptx"], numbers["REG"], numbers["STACK"], numbers["SHARED"], numbers["LOCAL"])
+    return Compiled(compiled.asm["ptx"], numbers["REG"], numbers["STACK"], numbers["SHARED"], numbers["LOCAL"], compiled.metadata.shared)
 
 
 class Driver:
