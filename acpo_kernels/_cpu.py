@@ -59,3 +59,156 @@ def logprob_entropy_backward(
     _C.logprob_entropy_backward(
         rows, _C.RowStatistics(0, *map(_address, saved)), *map(_address, incoming), gradient.data_ptr(), torch.get_num_threads()
     )
+
+
+_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # the numbers of csrc's Dtype
+_NOTHING = (0, 0, 0)
+_REDUCE = {"sum": 0, "mean": 1, "max": 2}
+_RATIO = {"token": 0, "segment": 1, "sequence": 2}
+
+
+def _array(tensor: Tensor | None) -> tuple[int, int, int]:
+    """A tensor of at most one dimension, read where it lies."""
+    return _NOTHING if tensor is None else (tensor.data_ptr(), _DTYPE[tensor.dtype], tensor.stride(0) if tensor.ndim else 0)
+
+
+def _hierarchy(token_offsets: Tensor, sequence_offsets: Tensor, num_tokens: int) -> tuple[int, int, int, int, int]:
+    """Of contiguous int64 offsets, which those of a Segments object are."""
+    return token_offsets.data_ptr(), sequence_offsets.data_ptr(), num_tokens, token_offsets.shape[0] - 1, sequence_offsets.shape[0] - 1
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+
+
+def _channels(values: Tensor) -> tuple[Tensor, int, int]:
+    """(values with contiguous channels, their number, their distance)"""
+    if values.stride(-1) != 1 and values.shape[-1] > 1:
+        values = values.contiguous()
+    return (values, 1, 0) if values.ndim == 1 else (values, values.shape[0], values.stride(0))
+
+
+def segment_reduce(values: Tensor, token_offsets: Tensor, sequence_offsets: Tensor, reduce: str, level: str, mask: Tensor | None) -> Tensor:
+    offsets = token_offsets if level == "segment" else sequence_offsets
+    out = torch.empty((*values.shape[:-1], offsets.shape[0] - 1), dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)
+    values, channels, stride = _channels(values)
+    mask = _contiguous(mask)
+    _C.segment_reduce(
+        _hierarchy(token_offsets, sequence_offsets, values.shape[-1]), level == "sequence", _REDUCE[reduce], _address(mask), channels,
+        (values.data_ptr(), _DTYPE[values.dtype], stride), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def segment_reduce_backward(
+    grad: Tensor, token_offsets: Tensor, sequence_offsets: Tensor, reduce: str, level: str, mask: Tensor | None, num_tokens: int,
+    dtype: torch.dtype, values: Tensor | None, output: Tensor | None,
+) -> Tensor:  # fmt: skip
+    gradient = torch.empty((*grad.shape[:-1], num_tokens), dtype=dtype)
+    grad, output, mask = grad.contiguous(), _contiguous(output), _contiguous(mask)
+    stride = 0
+    if values is not None:
+        values, _, stride = _channels(values)
+    _C.segment_reduce_backward(
+        _hierarchy(token_offsets, sequence_offsets, num_tokens), level == "sequence", _REDUCE[reduce], _address(mask),
+        1 if grad.ndim == 1 else grad.shape[0], grad.data_ptr(), (_address(values), _DTYPE[dtype], stride), _address(output),
+        gradient.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return gradient
+
+
+def segment_credit(
+    scores, token_offsets, sequence_offsets, advantages, num_tokens, terminal_segments, mask, form, bound, gain, reliability, reliabilities,
+    exclude_terminal, scale, scales,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    token_advantages, weights = torch.empty(num_tokens, dtype=dtype), torch.empty(scores.shape[0], dtype=dtype)
+    terminal_segments, mask = _contiguous(terminal_segments), _contiguous(mask)
+    _C.segment_credit(
+        _hierarchy(token_offsets, sequence_offsets, num_tokens), _array(scores), _array(advantages), _address(terminal_segments), _address(mask),
+        form == "additive", exclude_terminal, bound, gain, reliability or 0.0, _array(reliabilities), scale or 0.0, _array(scales),
+        token_advantages.data_ptr(), weights.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return token_advantages, weights
+
+
+def _policy_loss(
+    logp, old_logp, advantages, token_offsets, sequence_offsets, mask, clip_low, clip_high, ratio, entropy, entropy_weight, entropy_weights,
+    ref_logp, kl_weight, rollout_logp, rollout_cap, denominator, denominators,
+):  # fmt: skip
+    """The C++ view of the arguments, all of which it points into; mask is contiguous."""
+    n = advantages.shape[0]
+    of = 0 if denominators is None or denominators.ndim == 0 else 2 if denominators.shape[0] == n else 1
+    return _C.PolicyLoss(
+        _hierarchy(token_offsets, sequence_offsets, n), _address(mask), _array(logp), _array(old_logp), _array(advantages), _array(entropy),
+        _array(ref_logp), _array(rollout_logp), clip_low, clip_high, _RATIO[ratio], entropy_weight, _array(entropy_weights), kl_weight, rollout_cap,
+        denominator or 0.0, _array(denominators), of,
+    )  # fmt: skip
+
+
+def policy_loss(
+    logp, old_logp, advantages, token_offsets, sequence_offsets, mask, clip_low, clip_high, ratio, entropy, entropy_weight, entropy_weights,
+    ref_logp, kl_weight, rollout_logp, rollout_cap, denominator, denominators,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    n = logp.shape[0]
+    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
+    loss, metrics, grad_logp = torch.empty((), dtype=dtype), torch.empty(10, dtype=dtype), torch.empty(n, dtype=dtype)
+    grad_entropy = torch.empty(0 if entropy is None else n, dtype=dtype)
+    mask = _contiguous(mask)
+    settings = _policy_loss(
+        logp, old_logp, advantages, token_offsets, sequence_offsets, mask, clip_low, clip_high, ratio, entropy, entropy_weight, entropy_weights,
+        ref_logp, kl_weight, rollout_logp, rollout_cap, denominator, denominators,
+    )  # fmt: skip
+    _C.policy_loss(settings, loss.data_ptr(), metrics.data_ptr(), grad_logp.data_ptr(), grad_entropy.data_ptr(), torch.get_num_threads())
+    return loss, metrics, grad_logp, grad_entropy
+
+
+def _head(hidden, weight, ids, bias, temperature, temperatures, softcap, rows: Tensor):
+    """The C++ view of the head at the rows `rows`, and the tensors it points into."""
+    hidden, weight = (x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous() for x in (hidden, weight))
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    temperatures = None if temperatures is None else temperatures.to(torch.float64).contiguous()
+    ids = ids.to(torch.int64).contiguous()
+    head = _C.Head(
+        hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), weight.stride(0), str(hidden.dtype).removeprefix("torch."), *weight.shape,
+        _address(bias), softcap or 0.0, 1.0 if temperature is None else temperature, _address(temperatures), ids.data_ptr(), rows.data_ptr(),
+        rows.numel(),
+    )  # fmt: skip
+    return head, (hidden, weight, bias, temperatures, ids, rows)
+
+
+def head_forward(hidden, weight, ids, bias, temperature, temperatures, softcap, rows: Tensor, results: tuple[Tensor, ...]) -> None:
+    """Fills logp, entropy, maximum and centred logsumexp [N] at `rows`; the others are left alone."""
+    head, _keep = _head(hidden, weight, ids, bias, temperature, temperatures, softcap, rows)
+    _C.head_forward(head, *map(_address, results), torch.get_num_threads())
+
+
+def head_backward(
+    hidden, weight, ids, bias, temperature, temperatures, softcap, rows: Tensor, statistics: tuple[Tensor, Tensor, Tensor],
+    upstream: tuple[Tensor | None, Tensor | None], gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> None:  # fmt: skip
+    """Writes the gradients of hidden (at `rows`), weight and bias (float32) that are not None."""
+    head, _keep = _head(hidden, weight, ids, bias, temperature, temperatures, softcap, rows)
+    saved = [s.contiguous() for s in statistics]
+    incoming = [None if g is None else g.to(torch.float32).contiguous() for g in upstream]
+    _C.head_backward(head, *map(_address, (*saved, *incoming, *gradients)), torch.get_num_threads())
+
+
+def linear_policy_loss(
+    hidden, weight, ids, bias, temperature, temperatures, softcap, old_logp, advantages, token_offsets, sequence_offsets, active, clip_low,
+    clip_high, ratio, entropy_weight, entropy_weights, ref_logp, kl_weight, rollout_logp, rollout_cap, denominator, denominators, needs,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Not for float64. active: the rows that take part, whose ids lie inside the vocabulary."""
+    head, _keep = _head(hidden, weight, ids, bias, temperature, temperatures, softcap, ids.new_empty(0))
+    settings = _policy_loss(
+        None, old_logp, advantages, token_offsets, sequence_offsets, active, clip_low, clip_high, ratio, None, entropy_weight, entropy_weights,
+        ref_logp, kl_weight, rollout_logp, rollout_cap, denominator, denominators,
+    )  # fmt: skip
+    n = ids.shape[0]
+    results = [torch.zeros(shape) for shape in ((), 10, n, n)]
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    makers = (torch.zeros, torch.empty, torch.empty)
+    gradients = [make(shape if need else 0) for make, shape, need in zip(makers, shapes, needs, strict=True)]
+    wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+    _C.linear_policy_loss(head, settings, *map(_address, (*results, *wanted)), torch.get_num_threads())
+    return *results, *gradients

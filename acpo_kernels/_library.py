@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 NAMESPACE = "acpo_kernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -40,7 +41,23 @@ def define(
             raise RuntimeError(f"{qualified} has no derivative: second derivatives and gradients through detached results are not supported")
 
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    return _below_autograd(getattr(getattr(torch.ops, NAMESPACE), name).default)
+
+
+def _below_autograd(operation: Callable) -> Callable:
+    """The operation, without autograd where nothing asks for a gradient: what torch does to find that out costs 10 us a call."""
+
+    def run(*args):
+        if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+            return operation(*args)
+        if torch.is_grad_enabled():
+            for x in args:
+                if isinstance(x, Tensor) and x.requires_grad:
+                    return operation(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operation(*args)
+
+    return run
 
 
 def _without_autocast(function: Callable, device: str) -> Callable:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .segments import Segments
+from .segments import Segments, _ids
 
 METRICS = (
     "tokens", "clip_ratio/low_mean", "clip_ratio/high_mean", "ratio/mean", "ratio/min", "ratio/max", "ratio/ess", "kl/old", "kl/ref", "entropy",
@@ -48,6 +48,11 @@ class _Head:
         tile = reference.head_logits(self._padded(self.hidden(hidden, rows)), self.working_weight, self.bias, self.softcap)
         return tile[: rows.stop - rows.start]
 
+    def logits_of(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Those of some active rows, at most a tile of them."""
+        tile = self._padded(hidden[rows].to(self.dtype))
+        return reference.head_logits(tile, self.working_weight, self.bias, self.softcap)[: rows.shape[0]]
+
     def grad_hidden(self, grad_logits: Tensor) -> Tensor:
         return (self._padded(grad_logits) @ self.working_weight)[: grad_logits.shape[0]]
 
@@ -65,38 +70,50 @@ def _temperature(temperature: float | None, temperatures: Tensor | None, rows: s
 
 def linear_logprob_entropy(hidden, weight, ids, bias, temperature, temperatures, softcap, mask):
     head = _Head(weight, bias, softcap, reference.active_rows(ids, mask))
-    outs = tuple(torch.zeros(ids.shape, dtype=head.dtype, device=ids.device) for _ in range(4))
+    results = tuple(torch.zeros(ids.shape, dtype=head.dtype, device=ids.device) for _ in range(4))
     for rows in head.tiles():
         tile = (head.logits(hidden, rows), ids[rows], *_temperature(temperature, temperatures, rows), head.active[rows])
-        for out, value in zip(outs, torch.ops.acpo_kernels.logprob_entropy(*tile), strict=True):
-            out[rows] = value
-    return outs
+        for result, value in zip(results, torch.ops.acpo_kernels.logprob_entropy(*tile), strict=True):
+            result[rows] = value
+    return results
 
 
-def linear_logprob_entropy_backward(hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, statistics, needs):
-    upstream = torch.zeros_like(ids, dtype=torch.bool)
-    for grad in (grad_logp, grad_entropy):
-        if grad is not None:
-            upstream |= grad != 0
+def has_upstream(grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
+    """The rows that a gradient reaches; NaN is one."""
+    nonzero = [grad != 0 for grad in (grad_logp, grad_entropy) if grad is not None]
+    return nonzero[0] if len(nonzero) == 1 else nonzero[0] | nonzero[1]
+
+
+def linear_logprob_entropy_backward(hidden, weight, ids, bias, *rest):
+    """The gradients, each rounded once to its own dtype."""
+    grads = linear_logprob_entropy_gradients(hidden, weight, ids, bias, *rest)
+    return tuple(grad.to(x.dtype) for grad, x in zip(grads, (hidden, weight, grads[2] if bias is None else bias), strict=True))
+
+
+def linear_logprob_entropy_gradients(
+    hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, entropy, maximum, logsumexp, needs
+):  # fmt: skip
+    """The gradients in the working dtype."""
     need_hidden, need_weight, need_bias = needs
     # A row with a zero gradient adds nothing, whatever its hidden state holds.
-    head = _Head(weight, bias, softcap, reference.active_rows(ids, mask) & upstream)
-    out_hidden = torch.zeros(hidden.shape if need_hidden else (0,), dtype=hidden.dtype, device=hidden.device)
+    head = _Head(weight, bias, softcap, reference.active_rows(ids, mask) & has_upstream(grad_logp, grad_entropy))
+    out_hidden = torch.zeros(hidden.shape if need_hidden else (0,), dtype=head.dtype, device=hidden.device)
     out_weight = torch.zeros(weight.shape if need_weight else (0,), dtype=head.dtype, device=weight.device)
     out_bias = torch.zeros(weight.shape[0] if need_bias else 0, dtype=head.dtype, device=weight.device)
     for rows in head.tiles():
         logits = head.logits(hidden, rows)
         tile = (logits, ids[rows], *_temperature(temperature, temperatures, rows), head.active[rows])
+        statistics = (s[rows] for s in (entropy, maximum, logsumexp))
         grads = [None if g is None else g[rows] for g in (grad_logp, grad_entropy)]
-        grad = torch.ops.acpo_kernels.logprob_entropy_backward(*grads, *tile[:2], *(s[rows] for s in statistics[1:]), *tile[2:])
+        grad = torch.ops.acpo_kernels.logprob_entropy_backward(*grads, *tile[:2], *statistics, *tile[2:])
         grad = head.before_softcap(logits, grad)
         if need_hidden:
-            out_hidden[rows] = head.grad_hidden(grad).to(hidden.dtype)
+            out_hidden[rows] = head.grad_hidden(grad)
         if need_weight:
             out_weight.addmm_(grad.T, head.hidden(hidden, rows))
         if need_bias:
             out_bias += grad.sum(0)
-    return out_hidden, out_weight.to(weight.dtype), out_bias if bias is None else out_bias.to(bias.dtype)
+    return out_hidden, out_weight, out_bias
 
 
 def hindsight_information(logits, hindsight_logits, ids, temperature, temperatures, mask):
@@ -138,6 +155,25 @@ def segment_reduce(values, token_offsets, sequence_offsets, reduce, level, mask)
     return reference.segment_reduce(values, segments, reduce=reduce, level=level, mask=mask)
 
 
+def segment_reduce_backward(grad, token_offsets, sequence_offsets, reduce, level, mask, num_tokens, dtype, values, output):
+    lengths = (token_offsets if level == "segment" else token_offsets[sequence_offsets]).diff()
+    index = _ids(lengths, num_tokens)
+    if reduce == "max":
+        attains = values == output[..., index]
+        if mask is not None:
+            attains = attains & mask
+        ties = output.new_zeros(output.shape).index_add(-1, index, attains.to(output.dtype))
+        out = attains * (grad / ties.clamp(min=1.0))[..., index]
+    elif reduce == "mean":
+        counts = lengths if mask is None else torch.zeros_like(lengths).index_add(0, index, mask.to(lengths.dtype))
+        out = (grad / counts.clamp(min=1))[..., index]
+    else:
+        out = grad[..., index]
+    if mask is not None:
+        out = torch.where(mask, out, 0.0)
+    return out.to(dtype).contiguous()
+
+
 def segment_credit(
     scores, token_offsets, sequence_offsets, advantages, num_tokens, terminal_segments, mask, form, bound, gain, reliability, reliabilities,
     exclude_terminal, scale, scales,
@@ -177,7 +213,8 @@ def policy_loss(
         if ratio == "segment":
             root = reference.segment_reduce(keep.to(dtype), segments)[index].clamp(min=1.0).sqrt()
             low, high = low / root, high / root
-    grad = torch.where(r * a <= reference._clamp(r, 1.0 - low, 1.0 + high) * a, -r * a, 0.0)
+    # Clipped only where the clipped surrogate IS the smaller: a NaN stays one.
+    grad = torch.where(reference._clamp(r, 1.0 - low, 1.0 + high) * a < r * a, 0.0, -r * a)
     if rollout_logp is not None:
         grad = grad * torch.exp((old - torch.where(keep, rollout_logp.to(dtype), 0.0)).clamp(-limit, limit)).clamp(max=rollout_cap)
     if ref_logp is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
-from . import _torch, reference
+from . import _cpu, _torch, reference
 from ._library import define, number_or_tensor
 from ._results import LogprobEntropy
 
@@ -53,13 +53,39 @@ def linear_logprob_entropy(
     return LogprobEntropy(*_op(hidden, weight, ids, bias, *number_or_tensor(temperature), softcap, mask)[:2])
 
 
-# The operation's four results are those of `logprob_entropy`: logp, entropy, and for the backward the maximum of the logits and the
-# centred logsumexp.
+# The four results of the operation are logp, entropy, and for its backward the maximum of the logits (before the temperature)
+# and the centred logsumexp, as in `logprob_entropy`.
 
 
 def _forward_cpu(hidden, weight, ids, bias, temperature, temperatures, softcap, mask):
-    check.ids_in_range(ids, reference.active_rows(ids, mask), weight.shape[0])
-    return _torch.linear_logprob_entropy(hidden, weight, ids, bias, temperature, temperatures, softcap, mask)
+    active = reference.active_rows(ids, mask)
+    check.ids_in_range(ids, active, weight.shape[0])
+    if not _cpu.available or hidden.dtype == torch.float64:
+        return _torch.linear_logprob_entropy(hidden, weight, ids, bias, temperature, temperatures, softcap, mask)
+    results = tuple(torch.zeros(ids.shape) for _ in range(4))
+    _cpu.head_forward(hidden, weight, ids, bias, temperature, temperatures, softcap, active.nonzero(), results)
+    return results
+
+
+def _backward_cpu(
+    hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, entropy, maximum, logsumexp, needs
+):  # fmt: skip
+    if not _cpu.available or hidden.dtype == torch.float64:
+        return _torch.linear_logprob_entropy_backward(
+            hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, entropy, maximum, logsumexp, needs
+        )
+    need_hidden, need_weight, need_bias = needs
+    rows = reference.active_rows(ids, mask) & _torch.has_upstream(grad_logp, grad_entropy)
+    gradients = (
+        torch.zeros(hidden.shape if need_hidden else 0, dtype=hidden.dtype),
+        torch.empty(weight.shape if need_weight else 0, dtype=weight.dtype),
+        torch.empty(weight.shape[0] if need_bias else 0),
+    )
+    wanted = [g if need else None for g, need in zip(gradients, needs, strict=True)]
+    statistics, upstream = (entropy, maximum, logsumexp), (grad_logp, grad_entropy)
+    if any(needs):
+        _cpu.head_backward(hidden, weight, ids, bias, temperature, temperatures, softcap, rows.nonzero(), statistics, upstream, wanted)
+    return *gradients[:2], gradients[2] if bias is None else gradients[2].to(bias.dtype)
 
 
 def _forward_cuda(hidden, weight, ids, bias, temperature, temperatures, softcap, mask):
@@ -70,14 +96,14 @@ def _forward_cuda(hidden, weight, ids, bias, temperature, temperatures, softcap,
     return kernels.forward(hidden, weight, ids, bias, temperature, temperatures, softcap, mask)
 
 
-def _backward_cuda(hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, statistics, needs):
+def _backward_cuda(hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, *rest):
+    arguments = (hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy)
     if hidden.dtype == torch.float64:
-        return _torch.linear_logprob_entropy_backward(
-            hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, statistics, needs
-        )
+        return _torch.linear_logprob_entropy_backward(*arguments, *rest)
     from ._triton import linear_gradients as kernels
 
-    return kernels.backward(hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, statistics, needs)
+    *statistics, needs = rest
+    return kernels.backward(*arguments, statistics, needs)
 
 
 def _fake(hidden, weight, ids, *rest):
@@ -87,7 +113,7 @@ def _fake(hidden, weight, ids, *rest):
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     hidden, weight, ids, bias, ctx.temperature, temperatures, ctx.softcap, mask = inputs
-    ctx.save_for_backward(hidden, weight, ids, bias, temperatures, mask, *output)
+    ctx.save_for_backward(hidden, weight, ids, bias, temperatures, mask, *output[1:])
     ctx.mark_non_differentiable(*output[2:])
 
 
@@ -96,12 +122,14 @@ def _backward(ctx, grad_logp, grad_entropy, *_):
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[3]]
     if grad_logp is None and grad_entropy is None:
         return (None,) * 8
-    grads = _backward_op(hidden, weight, ids, bias, ctx.temperature, temperatures, ctx.softcap, mask, grad_logp, grad_entropy, statistics, needs)
+    grads = _backward_op(
+        hidden, weight, ids, bias, ctx.temperature, temperatures, ctx.softcap, mask, grad_logp, grad_entropy, *statistics, needs
+    )  # fmt: skip
     grad_hidden, grad_weight, grad_bias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return grad_hidden, grad_weight, None, grad_bias, None, None, None, None
 
 
-def _backward_fake(hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, statistics, needs):
+def _backward_fake(hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, entropy, maximum, logsumexp, needs):
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
         weight.new_empty(weight.shape if needs[1] else (0,)),
@@ -122,8 +150,9 @@ _op = define(
 )
 _backward_op = define(
     "linear_logprob_entropy_backward(Tensor hidden, Tensor weight, Tensor ids, Tensor? bias, float? temperature, Tensor? temperatures,"
-    " float? softcap, Tensor? mask, Tensor? grad_logp, Tensor? grad_entropy, Tensor[] statistics, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    cpu=_torch.linear_logprob_entropy_backward,
+    " float? softcap, Tensor? mask, Tensor? grad_logp, Tensor? grad_entropy, Tensor entropy, Tensor maximum, Tensor logsumexp, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor)",
+    cpu=_backward_cpu,
     cuda=_backward_cuda,
     fake=_backward_fake,
 )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import _checks as check
-from . import reference
+from . import _cpu, _linear_loss, _torch, reference
+from ._library import define, number_or_tensor
 from ._results import LinearPolicyLoss
-from .linear_logprob_entropy import linear_logprob_entropy
-from .policy_loss import policy_loss
+from .policy_loss import check_arguments
 from .segments import Segments
 
 
@@ -34,28 +36,118 @@ def linear_policy_loss(
     denominator: float | Tensor | None = None,
     impl: str | None = None,
 ) -> LinearPolicyLoss:
-    """`policy_loss` of the log-probs and entropies that `linear_logprob_entropy` gives; the bonus takes its entropy from there.
+    """The policy loss from hidden states: `policy_loss` of the log-probs and entropies that `linear_logprob_entropy` gives.
 
         loss = sum_t l_t(logp_t, H_t) / denominator_t,   (logp, H) = linear_logprob_entropy(hidden, weight, ids)
+
+    The gradients of hidden, weight and bias are computed with the loss, where grad is enabled and a leaf needs one, and the
+    backward multiplies them by the incoming gradient. Masked rows take part in no matrix product; an unmasked row whose gradient
+    is exactly zero (clipped; or advantage, KL and entropy weight all 0) takes part in the forward product alone: with shares u of
+    unmasked rows and a of rows with a gradient, (2u + 4a) N H V floating-point operations. A ratio that is a mean over other rows
+    (segment or sequence level with old_logp) needs a forward of its own before the first gradient, and so does CUDA: (2u + 6a) N H V.
 
     Shapes
         hidden [N,H], weight [V,H], ids, old_logp, advantages [N]; the others as in the two operations. logp and entropy [N] come back detached.
     Dtypes
-        As `linear_logprob_entropy`. Gradients of hidden, weight and bias.
+        As `linear_logprob_entropy`. Gradients are held in float32 (float64) until the backward and rounded once.
     Units
-        Nats; rows with mask=False or ids == -100 take no part.
+        Nats; rows with mask=False or ids == -100 take no part. An unmasked row that holds NaN makes the loss and the gradients of
+        weight and bias NaN, and its own gradient of hidden. Second derivatives raise.
     Errors
         Those of the two operations.
     Source
-        Those of the two operations; today it is their composition (two forward products and one recompute).
+        Those of the two operations; gradients in the forward as in Liger's fused linear losses.
     """
-    settings = dict(
-        clip=clip, ratio=ratio, entropy_weight=entropy_weight, ref_logp=ref_logp, kl_weight=kl_weight, rollout_logp=rollout_logp,
-        rollout_cap=rollout_cap, denominator=denominator,
-    )  # fmt: skip
-    head = dict(bias=bias, temperature=temperature, softcap=softcap, mask=mask)
-    logp, entropy = linear_logprob_entropy(hidden, weight, ids, **head, impl=impl)
+    check.implementation(impl)
+    check.tensor("hidden", hidden, check.FLOAT, ndim=2)
+    check.tensor("weight", weight, check.FLOAT, ndim=2)
+    hidden, weight, bias = check.autocast(hidden, weight, bias)
+    check.head(hidden, weight, ids, bias, temperature, softcap, mask)
     check.tensor("ids", ids, check.INTEGER, shape=(segments.num_tokens,), shape_name="[N] of segments", device=segments.device)
+    low, high = check_arguments(
+        segments, clip, ratio, kl_weight, rollout_cap, entropy_weight, denominator,
+        (("advantages", advantages),), (("old_logp", old_logp), ("ref_logp", ref_logp), ("rollout_logp", rollout_logp)),
+    )  # fmt: skip
+    if kl_weight > 0 and ref_logp is None:
+        raise ValueError("ref_logp must be given with kl_weight > 0, got None")
+    if impl == "reference":
+        return reference.linear_policy_loss(
+            hidden, weight, ids, old_logp, advantages, segments, bias=bias, temperature=temperature, softcap=softcap, mask=mask, clip=clip,
+            ratio=ratio, entropy_weight=entropy_weight, ref_logp=ref_logp, kl_weight=kl_weight, rollout_logp=rollout_logp,
+            rollout_cap=rollout_cap, denominator=denominator,
+        )  # fmt: skip
+    grad = torch.is_grad_enabled()
+    needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    loss, metrics, logp, entropy, *_ = _op(
+        hidden, weight, ids, bias, *number_or_tensor(temperature), softcap, old_logp, advantages, segments.token_offsets,
+        segments.sequence_offsets, mask, low, high, ratio, *number_or_tensor(entropy_weight), ref_logp, kl_weight, rollout_logp, rollout_cap,
+        *number_or_tensor(denominator), needs,
+    )  # fmt: skip
+    return LinearPolicyLoss(loss, dict(zip(_torch.METRICS, metrics.unbind(), strict=True)), logp, entropy)
+
+
+# The results of the operation are loss, metrics [10], logp and entropy [N], and the gradients of hidden [N,H], weight [V,H] and
+# bias [V] for an incoming gradient of 1, in the working dtype; one that `needs` does not ask for is empty, of shape [0].
+
+
+def _forward_cpu(hidden, weight, ids, bias, temperature, temperatures, softcap, old_logp, advantages, token_offsets, sequence_offsets, mask, *rest):
     active = reference.active_rows(ids, mask)
-    loss, metrics = policy_loss(logp, old_logp, advantages, segments, mask=active, entropy=entropy, **settings, impl=impl)
-    return LinearPolicyLoss(loss, metrics, logp.detach(), entropy.detach())
+    check.ids_in_range(ids, active, weight.shape[0])
+    head = (hidden, weight, ids, bias, temperature, temperatures, softcap)
+    if not _cpu.available or hidden.dtype == torch.float64:
+        return _linear_loss.linear_policy_loss_cpu(*head, old_logp, advantages, token_offsets, sequence_offsets, active, *rest)[0]
+    return _cpu.linear_policy_loss(*head, old_logp, advantages, token_offsets, sequence_offsets, active, *rest)
+
+
+def _forward_cuda(hidden, *rest):
+    if hidden.dtype == torch.float64:
+        return _linear_loss.linear_policy_loss(hidden, *rest)
+    from ._triton import linear_policy_loss as kernels
+
+    return kernels.forward(hidden, *rest)
+
+
+def _fake(hidden, weight, ids, *rest):
+    dtype, needs = reference.working_dtype(hidden.dtype), rest[-1]
+    shapes = [(), (len(_torch.METRICS),), ids.shape, ids.shape]
+    shapes += [shape if need else (0,) for shape, need in zip((hidden.shape, weight.shape, weight.shape[:1]), needs, strict=True)]
+    return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], inputs[1], inputs[3])]
+    ctx.needs = inputs[-1]
+    ctx.save_for_backward(*output[4:])
+
+
+@once_differentiable
+def _backward(ctx, grad_loss, *_):
+    grads = [None] * 24
+    if grad_loss is not None:
+        parts = zip((0, 1, 3), ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
+        for at, grad, dtype, need in parts:
+            if need:
+                grads[at] = _scaled(grad, grad_loss, dtype)
+    return tuple(grads)
+
+
+def _scaled(grad: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of weight is as large as the weight itself: on the host a factor of 1 costs no pass over it."""
+    if type(by) is Tensor and by.device.type == "cpu" and not torch.compiler.is_compiling() and by.item() == 1.0:
+        return grad.to(dtype)
+    return (grad * by).to(dtype)
+
+
+_op = define(
+    "linear_policy_loss(Tensor hidden, Tensor weight, Tensor ids, Tensor? bias, float? temperature, Tensor? temperatures, float? softcap,"
+    " Tensor? old_logp, Tensor advantages, Tensor token_offsets, Tensor sequence_offsets, Tensor? mask, float clip_low, float clip_high, str ratio,"
+    " float? entropy_weight, Tensor? entropy_weights, Tensor? ref_logp, float kl_weight, Tensor? rollout_logp, float rollout_cap,"
+    " float? denominator, Tensor? denominators, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    cpu=_forward_cpu,
+    cuda=_forward_cuda,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)

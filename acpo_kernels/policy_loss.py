@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _checks as check
-from . import _torch, reference
+from . import _cpu, _torch, reference
 from ._library import define, number_or_tensor
 from ._results import PolicyLoss
 from .segments import Segments
@@ -57,19 +57,17 @@ def policy_loss(
         DAPO (arXiv 2503.14476) eq. 8-12, GSPO (arXiv 2507.18071) eq. 13-14, k3 with importance correction (DeepSeek-V3.2 eq. 7).
     """
     check.implementation(impl)
-    n, device = segments.num_tokens, segments.device
-    check.tensor("logp", logp, check.FLOAT, shape=(n,), shape_name="[N]", device=device)
-    check.tensor("advantages", advantages, check.FLOAT, shape=(n,), shape_name="[N]", device=device)
-    for name, value in (("old_logp", old_logp), ("entropy", entropy), ("ref_logp", ref_logp), ("rollout_logp", rollout_logp)):
-        if value is not None:
-            check.tensor(name, value, check.FLOAT, shape=(n,), shape_name="[N]", device=device)
+    low, high = check_arguments(
+        segments, clip, ratio, kl_weight, rollout_cap, entropy_weight, denominator,
+        (("logp", logp), ("advantages", advantages)),
+        (("old_logp", old_logp), ("entropy", entropy), ("ref_logp", ref_logp), ("rollout_logp", rollout_logp)),
+    )  # fmt: skip
     if mask is not None:
-        check.tensor("mask", mask, check.BOOL, shape=(n,), shape_name="[N]", device=device)
-    low, high = _loss_settings(clip, ratio, kl_weight, ref_logp, rollout_cap)
+        check.tensor("mask", mask, check.BOOL, shape=(segments.num_tokens,), shape_name="[N]", device=segments.device)
+    if kl_weight > 0 and ref_logp is None:
+        raise ValueError("ref_logp must be given with kl_weight > 0, got None")
     if entropy_weight is not None and entropy is None:
         raise ValueError("entropy must be given with entropy_weight, got None")
-    check.tensor_or_number("entropy_weight", entropy_weight, ((n,),), device)
-    check.tensor_or_number("denominator", denominator, ((), (segments.num_sequences,), (n,)), device, above=0)
     if impl == "reference":
         return reference.policy_loss(
             logp, old_logp, advantages, segments, mask=mask, clip=clip, ratio=ratio, entropy=entropy, entropy_weight=entropy_weight,
@@ -79,20 +77,28 @@ def policy_loss(
         logp, old_logp, advantages, segments.token_offsets, segments.sequence_offsets, mask, low, high, ratio, entropy,
         *number_or_tensor(entropy_weight), ref_logp, kl_weight, rollout_logp, rollout_cap, *number_or_tensor(denominator),
     )  # fmt: skip
-    return PolicyLoss(loss, dict(zip(_torch.METRICS, metrics.detach().unbind(), strict=True)))
+    return PolicyLoss(loss, dict(zip(_torch.METRICS, metrics.unbind(), strict=True)))
 
 
-def _loss_settings(clip, ratio, kl_weight, ref_logp, rollout_cap) -> tuple[float, float]:
-    """Checks the settings that are no per-token tensors; returns clip as two numbers."""
+def check_arguments(segments, clip, ratio, kl_weight, rollout_cap, entropy_weight, denominator, given, optional) -> tuple[float, float]:
+    """Checks what every form of the loss takes (given and optional: named tensors [N]); returns clip as two numbers."""
+    n, device = segments.num_tokens, segments.device
+    for name, value in given:
+        check.tensor(name, value, check.FLOAT, shape=(n,), shape_name="[N]", device=device)
+    for name, value in optional:
+        if value is not None:
+            check.tensor(name, value, check.FLOAT, shape=(n,), shape_name="[N]", device=device)
     if not isinstance(clip, (tuple, list)) or len(clip) != 2:
         raise ValueError(f"clip must be a pair (low, high), got {clip!r}")
     check.number("clip[0]", clip[0], low=0.0, high=1.0)
     check.number("clip[1]", clip[1], low=0.0)
     check.choice("ratio", ratio, ("token", "segment", "sequence"))
     check.number("kl_weight", kl_weight, low=0.0)
-    if kl_weight > 0 and ref_logp is None:
-        raise ValueError("ref_logp must be given with kl_weight > 0, got None")
     check.number("rollout_cap", rollout_cap, above=0)
+    if entropy_weight is not None:
+        check.tensor_or_number("entropy_weight", entropy_weight, ((n,),), device)
+    if denominator is not None:
+        check.tensor_or_number("denominator", denominator, ((), (segments.num_sequences,), (n,)), device, above=0)
     return float(clip[0]), float(clip[1])
 
 
@@ -129,7 +135,7 @@ _op = define(
     "policy_loss(Tensor logp, Tensor? old_logp, Tensor advantages, Tensor token_offsets, Tensor sequence_offsets, Tensor? mask, float clip_low,"
     " float clip_high, str ratio, Tensor? entropy, float? entropy_weight, Tensor? entropy_weights, Tensor? ref_logp, float kl_weight,"
     " Tensor? rollout_logp, float rollout_cap, float? denominator, Tensor? denominators) -> (Tensor, Tensor, Tensor, Tensor)",
-    cpu=_torch.policy_loss,
+    cpu=_cpu.policy_loss if _cpu.available else _torch.policy_loss,
     cuda=_torch.policy_loss,
     fake=_fake,
     setup_context=_setup_context,

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import _checks as check
-from . import _torch, reference
+from . import _cpu, _torch, reference
 from ._library import define, number_or_tensor
 from ._results import SegmentCredit
 from .segments import Segments
 
 
-@torch.no_grad()
 def segment_credit(
     scores: Tensor,
     segments: Segments,
@@ -35,9 +33,11 @@ def segment_credit(
         w_k = 1 + r (w~_k - 1)                                w_k <- w_k T / sum_j n_j w_j
         token advantage = A_b w_k
 
-    so that the rollout keeps exactly the credit sum_t A_b = A_b T, the sign never flips, and
+    so that the rollout keeps exactly the credit sum_t A_b = A_b T, the sign never flips, and (with e and r as above)
     (1 - r e)/(1 + r e) <= w_k <= (1 + r e)/(1 - r e). The terminal segment takes the mean w~ of the others; a rollout with
-    fewer than two other segments has w = 1. form="additive" is shaping and works where A_b = 0 as well:
+    fewer than two other segments has w = 1. On the CPU the sums are compensated and w is rounded once, to nearest, so that
+    |sum_t w - T| <= 2^-24 T for float32 results: half a unit of each weight. form="additive" is shaping and works where
+    A_b = 0 as well:
 
         token advantage = A_b + r gain clip(phi_k / scale, -3, 3)       (the terminal segment: A_b; weights are 1)
 
@@ -83,12 +83,16 @@ def segment_credit(
         return reference.segment_credit(
             scores, segments, advantages, mask=mask, form=form, bound=bound, gain=gain, reliability=reliability, terminal=terminal, scale=scale
         )
-    return SegmentCredit(
-        *_op(
-            scores, segments.token_offsets, segments.sequence_offsets, advantages, segments.num_tokens, segments.terminal, mask, form, bound, gain,
-            *number_or_tensor(reliability), terminal == "exclude", *number_or_tensor(scale),
-        )
+    results = _op(
+        _constant(scores), segments.token_offsets, segments.sequence_offsets, _constant(advantages), segments.num_tokens, segments.terminal, mask,
+        form, bound, gain, *number_or_tensor(_constant(reliability)), terminal == "exclude", *number_or_tensor(_constant(scale)),
     )  # fmt: skip
+    return SegmentCredit(*results)
+
+
+def _constant(value):
+    """No gradient flows; what needs none is passed on as it is (a detached view costs a microsecond)."""
+    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
 
 
 def _fake(scores, token_offsets, sequence_offsets, advantages, num_tokens, *rest):
@@ -100,7 +104,7 @@ _op = define(
     "segment_credit(Tensor scores, Tensor token_offsets, Tensor sequence_offsets, Tensor advantages, SymInt num_tokens, Tensor? terminal_segments,"
     " Tensor? mask, str form, float bound, float gain, float? reliability, Tensor? reliabilities, bool exclude_terminal, float? scale,"
     " Tensor? scales) -> (Tensor, Tensor)",
-    cpu=_torch.segment_credit,
+    cpu=_cpu.segment_credit if _cpu.available else _torch.segment_credit,
     cuda=_torch.segment_credit,
     fake=_fake,
 )

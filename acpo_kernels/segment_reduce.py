@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import _checks as check
-from . import _torch, reference
+from . import _cpu, _torch, reference
 from ._library import define
-from .segments import Segments, _ids
+from .segments import Segments
 
 
 def segment_reduce(
@@ -57,27 +56,27 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     token_offsets, sequence_offsets, mask, values, output = ctx.saved_tensors
-    lengths = (token_offsets if ctx.level == "segment" else token_offsets[sequence_offsets]).diff()
-    index = _ids(lengths, ctx.num_tokens)
-    if ctx.reduce == "max":
-        attains = (values == output[..., index]) if mask is None else (values == output[..., index]) & mask
-        ties = output.new_zeros(output.shape).index_add(-1, index, attains.to(output.dtype))
-        out = attains * (grad / ties.clamp(min=1.0))[..., index]
-    elif ctx.reduce == "mean":
-        counts = lengths if mask is None else torch.zeros_like(lengths).index_add(0, index, mask.to(lengths.dtype))
-        out = (grad / counts.clamp(min=1))[..., index]
-    else:
-        out = grad[..., index]
-    if mask is not None:
-        out = torch.where(mask, out, 0.0)
-    return out.to(ctx.dtype), None, None, None, None, None
+    out = _backward_op(grad, token_offsets, sequence_offsets, ctx.reduce, ctx.level, mask, ctx.num_tokens, ctx.dtype, values, output)
+    return out, None, None, None, None, None
+
+
+def _backward_fake(grad, token_offsets, sequence_offsets, reduce, level, mask, num_tokens, dtype, values, output):
+    return grad.new_empty((*grad.shape[:-1], num_tokens), dtype=dtype)
 
 
 _op = define(
     "segment_reduce(Tensor values, Tensor token_offsets, Tensor sequence_offsets, str reduce, str level, Tensor? mask) -> Tensor",
-    cpu=_torch.segment_reduce,
+    cpu=_cpu.segment_reduce if _cpu.available else _torch.segment_reduce,
     cuda=_torch.segment_reduce,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+)
+# values and output are wanted for reduce="max" alone; the result is contiguous and of dtype, the values' own.
+_backward_op = define(
+    "segment_reduce_backward(Tensor grad, Tensor token_offsets, Tensor sequence_offsets, str reduce, str level, Tensor? mask, SymInt num_tokens,"
+    " ScalarType dtype, Tensor? values, Tensor? output) -> Tensor",
+    cpu=_cpu.segment_reduce_backward if _cpu.available else _torch.segment_reduce_backward,
+    cuda=_torch.segment_reduce_backward,
+    fake=_backward_fake,
 )

@@ -34,8 +34,8 @@ class Segments:
         for name, offsets in (("token_offsets", token_offsets), ("sequence_offsets", sequence_offsets)):
             if offsets.numel() == 0:
                 raise ValueError(f"{name} must hold at least the leading 0, got an empty tensor")
-        self.token_offsets = token_offsets.to(torch.int64)
-        self.sequence_offsets = sequence_offsets.to(torch.int64)
+        self.token_offsets = token_offsets.to(torch.int64).contiguous()
+        self.sequence_offsets = sequence_offsets.to(torch.int64).contiguous()
         self.num_segments = token_offsets.numel() - 1
         self.num_sequences = sequence_offsets.numel() - 1
         if terminal is not None:

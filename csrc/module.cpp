@@ -2,12 +2,19 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
+#include "head.h"
 #include "isa.h"
+#include "linear_policy_loss.h"
 #include "logprob_entropy.h"
+#include "policy_loss.h"
+#include "segment_credit.h"
+#include "segment_reduce.h"
 #include "segmenter.h"
 
 PYBIND11_MAKE_OPAQUE(std::vector<acpo::Cut>)
@@ -56,6 +63,42 @@ void bind_logprob_entropy(py::module_& m) {
                                        pointer<void>(gradient), threads);
       },
       no_gil);
+}
+
+void bind_head(py::module_& m) {
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  py::class_<acpo::Head>(m, "Head").def(
+      py::init([](uintptr_t hidden, int64_t hidden_stride, uintptr_t weight, int64_t weight_stride, const std::string& type, int64_t vocab,
+                  int64_t width, uintptr_t bias, double softcap, double temperature, uintptr_t temperatures, uintptr_t ids, uintptr_t rows,
+                  int64_t count) {
+        return acpo::Head{pointer<const void>(hidden), hidden_stride, pointer<const void>(weight), weight_stride, dtype(type), vocab, width,
+                          pointer<const float>(bias), softcap, temperature, pointer<const double>(temperatures),
+                          pointer<const int64_t>(ids), pointer<const int64_t>(rows), count};
+      }));
+  m.def(
+      "head_forward",
+      [](const acpo::Head& head, uintptr_t logp, uintptr_t entropy, uintptr_t maximum, uintptr_t logsumexp, int threads) {
+        acpo::head_forward(head, nullptr, {pointer<float>(logp), pointer<float>(entropy), pointer<float>(maximum), pointer<float>(logsumexp)},
+                           threads);
+      },
+      no_gil);
+  m.def(
+      "head_backward",
+      [](const acpo::Head& head, uintptr_t entropy, uintptr_t maximum, uintptr_t logsumexp, uintptr_t grad_logp, uintptr_t grad_entropy,
+         uintptr_t grad_hidden, uintptr_t grad_weight, uintptr_t grad_bias, int threads) {
+        acpo::head_backward(head, nullptr, {nullptr, pointer<float>(entropy), pointer<float>(maximum), pointer<float>(logsumexp)},
+                            {pointer<const float>(grad_logp), pointer<const float>(grad_entropy), pointer<void>(grad_hidden), head.dtype,
+                             pointer<void>(grad_weight), head.dtype, pointer<float>(grad_bias), false},
+                            threads);
+      },
+      no_gil);
+  m.def(
+      "head_work",
+      [] {
+        const acpo::HeadWork work = acpo::head_work();
+        return std::array{work.logits, work.hidden, work.weight};
+      },
+      "For tests: rows multiplied so far for logits, the gradient of hidden, the gradient of weight.");
 }
 
 acpo::PackedIds packed(uintptr_t ids, bool wide, uintptr_t offsets, int64_t sequences) {
@@ -110,10 +153,86 @@ void bind_segmenter(py::module_& m) {
            py::call_guard<py::gil_scoped_release>());
 }
 
+// Tensors of one dimension come as (address, dtype, stride), the hierarchy as (token_offsets, sequence_offsets, tokens, segments, sequences).
+using Array = std::tuple<uintptr_t, int, int64_t>;
+using Offsets = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t>;
+
+acpo::Values values(const Array& a) {
+  const auto [address, type, stride] = a;
+  return {pointer<const void>(address), static_cast<acpo::Dtype>(type), stride};
+}
+
+acpo::Hierarchy hierarchy(const Offsets& o) {
+  const auto [tokens, sequences, n, s, b] = o;
+  return {pointer<const int64_t>(tokens), pointer<const int64_t>(sequences), n, s, b};
+}
+
+acpo::SegmentReduce segment_reduce(const Offsets& offsets, bool sequences, int reduce, uintptr_t mask, int64_t channels) {
+  return {hierarchy(offsets), sequences, static_cast<acpo::Reduce>(reduce), pointer<const uint8_t>(mask), channels};
+}
+
+void bind_segments(py::module_& m) {
+  m.def("segment_reduce", [](const Offsets& offsets, bool sequences, int reduce, uintptr_t mask, int64_t channels, const Array& x, uintptr_t out,
+                             int threads) {
+    const auto [address, type, stride] = x;
+    const py::gil_scoped_release no_gil;
+    acpo::segment_reduce(segment_reduce(offsets, sequences, reduce, mask, channels), pointer<const void>(address),
+                         static_cast<acpo::Dtype>(type), stride, pointer<void>(out), threads);
+  });
+  m.def("segment_reduce_backward", [](const Offsets& offsets, bool sequences, int reduce, uintptr_t mask, int64_t channels, uintptr_t grad,
+                                      const Array& x, uintptr_t output, uintptr_t gradient, int threads) {
+    const auto [address, type, stride] = x;
+    const py::gil_scoped_release no_gil;
+    acpo::segment_reduce_backward(segment_reduce(offsets, sequences, reduce, mask, channels), pointer<const void>(grad),
+                                  pointer<const void>(address), static_cast<acpo::Dtype>(type), stride, pointer<const void>(output),
+                                  pointer<void>(gradient), threads);
+  });
+  m.def("segment_credit",
+        [](const Offsets& offsets, const Array& scores, const Array& advantages, uintptr_t terminal, uintptr_t mask, bool additive,
+           bool exclude_terminal, double bound, double gain, double reliability, const Array& reliabilities, double scale, const Array& scales,
+           uintptr_t token_advantages, uintptr_t weights, int threads) {
+          const acpo::SegmentCredit of{hierarchy(offsets), values(scores), values(advantages), pointer<const uint8_t>(terminal),
+                                       pointer<const uint8_t>(mask), additive, exclude_terminal, bound, gain, reliability,
+                                       values(reliabilities), scale, values(scales)};
+          const py::gil_scoped_release no_gil;
+          acpo::segment_credit(of, pointer<void>(token_advantages), pointer<void>(weights), threads);
+        });
+}
+
+acpo::PolicyLoss policy_loss(const Offsets& offsets, uintptr_t mask, const Array& logp, const Array& old_logp, const Array& advantages,
+                             const Array& entropy, const Array& ref_logp, const Array& rollout_logp, double clip_low, double clip_high,
+                             int ratio, std::optional<double> entropy_weight, const Array& entropy_weights, double kl_weight,
+                             double rollout_cap, double denominator, const Array& denominators, int denominators_of) {
+  return {hierarchy(offsets), pointer<const uint8_t>(mask), values(logp), values(old_logp), values(advantages), values(entropy),
+          values(entropy_weights), values(ref_logp), values(rollout_logp), clip_low, clip_high, static_cast<acpo::Ratio>(ratio),
+          entropy_weight.has_value(), entropy_weight.value_or(0.0), kl_weight, rollout_cap, denominator, values(denominators),
+          static_cast<acpo::PolicyLoss::Of>(denominators_of)};
+}
+
+void bind_policy_loss(py::module_& m) {
+  py::class_<acpo::PolicyLoss>(m, "PolicyLoss").def(py::init(&policy_loss));
+  m.def("policy_loss", [](const acpo::PolicyLoss& of, uintptr_t loss, uintptr_t metrics, uintptr_t grad_logp, uintptr_t grad_entropy,
+                          int threads) {
+    const py::gil_scoped_release no_gil;
+    acpo::policy_loss(of, pointer<void>(loss), pointer<void>(metrics), pointer<void>(grad_logp), pointer<void>(grad_entropy), threads);
+  });
+  m.def("linear_policy_loss", [](const acpo::Head& head, const acpo::PolicyLoss& of, uintptr_t loss, uintptr_t metrics, uintptr_t logp,
+                                 uintptr_t entropy, uintptr_t hidden, uintptr_t weight, uintptr_t bias, int threads) {
+    const py::gil_scoped_release no_gil;
+    acpo::linear_policy_loss(head, of,
+                             {pointer<float>(loss), pointer<float>(metrics), pointer<float>(logp), pointer<float>(entropy),
+                              pointer<float>(hidden), pointer<float>(weight), pointer<float>(bias)},
+                             threads);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The CPU kernels and the segmenter of acpo_kernels.";
   bind_logprob_entropy(m);
+  bind_head(m);
   bind_segmenter(m);
+  bind_segments(m);
+  bind_policy_loss(m);
 }

@@ -10,10 +10,11 @@ import torch
 import triton.language as tl
 from contract import assert_within_budget
 
-from acpo_kernels import HindsightInformation, linear_logprob_entropy, reference
+from acpo_kernels import HindsightInformation, Segments, linear_logprob_entropy, reference
 from acpo_kernels._triton import linear_gradients
 from acpo_kernels._triton import linear_hindsight_information as hindsight
 from acpo_kernels._triton import linear_logprob_entropy as kernels
+from acpo_kernels._triton import linear_policy_loss as policy
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("logp", "entropy", "gradient of hidden", "gradient of weight", "gradient of bias")
@@ -30,7 +31,7 @@ def run(hidden, weight, ids, bias=None, grad_logp=None, grad_entropy=None, *, te
     head = (hidden, weight, ids, bias, number, tensor, softcap, mask)
     results = kernels.forward(*head)
     needs = (*needs[:2], needs[2] and bias is not None)
-    return (*results[:2], *linear_gradients.backward(*head, grad_logp, grad_entropy, results, needs))
+    return (*results[:2], *linear_gradients.backward(*head, grad_logp, grad_entropy, results[1:], needs))
 
 
 def oracle(kind, hidden, weight, ids, bias, grad_logp, grad_entropy, **settings):
@@ -268,3 +269,34 @@ def test_hindsight_rows_stay_alone():
         assert torch.equal(x[139:], z), name
         assert torch.equal(x[kept].nan_to_num(), b[kept].nan_to_num()), name
         assert b[4].isnan() and (name == "hindsight_logp" or b[3].isnan()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ratio", ["token", "segment"])
+def test_policy_loss(ratio, dtype):
+    """Loss, log-probs, entropies and gradients, with rows that are masked and rows without a gradient."""
+    rows = 30
+    hidden, weight, ids, bias = inputs(rows, 300, 8, dtype)
+    offsets, sequences = torch.tensor([0, 10, 18, 30]), torch.tensor([0, 2, 3])
+    logp = reference.linear_logprob_entropy(hidden.double(), weight.double(), ids, bias=bias.double()).logp.float()
+    old, advantages = logp + 0.3 * torch.randn(rows), torch.randn(rows)
+    advantages[18:] = 0.0  # a group without reward variance
+    mask = torch.rand(rows) < 0.8
+    segments = Segments(offsets, sequences)
+    loss, metrics, logp, entropy, *grads = policy.forward(
+        hidden, weight, ids, bias, 1.0, None, None, old, advantages, offsets, sequences, mask, 0.2, 0.28, ratio, None, None, None, 0.0, None, 2.0,
+        None, None, (True, True, True),
+    )  # fmt: skip
+
+    def wanted(kind):
+        leaves = [x.to(kind).requires_grad_() for x in (hidden, weight, bias)]
+        result = reference.linear_policy_loss(
+            *leaves[:2], ids, old.to(kind), advantages.to(kind), segments, bias=leaves[2], mask=mask, clip=(0.2, 0.28), ratio=ratio
+        )
+        return result.loss.detach(), result.logp, result.entropy, *torch.autograd.grad(result.loss, leaves)
+
+    names = ("loss", "logp", "entropy", "gradient of hidden", "gradient of weight", "gradient of bias")
+    for i, (name, x, y, z) in enumerate(zip(names, (loss, logp, entropy, *grads), wanted(torch.float32), wanted(torch.float64), strict=True)):
+        assert x.dtype == torch.float32
+        assert_within_budget(x, y, z, name, factor=4.0, gradient_dtype=dtype if i >= 3 else None)
+    assert (grads[0][18:] == 0).all() and (grads[0][~mask] == 0).all() and metrics.isfinite().all()

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ragged import assert_right
 
-from acpo_kernels import HindsightInformation, _torch, hindsight_information, linear_hindsight_information, linear_logprob_entropy
+from acpo_kernels import HindsightInformation, _cpu, _torch, hindsight_information, linear_hindsight_information, linear_logprob_entropy
 from acpo_kernels.reference import head_logits, logprob_entropy
 
 IMPLS = (None, "reference")
+needs_extension = pytest.mark.skipif(not _cpu.available, reason="built without the C++ extension")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -303,35 +304,37 @@ def test_more_rows_than_a_grid_dimension(device):
     assert torch.equal(grad_hidden[65_980:], tail[2])
 
 
-def counted(monkeypatch, frozen):
-    """Matrix products of one backward, by the operations that the implementation calls."""
-    calls = {"hidden": 0, "weight": 0}
-    add, product = torch.Tensor.addmm_, torch.Tensor.__matmul__
+def work(hidden, weight, ids, upstream=None, mask=None):
+    """Rows multiplied in (logits, gradient of hidden, gradient of weight): by the forward pass, and by the backward pass."""
+    from acpo_kernels._cpu import _C
 
-    def addmm(self, *arguments):
-        calls["weight"] += 1
-        return add(self, *arguments)
-
-    def matmul(self, other):
-        calls["hidden"] += 1
-        return product(self, other)
-
-    hidden, weight, ids, bias = inputs(10)
-    leaves = dict(hidden=hidden.requires_grad_("hidden" not in frozen), weight=weight.requires_grad_("weight" not in frozen))
-    logp, _ = linear_logprob_entropy(leaves["hidden"], leaves["weight"], ids, bias=bias.requires_grad_("bias" not in frozen))
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "addmm_", addmm)
-        patch.setattr(torch.Tensor, "__matmul__", matmul)
-        logp.sum().backward()
-    return calls
+    begin = _C.head_work()
+    logp, _ = linear_logprob_entropy(hidden, weight, ids, mask=mask)
+    middle = _C.head_work()
+    logp.backward(torch.ones_like(logp) if upstream is None else upstream)
+    return [[y - x for x, y in zip(*pair, strict=True)] for pair in ((begin, middle), (middle, _C.head_work()))]
 
 
-def test_a_frozen_operand_costs_no_product(monkeypatch):
-    # Of the `hidden` products one is the recomputed forward.
-    assert counted(monkeypatch, ()) == {"hidden": 2, "weight": 1}
-    assert counted(monkeypatch, ("weight",)) == {"hidden": 2, "weight": 0}
-    assert counted(monkeypatch, ("hidden",)) == {"hidden": 1, "weight": 1}
-    assert counted(monkeypatch, ("hidden", "weight")) == {"hidden": 1, "weight": 0}
+@needs_extension
+def test_a_frozen_operand_costs_no_product():
+    hidden, weight, ids, _ = inputs(10)
+    trained, fixed = (hidden.clone().requires_grad_(), weight.clone().requires_grad_()), (hidden, weight)
+    assert work(trained[0], trained[1], ids) == [[10, 0, 0], [10, 10, 10]]
+    assert work(trained[0], fixed[1], ids) == [[10, 0, 0], [10, 10, 0]]
+    assert work(fixed[0], trained[1], ids) == [[10, 0, 0], [10, 0, 10]]
+
+
+@needs_extension
+def test_masked_and_zero_gradient_rows_cost_nothing():
+    hidden, weight, ids, _ = inputs(100)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    mask, upstream = torch.rand(100) < 0.6, (torch.rand(100) < 0.5).float()
+    ids[7] = -100
+    unmasked = mask & (ids != -100)
+    u, a = int(unmasked.sum()), int((unmasked & (upstream != 0)).sum())
+    assert 0 < a < u < 100
+    assert work(*leaves, ids, upstream, mask) == [[u, 0, 0], [a, a, a]]
+    assert work(*leaves, ids, torch.zeros(100), mask) == [[u, 0, 0], [0, 0, 0]]
 
 
 def test_unused_outputs_and_frozen_leaves(device):
@@ -391,8 +394,8 @@ def test_opcheck(device):
         torch.library.opcheck(ops.linear_logprob_entropy.default, (h, w.detach(), ids, None, 0.9, None, None, None))
         grad = torch.randn(6, device=device)
         for needs in ([True, True, True], [True, False, False], [False, True, False]):
-            statistics = ops.linear_logprob_entropy(h.detach(), w.detach(), ids, b.detach(), 1.0, None, None, mask)
-            arguments = (h.detach(), w.detach(), ids, b.detach(), 1.0, None, None, mask, grad, None, statistics, needs)
+            saved = ops.linear_logprob_entropy(h.detach(), w.detach(), ids, b.detach(), 1.0, None, None, mask)[1:]
+            arguments = (h.detach(), w.detach(), ids, b.detach(), 1.0, None, None, mask, grad, None, *saved, needs)
             torch.library.opcheck(ops.linear_logprob_entropy_backward.default, arguments)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ragged import LENGTHS, assert_right, hierarchies, segments_of
 
-from acpo_kernels import Segments, linear_logprob_entropy, linear_policy_loss, policy_loss
+from acpo_kernels import Segments, _cpu, _linear_loss, linear_logprob_entropy, linear_policy_loss, policy_loss
 from acpo_kernels.reference import head_logits, logprob_entropy
 
 IMPLS = (None, "reference")
@@ -115,7 +115,157 @@ def test_against_the_reference(ratio, dtype, device):
         assert_right(name, metrics[name], single_metrics[name], value, factor=4.0)
 
 
+def rows_in_products(call):
+    """(rows in the forward product, in dHidden, in dWeight) of a call, as the kernels count them."""
+    before = _cpu._C.head_work()
+    call()
+    return tuple(int(now - then) for now, then in zip(_cpu._C.head_work(), before, strict=True))
+
+
+def sweep(values, segments, mask, needs=(True, True, True), ratio="token", clip=(0.2, 0.28)):
+    """The PyTorch form, as the dispatcher would call it: (results, RowCount)."""
+    return _linear_loss.linear_policy_loss_cpu(
+        values["hidden"].detach(), values["weight"].detach(), values["ids"], values["bias"].detach(), 1.0, None, None, values["old_logp"],
+        values["advantages"], segments.token_offsets, segments.sequence_offsets, mask, *clip, ratio, None, None, None, 0.0, None, 2.0, None, None,
+        list(needs),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("ratio", "on_policy"), [("token", False), ("segment", False), ("sequence", True)])
+def test_every_instruction_set_over_several_tiles(ratio, on_policy, dtype, cpu_isa):
+    """600 rows, some masked and most without a gradient: tiles of 256 with gaps, rows that wait, two flushes; then no gaps at all."""
+    segments = segments_of([[100, 3], [397], [100]])
+    values = inputs(segments, 77, 33, dtype)
+    if on_policy:
+        values["old_logp"] = None
+    del values["ref_logp"], values["rollout_logp"], values["entropy_weight"]
+    torch.manual_seed(1)
+    for mask, advantages in (
+        (torch.rand(600) < 0.95, torch.where(torch.rand(600) < 0.8, values["advantages"], 0.0)),
+        (torch.rand(600) < 0.9, torch.where(torch.rand(600) < 0.1, values["advantages"], 0.0)),
+        (torch.ones(600, dtype=torch.bool), values["advantages"].abs() + 1),
+    ):
+        case = values | {"advantages": advantages.to(dtype)}
+        settings = dict(mask=mask, ratio=ratio, clip=(0.9, 9.0), upstream=0.37)
+
+        def run(kind, impl, case=case, settings=settings):
+            cast = {name: x.to(kind) if x is not None and x.is_floating_point() else x for name, x in case.items()}
+            return forward_backward(cast, segments, impl, **settings)
+
+        actual, metrics = run(dtype, None)
+        exact, exact_metrics = run(torch.float64, "reference")
+        single, single_metrics = run(torch.float32, "reference")
+        for i, (name, x, y, z) in enumerate(zip(NAMES, actual, single, exact, strict=True)):
+            assert_right(name, x, y, z, factor=4.0, gradient_dtype=dtype if i >= 3 else None)
+        for name, value in exact_metrics.items():
+            assert_right(name, metrics[name], single_metrics[name], value, factor=4.0)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_which_rows_take_part_in_which_product(ratio, on_policy):
+    """Masked rows in none, rows without a gradient in the forward one alone; only a ratio over other rows computes logits twice, and
+    only where they are more than are held."""
+    segments = segments_of([[100, 3], [397], [100]])
+    values = inputs(segments, dtype=torch.float32)
+    for name in ("ref_logp", "rollout_logp", "entropy_weight"):
+        del values[name]
+    if on_policy:
+        values["old_logp"] = None
+    mask = torch.rand(600) < 0.9
+    some = torch.rand(600) < 0.25
+    values["advantages"] = torch.where(some, values["advantages"], 0.0)
+    unmasked, with_gradient = int(mask.sum()), int((mask & some).sum())
+    settings = dict(mask=mask, ratio=ratio, clip=(1.0, 1e9))  # nothing is clipped
+
+    def call(needs, small=False):
+        rows = slice(0, 103) if small else slice(None)
+        leaves = [values[name].detach().requires_grad_(need) for name, need in zip(("hidden", "weight", "bias"), needs, strict=True)]
+        leaves[0] = leaves[0][rows]
+        of_rows = [None if values[name] is None else values[name][rows] for name in ("ids", "old_logp", "advantages")]
+        these = segments_of([[100, 3]]) if small else segments
+        return linear_policy_loss(*leaves[:2], *of_rows, these, bias=leaves[2], **(settings | {"mask": mask[rows]}))
+
+    again = with_gradient if ratio != "token" and not on_policy else 0
+    if _cpu.available:
+        for needs, wanted in (
+            ((True, True, True), (unmasked + again, with_gradient, with_gradient)),
+            ((True, False, False), (unmasked + again, with_gradient, 0)),
+            ((False, True, False), (unmasked + again, 0, with_gradient)),
+            ((False, False, False), (unmasked, 0, 0)),
+        ):
+            assert rows_in_products(lambda needs=needs: call(needs)) == wanted
+        assert rows_in_products(lambda: torch.no_grad()(call)((True, True, True))) == (unmasked, 0, 0)
+        small = int((mask & some)[:103].sum())
+        assert rows_in_products(lambda: call((True, True, True), small=True)) == (int(mask[:103].sum()), small, small)
+    for needs in ((True, True, True), (False, False, False)):
+        _, rows = sweep(values, segments, mask, needs, **{name: settings[name] for name in ("ratio", "clip")})
+        assert (rows.forward, rows.gradient) == ((unmasked + again, with_gradient) if any(needs) else (unmasked, 0))
+
+
+def test_a_clipped_row_takes_part_in_the_forward_product_alone():
+    segments = segments_of([[40]])
+    values = inputs(segments, dtype=torch.float32)
+    logp = linear_logprob_entropy(values["hidden"], values["weight"], values["ids"], bias=values["bias"]).logp
+    values["old_logp"], values["advantages"] = torch.where(torch.arange(40) < 30, logp - 1.0, logp), torch.ones(40)
+    if _cpu.available:
+        leaf = values["hidden"].requires_grad_()
+        head = (values["weight"].requires_grad_(), values["ids"], values["old_logp"], values["advantages"], segments)
+        assert rows_in_products(lambda: linear_policy_loss(leaf, *head, bias=values["bias"])) == (40, 10, 10)
+    assert sweep(values, segments, torch.ones(40, dtype=torch.bool))[1] == _linear_loss.RowCount(40, 10)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_the_form_in_pytorch_is_the_same(ratio):
+    """What runs without the extension, and in float64."""
+    segments = segments_of([*LENGTHS, (60, 7, 80)])
+    values = inputs(segments)
+    for name in ("ref_logp", "rollout_logp", "entropy_weight"):
+        del values[name]
+    mask = torch.rand(segments.num_tokens) < 0.8
+    actual, _ = sweep(values, segments, mask, ratio=ratio)
+    wanted, metrics = forward_backward(values, segments, "reference", mask=mask, ratio=ratio)
+    for name, x, y in zip(NAMES, (actual[0], *actual[2:]), wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+    torch.testing.assert_close(actual[1], torch.stack(list(metrics.values())), rtol=1e-10, atol=1e-11)
+
+
 # 3. Properties
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_rollout_alone_is_bitwise_the_same(dtype, ratio, cpu_isa):
+    """logp, entropy and the gradient of hidden, whatever else is in the call."""
+    lengths = [[130, 20], [1], [200], [7, 9]]
+    segments = segments_of(lengths)
+    values = inputs(segments, 50, 24, dtype)
+    mask = torch.rand(segments.num_tokens) < 0.8
+    together, _ = forward_backward(values, segments, None, mask=mask, ratio=ratio, kl_weight=0.1, denominator=9.0)
+    begin = 0
+    for some in lengths:
+        here = slice(begin, begin + sum(some))
+        begin = here.stop
+        rows = {name: x if name in ("weight", "bias") else x[here] for name, x in values.items()}
+        alone, _ = forward_backward(rows, segments_of([some]), None, mask=mask[here], ratio=ratio, kl_weight=0.1, denominator=9.0)
+        for i in (1, 2, 3):
+            assert torch.equal(alone[i], together[i][here]), NAMES[i]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_an_active_nan_row_is_nan_in_its_own_rows_and_in_the_sums(on_policy, impl, cpu_isa):
+    segments = segments_of([[2, 3], [4]])
+    values = inputs(segments, dtype=torch.float32)
+    if on_policy:
+        values["old_logp"] = None
+    values["hidden"][4, 1] = math.nan
+    (loss, logp, entropy, hidden, weight, bias), _ = forward_backward(values, segments, impl, kl_weight=0.1)
+    assert logp.isnan().nonzero().tolist() == entropy.isnan().nonzero().tolist() == [[4]]
+    assert hidden.isnan().any(1).nonzero().tolist() == [[4]]
+    for x in (loss, weight, bias):
+        assert x.isnan().all()
 
 
 @given(hierarchies(), st.sampled_from(RATIOS), st.booleans(), st.sampled_from([None, 3.0]))
@@ -253,7 +403,43 @@ def test_autocast():
         assert torch.equal(x, y.float()), name
 
 
-# 5. Registration: the two operations that it joins carry the schemas
+def test_second_derivatives_raise_and_a_graph_may_be_walked_twice():
+    segments = segments_of([[3]])
+    values = inputs(segments, dtype=torch.float32)
+    hidden, weight = values["hidden"].requires_grad_(), values["weight"].requires_grad_()
+    loss = linear_policy_loss(hidden, weight, values["ids"], values["old_logp"], values["advantages"], segments).loss
+    once, twice, scaled = (torch.autograd.grad(loss, (hidden, weight), g, retain_graph=True) for g in (None, None, torch.tensor(2.0)))
+    for x, y, z in zip(once, twice, scaled, strict=True):
+        assert torch.equal(x, y)
+        assert torch.equal(2 * x, z)
+    (grad,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
+# 5. Registration
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opcheck(ratio, dtype, device):
+    segments = segments_of(LENGTHS, device=device)
+    mask = torch.rand(segments.num_tokens, device=device) < 0.7
+    op = torch.ops.acpo_kernels.linear_policy_loss.default
+    v = inputs(segments, dtype=dtype, device=device)
+    offsets = segments.token_offsets, segments.sequence_offsets
+    over = torch.ones(segments.num_sequences, device=device)
+    for strided in (False, True):
+        hidden, weight = (torch.stack([v[name]] * 2, 1)[:, 1] if strided else v[name].clone() for name in ("hidden", "weight"))
+        head = (hidden.requires_grad_(), weight.requires_grad_(), v["ids"], v["bias"].clone().requires_grad_())
+        tail = (v["ref_logp"], 0.1, v["rollout_logp"], 2.0, None, over, [True, True, True])
+        torch.library.opcheck(
+            op, (*head, 0.7, None, 5.0, v["old_logp"], v["advantages"], *offsets, mask, 0.2, 0.28, ratio, None, v["entropy_weight"], *tail)
+        )
+        frozen = (head[0], weight.detach(), v["ids"], None, 1.0, None, None)
+        torch.library.opcheck(
+            op, (*frozen, None, v["advantages"], *offsets, None, 0.2, 0.28, ratio, None, None, None, 0.0, None, 2.0, 5.0, None, [True, False, False])
+        )
 
 
 @pytest.mark.parametrize("ratio", RATIOS)

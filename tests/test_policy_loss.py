@@ -240,6 +240,66 @@ def test_against_the_reference(ratio, dtype, old, device):
         assert_right(name, actual[2][name], working[2][name], value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_every_instruction_set_around_every_block(ratio, dtype, cpu_isa):
+    """N around a vector, a block of 256 tokens and a share of 4096."""
+    for n in (1, 3, 7, 8, 9, 255, 256, 257, 4095, 4097):
+        segments = segments_of([[n // 3, n - n // 3]])
+        values = inputs(segments, dtype)
+        mask = torch.rand(n) < 0.8
+        settings = dict(mask=mask, ratio=ratio, kl_weight=0.2, denominator=float(n))
+        actual = forward_backward(values, segments, None, **settings)
+        doubles, singles = ({name: x.to(kind) for name, x in values.items()} for kind in (torch.float64, torch.float32))
+        exact = forward_backward(doubles, segments, "reference", **settings)
+        working = exact if dtype == torch.float64 else forward_backward(singles, segments, "reference", **settings)
+        assert_right("loss", actual[0], working[0], exact[0])
+        for name in ("logp", "entropy"):
+            assert_right(f"gradient of {name}", actual[1][name], working[1][name], exact[1][name], gradient_dtype=dtype)
+        for name, value in exact[2].items():
+            assert_right(name, actual[2][name], working[2][name], value)
+
+
+def test_the_divergence_of_nearly_equal_policies_is_not_lost(cpu_isa):
+    """k3(x) = exp(x) - 1 - x at x = 1e-9 is 5e-19: the difference of the terms would be 0 or 1e-16."""
+    segments = segments_of([[5, 4]])
+    x = torch.tensor([1e-9, -1e-9, 1e-6, -1e-6, 1e-3, 0.3, -0.3, 3.0, -3.0], dtype=torch.float64)
+    k3 = [sum(v**k / math.factorial(k) for k in range(2, 40)) for v in x.tolist()]
+    for at in range(9):
+        mask = torch.arange(9) == at
+        logp = torch.zeros(9, dtype=torch.float64)
+        settings = dict(mask=mask, kl_weight=1.0)
+        metrics = forward_backward(dict(logp=logp, old_logp=None, advantages=logp, ref_logp=x), segments, None, **settings)[2]
+        assert float(metrics["kl/ref"]) == pytest.approx(k3[at], rel=1e-13)
+        metrics = forward_backward(dict(logp=logp, old_logp=x, advantages=logp), segments, None, mask=mask)[2]
+        assert float(metrics["kl/old"]) == pytest.approx(k3[at], rel=1e-13)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_the_number_of_threads_changes_no_bit(ratio):
+    segments = segments_of([[20_000, 3, 0, 9000], [5] * 4000, [8193]])
+    values, denominator = inputs(segments, torch.float32), denominator_of("[B]", segments)
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        loss, grads, metrics = forward_backward(values, segments, None, ratio=ratio, kl_weight=0.1, denominator=denominator)
+        results.append([loss, *grads.values(), *metrics.values()])
+    for other in results[1:]:
+        for x, y in zip(other, results[0], strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["logp", "old_logp", "advantages", "ref_logp", "rollout_logp"])
+def test_an_active_nan_makes_the_loss_and_its_own_gradient_nan(name, impl):
+    segments = segments_of([[2, 3], [4]])
+    values = inputs(segments)
+    values[name][4] = math.nan
+    loss, grads, _ = forward_backward(values, segments, impl, kl_weight=0.1)
+    assert loss.isnan()
+    assert grads["logp"].isnan().nonzero().tolist() == [[4]]
+
+
 def test_a_loss_scale_reaches_half_precision_gradients_before_they_are_rounded():
     """1e-7 a token is below float16's smallest number: rounding before the scale would give 0."""
     segments = segments_of([[4]])

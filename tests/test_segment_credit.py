@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -213,6 +214,41 @@ def test_weights_conserve_keep_the_sign_and_stay_bounded(case, bound, reliabilit
         torch.testing.assert_close((lengths[here] * weights[here].double()).sum(), total, rtol=rounding, atol=0)
         inside = segments.sequence_ids() == b
         torch.testing.assert_close(got[inside].sum(), given_[inside].sum(), rtol=rounding, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_sum_of_the_weights_is_the_number_of_tokens_to_one_rounding_of_each_weight(dtype, masked):
+    """The bound of the docstring: a weight is the exact one rounded once, so the sum is off by at most T times half a unit."""
+    lengths = torch.randint(0, 200, (64, 64)).tolist() + torch.randint(1, 5000, (4, 500)).tolist()
+    segments = segments_of(lengths, [True] * len(lengths))
+    mask = torch.rand(segments.num_tokens) < 0.6 if masked else torch.ones(segments.num_tokens, dtype=torch.bool)
+    scores = torch.randn(segments.num_segments, dtype=dtype) * 3
+    _, weights = segment_credit(scores, segments, torch.randn(segments.num_sequences, dtype=dtype), mask=mask if masked else None, bound=0.9)
+    assert (weights != 1).float().mean() > 0.9
+    half_unit = torch.finfo(dtype).eps / 2
+    kept = mask.long().cumsum(0).tolist()
+    offsets = segments.token_offsets.tolist()
+    for _, of_sequence in sequences(segments):
+        counts = [(kept[offsets[s + 1] - 1] if offsets[s + 1] else 0) - (kept[offsets[s] - 1] if offsets[s] else 0) for s in of_sequence]
+        total = sum(counts)
+        exact = sum(Fraction(n) * Fraction(w) for n, w in zip(counts, weights[of_sequence.start : of_sequence.stop].tolist(), strict=True))
+        # float64's own arithmetic is float64's: a few roundings more, whatever the number of segments
+        assert abs(exact - total) <= total * half_unit * (1 + 1e-6 if dtype == torch.float32 else 5)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    segments = segments_of([[3] * 9000, [70_000, 0, 8193], [], [40_000]], [True, True, True, False])
+    scores, advantages = torch.randn(segments.num_segments), torch.randn(4)
+    mask = torch.rand(segments.num_tokens) < 0.8
+    for form in FORMS:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(segment_credit(scores, segments, advantages, mask=mask, form=form))
+        for other in results[1:]:
+            assert torch.equal(other.token_advantages, results[0].token_advantages)
+            assert torch.equal(other.weights, results[0].weights)
 
 
 @given(hierarchies())

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ragged import LENGTHS, assert_right, hierarchies, segments_of, sequences, tokens
 
-from acpo_kernels import segment_reduce
+from acpo_kernels import _cpu, _torch, segment_reduce
 
 REDUCE, LEVEL = ("sum", "mean", "max"), ("segment", "sequence")
 HALF = (torch.bfloat16, torch.float16)
@@ -139,7 +139,64 @@ def test_a_channel_alone_and_a_sequence_alone_are_bitwise_the_same(case, reduce,
         assert torch.equal(result, together[:, list(of_sequence)] if level == "segment" else together[:, b : b + 1])
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("level", LEVEL)
+@pytest.mark.parametrize("reduce", REDUCE)
+def test_the_number_of_threads_changes_no_bit(reduce, level, masked):
+    """Pieces of 8192 tokens and shares of 32768 on a ragged hierarchy: lengths around both, empty groups between and behind."""
+    segments = segments_of([[8191, 8192, 0, 8193, 1], [], [40_000, 0, 0], [3] * 3000, [16_384, 32_767, 0]])
+    values = torch.randn(3, segments.num_tokens)
+    mask = torch.rand(segments.num_tokens) < 0.5 if masked else None
+
+    def forward_backward(threads):
+        torch.set_num_threads(threads)
+        leaf = values.clone().requires_grad_()
+        out = segment_reduce(leaf, segments, reduce=reduce, level=level, mask=mask)
+        return out.detach(), torch.autograd.grad(out, leaf, torch.arange(out.numel()).reshape(out.shape).float())[0]
+
+    one = forward_backward(1)
+    for threads in (2, 5):
+        for x, y in zip(forward_backward(threads), one, strict=True):
+            assert torch.equal(x, y)
+    exact = segment_reduce(values.double(), segments, reduce=reduce, level=level, mask=mask, impl="reference")
+    torch.testing.assert_close(one[0].double(), exact, rtol=2**-24, atol=1e-11)  # added up in double, rounded once
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
+@pytest.mark.parametrize("level", LEVEL)
+@pytest.mark.parametrize("reduce", REDUCE)
+def test_the_closed_form_of_the_gradient_is_the_same_in_pytorch(reduce, level, dtype):
+    segments = segments_of(LENGTHS)
+    values = torch.randn(2, segments.num_tokens).round(decimals=1).to(dtype)
+    for mask in (None, torch.rand(segments.num_tokens) < 0.7):
+        output = segment_reduce(values, segments, reduce=reduce, level=level, mask=mask)
+        offsets = segments.token_offsets, segments.sequence_offsets
+        arguments = (torch.randn_like(output), *offsets, reduce, level, mask, segments.num_tokens, dtype, values, output)
+        torch.testing.assert_close(
+            torch.ops.acpo_kernels.segment_reduce_backward(*arguments), _torch.segment_reduce_backward(*arguments), rtol=1e-6, atol=1e-7
+        )
+
+
 # 4. Edges
+
+
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_a_nan_is_the_maximum_of_its_segment_alone(impl):
+    segments = segments_of([[9, 30], [20]])
+    for at in (0, 8, 9, 25, 38, 58):
+        values = torch.randn(59)
+        values[at] = math.nan
+        out = segment_reduce(values, segments, reduce="max", impl=impl)
+        assert out.isnan().nonzero().tolist() == [[int(segments.segment_ids()[at])]]
+
+
+@pytest.mark.skipif(not _cpu.available, reason="built without the C++ extension")
+def test_offsets_that_were_overwritten_are_an_error_not_a_read_out_of_bounds():
+    for offsets, at, wrong in (("token_offsets", 1, 99), ("token_offsets", 2, 6), ("token_offsets", 0, -1), ("sequence_offsets", 1, 7)):
+        segments = segments_of([[2, 3]])
+        getattr(segments, offsets)[at] = wrong
+        with pytest.raises(ValueError, match=f"{offsets} must start at 0, not decrease, and end at"):
+            segment_reduce(torch.ones(5), segments)
 
 
 @pytest.mark.parametrize("impl", [None, "reference"])
@@ -218,6 +275,11 @@ def test_opcheck(reduce, device):
     for values in (compact.clone().requires_grad_(), permuted.requires_grad_(), compact[0].clone().requires_grad_()):
         for level in LEVEL:
             torch.library.opcheck(torch.ops.acpo_kernels.segment_reduce.default, (values, *offsets, reduce, level, mask))
+            values = values.detach()
+            output = segment_reduce(values, segments, reduce=reduce, level=level, mask=mask)
+            saved = (values, output) if reduce == "max" else (None, None)
+            arguments = (torch.randn_like(output), *offsets, reduce, level, mask, segments.num_tokens, torch.float32, *saved)
+            torch.library.opcheck(torch.ops.acpo_kernels.segment_reduce_backward.default, arguments)
 
 
 @pytest.mark.parametrize("reduce", REDUCE)
@@ -229,6 +291,13 @@ def test_compiles_in_one_graph(reduce):
         eager, actual = segment_reduce(values, segments, reduce=reduce), compiled(values, segments, reduce=reduce)
         assert torch.equal(actual, eager)
         assert torch.equal(torch.autograd.grad(actual.sum(), values)[0], torch.autograd.grad(eager.sum(), values)[0])
+
+
+def test_second_derivatives_raise():
+    values = torch.randn(5, requires_grad=True)
+    (grad,) = torch.autograd.grad(segment_reduce(values, segments_of([[2, 3]])).square().sum(), values, create_graph=True)
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        grad.sum().backward()
 
 
 # 6. Bad input

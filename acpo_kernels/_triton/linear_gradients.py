@@ -87,7 +87,7 @@ def _scales_kernel(
 
 @triton.jit(do_not_specialize=["padded", "column", "inverse_temperature", "softcap"])
 def _linear_gradient_kernel(
-    hidden_ref, weight_ref, bias_ptr, ids_ptr, temperatures_ptr, index_ptr, count_ptr, logp_ptr, entropy_ptr, maximum_ptr, logsumexp_ptr,
+    hidden_ref, weight_ref, bias_ptr, ids_ptr, temperatures_ptr, index_ptr, count_ptr, entropy_ptr, maximum_ptr, logsumexp_ptr,
     grad_logp_ptr, grad_entropy_ptr, scales_ptr, gradient_ptr, residue_ptr, flags_ptr, column_sums_ptr,
     V, H, stride_weight, padded, column, inverse_temperature, softcap,
     HAS_BIAS: tl.constexpr, HAS_TEMPERATURES: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
@@ -119,20 +119,23 @@ def _linear_gradient_kernel(
         # A row that is not there: every logit lies infinitely far below its maximum, and its factors are 0.
         top = tl.where(valid, tl.where(bad, 0.0, tl.load(maximum_ptr + source, mask=valid, other=0.0)), INF)
 
-        # exp(u / T) (first + second u), and the chosen token's own entry by expm1
+        # exp(u / T) (first + second u); below, the chosen token's own entry by expm1
         p_top = tl.exp(-l)
         first = per_t * p_top * (g_entropy * (l - entropy) - g_logp)
         second = -per_t * per_t * p_top * g_entropy
-        log_p = tl.maximum(tl.load(logp_ptr + source, mask=valid, other=0.0), -200.0)
-        own = per_t * (g_entropy * tl.exp(log_p) * (-log_p - entropy) - g_logp * tl.where(log_p > -0.4, _expm1_series(log_p), tl.exp(log_p) - 1.0))
-        first, own = (tl.where(valid, tl.where(bad, float("nan"), first), 0.0), tl.where(valid, tl.where(bad, float("nan"), own), 0.0))
+        first = tl.where(valid, tl.where(bad, float("nan"), first), 0.0)
 
         x = _finish_logits(acc, columns, bias_ptr, softcap, V, HAS_BIAS, HAS_SOFTCAP)
         u = tl.maximum(x - top[:, None], limit[:, None], propagate_nan=tl.PropagateNan.ALL)
         g = tl.exp2(u * k[:, None]) * (first[:, None] + second[:, None] * u)
         target = tl.load(ids_ptr + source, mask=valid, other=-1)
         if tl.max(((target >= v) & (target < v + BLOCK_V)).to(tl.int32), 0) > 0:
-            g = tl.where(columns[None, :] == target[:, None], own[:, None], g)
+            chosen = columns[None, :] == target[:, None]
+            log_p = tl.sum(tl.where(chosen, u, 0.0), 1) * per_t - l
+            p = tl.exp(log_p)
+            own = per_t * (g_entropy * p * (-log_p - entropy) - g_logp * tl.where(log_p > -0.4, _expm1_series(log_p), p - 1.0))
+            own = tl.where(bad, float("nan"), own)
+            g = tl.where(chosen & valid[:, None], own[:, None], g)
         if HAS_SOFTCAP:
             t = x / softcap
             g = tl.where((columns < V)[None, :], g * (1.0 - t) * (1.0 + t), 0.0)
@@ -290,15 +293,16 @@ def backward(
     mask: Tensor | None,
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
-    statistics: tuple[Tensor, Tensor, Tensor, Tensor],
+    statistics: tuple[Tensor, Tensor, Tensor],
     needs: tuple[bool, bool, bool],
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of hidden, weight and bias, empty where not needed. statistics are the forward's four results."""
+    """The gradients of hidden, weight and bias, empty where not needed, in dtype or each in its own. statistics: the forward's results but logp."""
     need_hidden, need_weight, need_bias = needs
     new = dict(device=hidden.device)
-    grad_hidden = torch.empty(hidden.shape if need_hidden else (0,), dtype=hidden.dtype, **new)
-    grad_weight = torch.empty(weight.shape if need_weight else (0,), dtype=weight.dtype, **new)
-    grad_bias = torch.empty(weight.shape[0] if need_bias else 0, dtype=torch.float32 if bias is None else bias.dtype, **new)
+    grad_hidden = torch.empty(hidden.shape if need_hidden else (0,), dtype=dtype or hidden.dtype, **new)
+    grad_weight = torch.empty(weight.shape if need_weight else (0,), dtype=dtype or weight.dtype, **new)
+    grad_bias = torch.empty(weight.shape[0] if need_bias else 0, dtype=dtype or (torch.float32 if bias is None else bias.dtype), **new)
     if ids.shape[0] == 0 or not any(needs):
         return grad_hidden, grad_weight.zero_(), grad_bias.zero_()
     with on_device(hidden):

@@ -1,0 +1,41 @@
+#include "groups.h"
+
+#include <stdexcept>
+#include <string>
+
+#include "floats.h"
+
+namespace acpo {
+namespace {
+
+void check_offsets(const char* name, const int64_t* offsets, int64_t count, int64_t last) {
+  bool right = offsets[0] == 0 && offsets[count] == last;
+  for (int64_t i = 0; i < count; ++i) right &= offsets[i] <= offsets[i + 1];
+  if (!right) {
+    throw std::invalid_argument(std::string(name) + " must start at 0, not decrease, and end at " + std::to_string(last));
+  }
+}
+
+}  // namespace
+
+double Values::operator[](int64_t i) const {
+  i *= stride;
+  switch (dtype) {
+    case Dtype::float32:
+      return static_cast<const float*>(data)[i];
+    case Dtype::bfloat16:
+      return to_float(static_cast<const bf16*>(data)[i]);
+    case Dtype::float16:
+      return to_float(static_cast<const fp16*>(data)[i]);
+    case Dtype::float64:
+      break;
+  }
+  return static_cast<const double*>(data)[i];
+}
+
+void Hierarchy::check() const {
+  check_offsets("token_offsets", token_offsets, segments, tokens);
+  check_offsets("sequence_offsets", sequence_offsets, sequences, segments);
+}
+
+}  // namespace acpo

@@ -1,0 +1,85 @@
+// The kernels of the head, compiled once for each instruction set. They work on PANELS: a matrix [rows, columns] is cut into
+// panels of 32 columns, each stored [rows][32]. A product C = A B reads B as panels, broadcasts the elements of A (which is a
+// panel matrix too, read along its rows or down its columns), and writes C in a panel or in rows:
+//
+//   product   C             k    A                           B
+//   logits    Z [v, n]      h    W   panels over h, [v][32]  X^T panels over n, [h][32]
+//   hidden    dX [n, h]     v    G   panels over n, [v][32]  W   panels over h, [v][32]     A down its columns
+//   weight    dW [v, h]     n    G   panels over n, [v][32]  X   panels over h, [n][32]
+//
+// so that a block of W is packed once for both products it takes part in, the hidden states once a call, the logits Z and
+// their gradient G never. A vector of logits holds one vocabulary entry of many rows: statistics are a number a lane, nothing
+// is reduced across lanes. An element of C is a sum over k in its order, in pieces of CHUNK that each begin at 0: it depends
+// on nothing beside it.
+#pragma once
+
+#include <stdint.h>
+
+namespace acpo {
+
+constexpr int64_t PANEL = 32;   // two AVX-512 vectors, and the k of one AMX tile
+constexpr int64_t CHUNK = 256;  // 256 x 32 floats of B are 32 KB: they stay in a 48 KB L1
+
+// What the softmax of PANEL rows has met so far: the maximum, and the sums beside it as logprob_entropy_row.h defines them
+// (`rest` over all but one element that holds the maximum, `weighted` of e (top - z) / T).
+struct Lanes {
+  alignas(64) float top[PANEL];
+  alignas(64) double rest[PANEL], weighted[PANEL];
+};
+
+// The constants of 2^64 exp(u / T), each row with its own temperature.
+struct LaneScales {
+  alignas(64) float log2e[PANEL];               // log2(e) / T
+  alignas(64) float first[PANEL], second[PANEL];  // with fused products: the rounding of log2e; without: T ln(2) in two parts
+  alignas(64) float cut[PANEL];                 // the smallest u that counts
+  alignas(64) double inverse[PANEL];            // 1 / T
+};
+
+// Static: each instruction set compiles a copy of its own.
+static inline void set_scale(double temperature, bool fused, int64_t lane, LaneScales* out) {
+  const double k = 1.4426950408889634 / temperature;
+  const float rounded = static_cast<float>(k);
+  out->log2e[lane] = rounded;
+  if (fused) {
+    out->first[lane] = 0.0f;
+    out->second[lane] = static_cast<float>(k - rounded);
+  } else {  // the first part has 16 bits, so that its product with an exponent is exact
+    union {
+      float f;
+      uint32_t u;
+    } part;
+    part.f = static_cast<float>(1.0 / k);
+    part.u &= 0xffffff00u;
+    out->first[lane] = part.f;
+    out->second[lane] = static_cast<float>(1.0 / k - part.f);
+  }
+  const double cut = -188.0 / k;  // 2^-188 2^64 is the smallest exponent that stays normal
+  out->cut[lane] = cut < -3.0e38 ? -3.0e38f : static_cast<float>(cut);
+  out->inverse[lane] = 1.0 / temperature;
+}
+
+// dlogits_j = 2^64 exp(u_j / T) (a + b u_j log2(e) / T), u_j = z_j - top; the target apart.
+struct LaneGradient {
+  alignas(64) float top[PANEL], a[PANEL], b[PANEL];
+};
+
+struct HeadKernels {
+  bool fused;  // has fused multiply-add: which form LaneScales takes
+  // rows x width elements of float32, bf16 or fp16 (by Dtype), `stride` apart, into float32 panels, `panel` floats apart
+  void (*pack[3])(const void* from, int64_t stride, int64_t rows, int64_t width, float* to, int64_t panel);
+  // z[v][32] for the first `lanes` rows of a panel of X^T
+  void (*logits)(const float* weight, int64_t panel, int64_t rows, int64_t width, const float* hidden, int64_t lanes, float* z);
+  // c[n][32] += sum_v g[v][n] weight[v][32], v < rows, n < lanes
+  void (*hidden)(const float* g, const float* weight, int64_t rows, int64_t lanes, float* c);
+  // c[v][0:columns] = or += sum_n g[v][n] hidden[n][32], n < count
+  void (*weight)(const float* g, int64_t panel, int64_t rows, const float* hidden, int64_t count, float* c, int64_t stride, int64_t columns,
+                 bool add);
+  void (*finish)(float* z, int64_t rows, int64_t lanes, const float* bias, float softcap);  // bias null, softcap 0: none
+  void (*statistics)(const float* z, int64_t rows, int64_t lanes, const LaneScales& scales, Lanes* state);
+  void (*gradient)(float* z, int64_t rows, int64_t lanes, const LaneScales& scales, const LaneGradient& g, float softcap);
+  void (*bias)(const float* g, int64_t rows, int64_t lanes, float* sums);  // sums[v] += sum_n g[v][n]
+  void (*round[3])(const float* from, int64_t count, void* to);
+};
+extern const HeadKernels head_baseline, head_avx2, head_avx512;
+
+}  // namespace acpo
