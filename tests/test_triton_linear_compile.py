@@ -56,7 +56,7 @@ def linear(which: str, element: str, architecture: int) -> Compiled:
     types = {name: f"tensordesc<{element}[{r},{c}]>" if tile.tma else f"*{element}" for name, (r, c) in operands.items()}
     scaled = element == "fp16"
     absent = {"bias_ptr", "temperatures_ptr", "column_sums_ptr"} | (set() if scaled else {"scales_ptr", "least_ptr"})
-    integers = {"ids_ptr": "*i64", "index_ptr": "*i32", "count_ptr": "*i32", "flags_ptr": "*i32"}
+    integers = {"ids_ptr": "*i64", "index_ptr": "*i32", "count_ptr": "*i32", "flags_ptr": "*i32", "infinite_ptr": "*i32"}
     for name in kernel.arg_names:
         if name in SIZES:
             types[name] = "i32"

@@ -7,7 +7,11 @@ Accuracy for streams that are nearly equal. With u = (x - max x)/T and v = (y - 
 and every term is of the second order in t: nothing of the first order cancels, and equal streams give exactly 0. exp(u) exp(-t) = exp(v), so
 that phi costs no exponential beside the two of the sums: exp(u) phi(t) = exp(v) - exp(u) + exp(u) t, or a series for small t. The
 sums S1 of exp(u) t and S2 of exp(u) phi(t) move to other maxima linearly, and so parts of a row meet (`_move`). KL(q || p) is the same with
-the streams exchanged. Two accumulators of 128 x 128 take the registers of the forward's one of 128 x 256. Not measured on a GPU.
+the streams exchanged.
+
+The arithmetic on a pair of logits wants 5 registers at once, which leaves 64 x 64 for the tile: (64 + 64 + 64) elements of operands for each
+2 x 64 x 64 products, 43 FLOP a byte, so that L2 (some 9 TB/s on an H200) bounds it near 380 TF/s, half of the forward's rate; two
+forwards would read the weight twice but could not give a divergence. Not measured on a GPU.
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ from .linear_tiles import (
 )
 from .logprob_entropy import _log1p
 
-PARTS = 10  # numbers a row and split: maximum, r, w, S1, S2 of the policy; maximum, r, S1, S2 of hindsight; which divergences are infinite
+PARTS = 9  # numbers a row and split: maximum, r, w, S1, S2 of the policy; maximum, r, S1, S2 of hindsight
 FAR = tl.constexpr(-1e30)  # u where x is -inf: finite, and exp of it is 0
 
 
@@ -76,14 +80,19 @@ def _tile_sums(x, y, per_t, k):
     """Of each row of a pair of tiles of logits: the numbers of PARTS."""
     m_p, m_q = tl.maximum(tl.max(x, 1), LOWEST), tl.maximum(tl.max(y, 1), LOWEST)
     no_x, no_y = x == -INF, y == -INF
-    infinite = tl.max((no_y & (x > -INF)).to(tl.int32), 1) + 2 * tl.max((no_x & (y > -INF)).to(tl.int32), 1)
-    u, v = tl.where(no_x, FAR, x - m_p[:, None]), tl.where(no_y, FAR, y - m_q[:, None])
+    # One stream after the other, so that what is wanted of both at once is only the logits and the exponentials.
+    u = tl.where(no_x, FAR, x - m_p[:, None])
+    e_p = tl.exp2(u * k[:, None])
+    r_p, w = _sum_below(e_p, u), -tl.sum(e_p * u, 1)
+    v = tl.where(no_y, FAR, y - m_q[:, None])
+    e_q = tl.exp2(v * k[:, None])
+    r_q = _sum_below(e_q, v)
     # x - y of near streams is exact; u - v would carry the rounding of both
-    t = tl.where(no_x | no_y, u - v, (x - y) - (m_p - m_q)[:, None]) * per_t[:, None]
-    e_p, e_q = tl.exp2(u * k[:, None]), tl.exp2(v * k[:, None])
+    t = (x - y) - (m_p - m_q)[:, None]
+    t = tl.where(no_x, tl.where(no_y, 0.0, FAR), tl.where(no_y, -FAR, t)) * per_t[:, None]
     forward, backward = _phi(t, e_p, e_q)
     s1, s2, z1, z2 = tl.sum(e_p * t, 1), tl.sum(forward, 1), -tl.sum(e_q * t, 1), tl.sum(backward, 1)
-    return m_p, _sum_below(e_p, u), -tl.sum(e_p * u, 1), s1, s2, m_q, _sum_below(e_q, v), z1, z2, infinite
+    return m_p, r_p, w, s1, s2, m_q, r_q, z1, z2
 
 
 @triton.jit
@@ -95,7 +104,7 @@ def _sum_below(e, u):
 
 @triton.jit(do_not_specialize=["padded", "inverse_temperature", "softcap"])
 def _linear_hindsight_kernel(
-    hidden_ref, hindsight_ref, weight_ref, bias_ptr, ids_ptr, temperatures_ptr, index_ptr, count_ptr, parts_ptr, chosen_ptr,
+    hidden_ref, hindsight_ref, weight_ref, bias_ptr, ids_ptr, temperatures_ptr, index_ptr, count_ptr, parts_ptr, chosen_ptr, infinite_ptr,
     V, H, stride_weight, padded, inverse_temperature, softcap,
     HAS_BIAS: tl.constexpr, HAS_TEMPERATURES: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT: tl.constexpr,
@@ -106,7 +115,7 @@ def _linear_hindsight_kernel(
     program, programs = tl.program_id(0), tl.num_programs(0)
     apart = splits.to(tl.int64) * padded
     zero = tl.zeros([BLOCK_M], tl.float32)
-    m_p, r_p, w, s1, s2, m_q, r_q, z1, z2, infinite = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero.to(tl.int32)
+    m_p, r_p, w, s1, s2, m_q, r_q, z1, z2 = zero, zero, zero, zero, zero, zero, zero, zero, zero
     for step in range(0, tl.cdiv(row_tiles * splits - program, programs) * TILES):
         row_tile, split = _place(program + step // TILES * programs, row_tiles, splits)
         within = step % TILES
@@ -130,12 +139,17 @@ def _linear_hindsight_kernel(
             tl.store(chosen_ptr + rows, tl.sum(tl.where(own, x, 0.0), 1), mask=here)
             tl.store(chosen_ptr + padded + rows, tl.sum(tl.where(own, y, 0.0), 1), mask=here)
 
-        t_p, t_r, t_w, t_s1, t_s2, t_q, t_rq, t_z1, t_z2, t_infinite = _tile_sums(x, y, per_t, k)
+        # Possible in one stream, impossible in the other: rare, and whoever finds it writes the same 1.
+        no_kl = tl.max(((y == -INF) & (x > -INF)).to(tl.int32), 1) > 0
+        no_information = tl.max(((x == -INF) & (y > -INF)).to(tl.int32), 1) > 0
+        tl.store(infinite_ptr + rows, 1, mask=no_kl)
+        tl.store(infinite_ptr + padded + rows, 1, mask=no_information)
+
+        t_p, t_r, t_w, t_s1, t_s2, t_q, t_rq, t_z1, t_z2 = _tile_sums(x, y, per_t, k)
         fresh = within == 0
         m_p, m_q = tl.where(fresh, -INF, m_p), tl.where(fresh, -INF, m_q)
         r_p, r_q, w = tl.where(fresh, 0.0, r_p), tl.where(fresh, 0.0, r_q), tl.where(fresh, 0.0, w)
         s1, s2, z1, z2 = tl.where(fresh, 0.0, s1), tl.where(fresh, 0.0, s2), tl.where(fresh, 0.0, z1), tl.where(fresh, 0.0, z2)
-        infinite = tl.where(fresh, 0, infinite) | t_infinite
         n_p, n_q = tl.maximum(m_p, t_p), tl.maximum(m_q, t_q)
         s1, s2, z1, z2 = _move(m_p - n_p, m_q - n_q, _mass(m_p, r_p), _mass(m_q, r_q), s1, s2, z1, z2, per_t, LOG2E)
         t_s1, t_s2, t_z1, t_z2 = _move(t_p - n_p, t_q - n_q, _mass(t_p, t_r), _mass(t_q, t_rq), t_s1, t_s2, t_z1, t_z2, per_t, LOG2E)
@@ -154,7 +168,6 @@ def _linear_hindsight_kernel(
         tl.store(out + 6 * apart, r_q, mask=last)
         tl.store(out + 7 * apart, z1, mask=last)
         tl.store(out + 8 * apart, z2, mask=last)
-        tl.store(out + 9 * apart, infinite.to(tl.float32), mask=last)
 
 
 @triton.jit
@@ -178,7 +191,7 @@ def _divergence(s1, s2, mass):
 
 @triton.jit(do_not_specialize=["rows", "padded", "inverse_temperature"])
 def _linear_hindsight_combine_kernel(
-    parts_ptr, chosen_ptr, ids_ptr, temperatures_ptr, position_ptr, logp_ptr, hindsight_logp_ptr, entropy_ptr, log_ratio_ptr, kl_ptr,
+    parts_ptr, chosen_ptr, infinite_ptr, ids_ptr, temperatures_ptr, position_ptr, logp_ptr, hindsight_logp_ptr, entropy_ptr, log_ratio_ptr, kl_ptr,
     information_ptr, V, rows, padded, inverse_temperature,
     HAS_TEMPERATURES: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -200,8 +213,8 @@ def _linear_hindsight_combine_kernel(
     r_q = tl.load(part + 6 * apart, mask=there, other=0.0)
     z1 = tl.load(part + 7 * apart, mask=there, other=0.0)
     z2 = tl.load(part + 8 * apart, mask=there, other=0.0)
-    flags = tl.load(part + 9 * apart, mask=there, other=0.0).to(tl.int32)
-    no_kl, no_information = tl.max(flags & 1, 0) > 0, tl.max(flags & 2, 0) > 0
+    no_kl = tl.load(infinite_ptr + at, mask=active, other=0) != 0
+    no_information = tl.load(infinite_ptr + padded + at, mask=active, other=0) != 0
 
     top_p, rest_p, weighted = _meet_all(m_p, r_p, w, split, k, limit, SPLITS)
     top_q, rest_q, _ = _meet_all(m_q, r_q, tl.zeros([SPLITS, ROWS], tl.float32), split, k, limit, SPLITS)
@@ -235,8 +248,8 @@ def _linear_hindsight_combine_kernel(
 
 
 def pair_tiles(tile: Tiles) -> Tiles:
-    """Two accumulators where the forward has one, and three operands a stage."""
-    return tile._replace(n=min(tile.n, 128), stages=min(tile.stages, 3)) if tile.precision == "ieee" else tile._replace(n=32)
+    """64 x 64: both streams' logits, their exponentials and t at once, beside the sums of a row, are what 255 registers hold."""
+    return tile._replace(n=32) if tile.precision != "ieee" else tile._replace(m=64, n=64)
 
 
 def forward(
@@ -265,18 +278,33 @@ def forward(
         streams = [operand(active.gather(h), tile.m, tile.k, tile.tma) for h in (hidden, hindsight_hidden)]
         splits = triton.cdiv(vocab, SPLIT)
         parts, chosen = (torch.empty(n * active.padded, dtype=torch.float32, device=ids.device) for n in (PARTS * splits, 2))
+        infinite = torch.zeros(2 * active.padded, dtype=torch.int32, device=ids.device)
         inverse = 1.0 if temperature is None else 1.0 / temperature
         flags = dict(HAS_TEMPERATURES=temperatures is not None, SPLIT=SPLIT)
         _linear_hindsight_kernel[(min(programs, active.padded // tile.m * splits),)](
             *streams, operand(weight, tile.n, tile.k, tile.tma), None if bias is None else bias.contiguous(),
-            ids, temperatures, active.index, active.count, parts, chosen,
+            ids, temperatures, active.index, active.count, parts, chosen, infinite,
             vocab, weight.shape[1], weight.stride(0), active.padded, inverse, 1.0 if softcap is None else softcap,
             HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, TMA=tile.tma, PRECISION=tile.precision,
             BLOCK_M=tile.m, BLOCK_V=tile.n, BLOCK_H=tile.k, **flags, **tile.options(),
         )  # fmt: skip
         wide = triton.next_power_of_2(splits)
+        position = active.position
         each = max(1, COMBINE // 4 // wide)
         _linear_hindsight_combine_kernel[(triton.cdiv(rows, each),)](
-            parts, chosen, ids, temperatures, active.position, *results, vocab, rows, active.padded, inverse, SPLITS=wide, ROWS=each, **flags
+            parts,
+            chosen,
+            infinite,
+            ids,
+            temperatures,
+            active.position,
+            *results,
+            vocab,
+            rows,
+            active.padded,
+            inverse,
+            SPLITS=wide,
+            ROWS=each,
+            **flags,
         )
     return results
