@@ -289,22 +289,9 @@ def forward(
             BLOCK_M=tile.m, BLOCK_V=tile.n, BLOCK_H=tile.k, **flags, **tile.options(),
         )  # fmt: skip
         wide = triton.next_power_of_2(splits)
-        position = active.position
         each = max(1, COMBINE // 4 // wide)
         _linear_hindsight_combine_kernel[(triton.cdiv(rows, each),)](
-            parts,
-            chosen,
-            infinite,
-            ids,
-            temperatures,
-            active.position,
-            *results,
-            vocab,
-            rows,
-            active.padded,
-            inverse,
-            SPLITS=wide,
-            ROWS=each,
-            **flags,
-        )
+            parts, chosen, infinite, ids, temperatures, active.position, *results, vocab, rows, active.padded, inverse,
+            SPLITS=wide, ROWS=each, **flags,
+        )  # fmt: skip
     return results
