@@ -165,11 +165,11 @@ def _linear_gradient_kernel(
 
 @triton.jit(do_not_specialize=["padded", "column"])
 def _hidden_gradient_kernel(
-    gradient_ref, residue_ref, flags_ptr, weight_ref, count_ptr, scales_ptr, sums_ptr, V, H, stride_weight, padded, column,
-    RESIDUE: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    gradient_ref, residue_ref, flags_ptr, weight_ref, count_ptr, sums_ptr, V, H, stride_weight, padded, column,
+    RESIDUE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """sums += G W over one slice."""
+    """sums += G W over one slice, of float16 with each row's scale still in."""
     BLOCKS: tl.constexpr = WIDTH // FLAG
     count = tl.load(count_ptr)
     row_tiles, h_tiles = tl.cdiv(count, BLOCK_M), tl.cdiv(H, BLOCK_H)
@@ -183,9 +183,6 @@ def _hidden_gradient_kernel(
         at = sums_ptr + rows.to(tl.int64)[:, None] * H + columns[None, :]
         inside = (columns < H)[None, :] & (rows < count)[:, None]
         acc = tl.load(at, mask=inside, other=0.0)  # the accumulators begin with the slices before
-        if SCALED:
-            scale = tl.load(scales_ptr + rows, mask=rows < count, other=1.0)[:, None]
-            acc = acc * scale
         for v in range(0, size, BLOCK_V):
             a = _tile(gradient_ref, m, v, padded, WIDTH, WIDTH, TMA, BLOCK_M, BLOCK_V)
             b = _tile(weight_ref, column + v, h, V, H, stride_weight, TMA, BLOCK_V, BLOCK_H)
@@ -201,8 +198,6 @@ def _hidden_gradient_kernel(
                 a = _tile(residue_ref, m, v, padded, WIDTH, WIDTH, TMA, BLOCK_M, BLOCK_V)
                 b = _tile(weight_ref, column + v, h, V, H, stride_weight, TMA, BLOCK_V, BLOCK_H)
                 acc = _multiply(a, b, acc, PRECISION)
-        if SCALED:
-            acc = acc / scale
         tl.store(at, acc, mask=inside)
 
 
@@ -259,12 +254,17 @@ def _bias_gradient_kernel(column_sums_ptr, count_ptr, out_ptr, V, column, TILE_R
 
 
 @triton.jit(do_not_specialize=["H", "HS"])
-def _scatter_kernel(sums_ptr, position_ptr, out_ptr, H, HS, BLOCK: tl.constexpr):
+def _scatter_kernel(sums_ptr, scales_ptr, position_ptr, out_ptr, H, HS, SCALED: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     at = tl.load(position_ptr + row)
+    scale = 1.0
+    if SCALED:
+        scale = tl.load(scales_ptr + at, mask=at >= 0, other=1.0)
     for start in range(0, H, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         x = tl.load(sums_ptr + at.to(tl.int64) * HS + offs, mask=(offs < H) & (at >= 0), other=0.0)
+        if SCALED:
+            x = x / scale
         tl.store(out_ptr + row.to(tl.int64) * H + offs, _rounded(x, out_ptr.dtype.element_ty), mask=offs < H)
 
 
@@ -330,7 +330,7 @@ def backward(
         flags = torch.empty(rows.padded // FLAG.value * (width // FLAG.value), dtype=torch.int32, **new)
         column_sums = torch.empty(rows.padded // ROW_BLOCK * width, dtype=torch.float32, **new) if need_bias else None
         sums = torch.zeros(rows.padded, wide, dtype=torch.float32, **new) if need_hidden else None
-        common = dict(RESIDUE=residue, SCALED=scaled, TMA=tile.tma, PRECISION=tile.precision, WIDTH=width)
+        common = dict(RESIDUE=residue, TMA=tile.tma, PRECISION=tile.precision, WIDTH=width)
         g_rows, low_rows = (operand(g, tile.m, tile.k, tile.tma) for g in (gradient, low))
         g_columns, low_columns = (operand(g, tile.k, tile.m, tile.tma) for g in (gradient, low))
         w_forward, w_backward = operand(weight, logits_tile.n, logits_tile.k, tile.tma), operand(weight, tile.k, tile.n, tile.tma)
@@ -342,23 +342,23 @@ def backward(
             _linear_gradient_kernel[(min(programs, row_tiles * triton.cdiv(size, logits_tile.n)),)](
                 h_forward, w_forward, bias, ids, temperatures, rows.index, rows.count, *statistics, grad_logp, grad_entropy, scales,
                 gradient, low, flags, column_sums, vocab, wide, weight.stride(0), rows.padded, column, inverse, 1.0 if softcap is None else softcap,
-                HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, NEEDS_BIAS=need_bias,
+                HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, NEEDS_BIAS=need_bias, SCALED=scaled,
                 BLOCK_M=tile.m, BLOCK_V=logits_tile.n, BLOCK_H=tile.k, **given, **common, **logits_tile.options(),
             )  # fmt: skip
             if need_hidden:
                 _hidden_gradient_kernel[(min(programs, row_tiles * h_tiles),)](
-                    g_rows, low_rows, flags, w_backward, rows.count, scales, sums, vocab, wide, weight.stride(0), rows.padded, column,
+                    g_rows, low_rows, flags, w_backward, rows.count, sums, vocab, wide, weight.stride(0), rows.padded, column,
                     BLOCK_M=tile.m, BLOCK_H=tile.n, BLOCK_V=tile.k, **common, **tile.options(),
                 )  # fmt: skip
             if need_weight:
                 _weight_gradient_kernel[(min(programs, triton.cdiv(size, tile.m) * h_tiles),)](
                     g_columns, low_columns, flags, h_backward, rows.count, least, grad_weight, vocab, wide, grad_weight.shape[1], rows.padded, column,
-                    BLOCK_V=tile.m, BLOCK_H=tile.n, BLOCK_M=tile.k, CHUNK=128, **common, **tile.options(),
+                    BLOCK_V=tile.m, BLOCK_H=tile.n, BLOCK_M=tile.k, CHUNK=128, SCALED=scaled, **common, **tile.options(),
                 )  # fmt: skip
             if need_bias:
                 _bias_gradient_kernel[(triton.cdiv(size, 256),)](
                     column_sums, rows.count, grad_bias, vocab, column, TILE_ROWS=tile.m, WIDTH=width, BLOCK=256
                 )
         if need_hidden:
-            _scatter_kernel[(ids.shape[0],)](sums, rows.position, grad_hidden, hidden.shape[1], wide, BLOCK=1024)
+            _scatter_kernel[(ids.shape[0],)](sums, scales, rows.position, grad_hidden, hidden.shape[1], wide, SCALED=scaled, BLOCK=1024)
     return grad_hidden, grad_weight, grad_bias
