@@ -8,11 +8,11 @@ elements where a product does 2 N V H operations.
 Tiles. A tile's shape depends on the dtype and the architecture alone, and a row of a product depends on no other row: its bits are
 those of the row alone. 128 x 256 x 64 needs (128 + 256) 64 x 2 bytes = 48 KiB of operands for 4.2 MFLOP, 85 FLOP a byte: at 720 TF/s
 8.4 TB/s out of L2, about what an H200 has (some 9 by 5,120 bytes a clock); 128 x 128 would need 11.3 and stop near 600. Two warp groups
-then hold 128 accumulators a thread, so there is one program a multiprocessor and the arithmetic on the logits (about 11 instructions
-each, 3,500 clocks a tile beside 14,300 for the product at H = 896, 65,500 at H = 4096) is not hidden behind the next product; loads
-are: the loop over tiles and the loop over H are one, and the pipeline stays full across tiles. Warp specialisation would hide it, but
-Triton's does not finish compiling this kernel (3.7.1, sm_100), and its low-level dialect runs in no interpreter. None of this
-has been measured on a GPU.
+then hold 128 accumulators a thread, so there is one program a multiprocessor, and the arithmetic on a tile's logits is not hidden behind
+the next product: about 11 instructions a logit, 3,500 clocks beside 14,300 for the product at H = 896 and 65,500 at H = 4096, and a pipeline
+to fill, some 1,500. That leaves an estimated 75 % of the product's rate at H = 896 and 93 % at H = 4096. Three ways to hide it did not
+compile in Triton 3.7.1: warp specialisation (sm_100: no end), tl.range(flatten=True) (its pass fails), both loops as one by hand (spills).
+Two 128 x 128 programs a multiprocessor would overlap by themselves, at the L2 rate above. None of this has been measured on a GPU.
 
 Order. Programs stay, one a multiprocessor, and take tile after tile: GROUP row tiles (2,048 rows, 16 MiB at H = 4096: they stay in L2)
 against all of the vocabulary, rows fastest, so that a weight tile is fetched from HBM once a group.
