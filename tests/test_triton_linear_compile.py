@@ -142,6 +142,25 @@ def test_launchers_compile_once_for_every_number_of_rows(monkeypatch):
     assert compiled() == once
 
 
+def test_what_only_float16_and_two_streams_launch(monkeypatch):
+    kernels = (
+        linear_gradients._scales_kernel, linear_hindsight_information._linear_hindsight_kernel,
+        linear_hindsight_information._linear_hindsight_combine_kernel,
+    )  # fmt: skip
+    others = (linear_tiles._index_kernel, linear_tiles._gather_kernel, linear_logprob_entropy._linear_logprob_entropy_fwd_kernel)
+    others += (linear_logprob_entropy._linear_logprob_entropy_combine_kernel, linear_gradients._linear_gradient_kernel)
+    others += (linear_gradients._hidden_gradient_kernel, linear_gradients._weight_gradient_kernel, linear_gradients._scatter_kernel)
+    compiled = launched(monkeypatch, 90, *kernels, *others)
+    weight = torch.empty(3000, 64, dtype=torch.float16)
+    for rows in (1, 16, 300):
+        hidden, ids, t = torch.empty(rows, 64, dtype=torch.float16), torch.zeros(rows, dtype=torch.int32), torch.ones(rows)
+        head = (weight, ids, None, None, t, 30.0, torch.ones(rows, dtype=torch.bool))
+        results = linear_logprob_entropy.forward(hidden, *head)
+        linear_gradients.backward(hidden, *head, results[0], None, results[1:], (True, True, False))
+        linear_hindsight_information.forward(hidden, hidden, *head)
+    assert compiled()[:3] == [1, 1, 1]
+
+
 if __name__ == "__main__":  # records the table for this version of triton
     table = json.loads(RESOURCES.read_text()) if RESOURCES.exists() else {}
     built = {key(*c): linear(*c) for c in CASES}
