@@ -23,8 +23,8 @@ SIZES = ("V", "H", "stride_weight", "padded", "column", "width_out")
 TENSOR_CORES = {80: r"mma\.sync\.aligned\.m16n8k\d+", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
 
 
-def linear(which: str, element: str, architecture: int) -> Compiled:
-    """The hints of a launch at V = 151,936 and H = 896: no bias, one temperature."""
+def linear(which: str, element: str, architecture: int, extras: bool = False) -> Compiled:
+    """The hints of a launch at V = 151,936 and H = 896: no bias, one temperature, no softcap; or with bias, temperatures and softcap."""
     size = ELEMENTS[element]
     tile = linear_tiles.tiles(size, architecture)
     kernel = {
@@ -32,8 +32,10 @@ def linear(which: str, element: str, architecture: int) -> Compiled:
         "hidden": linear_gradients._hidden_gradient_kernel, "weight": linear_gradients._weight_gradient_kernel,
         "hindsight": linear_hindsight_information._linear_hindsight_kernel,
     }[which]  # fmt: skip
-    if which == "gradient":
-        tile = linear_gradients.gradient_tiles(tile, architecture)
+    if which == "forward":
+        tile = linear_logprob_entropy.logits_tiles(tile, extras)
+    elif which == "gradient":
+        tile = linear_gradients.gradient_tiles(tile, architecture, extras)
     elif which in ("hidden", "weight"):
         tile = linear_gradients.product_tiles(tile, architecture)
     elif which == "hindsight":
@@ -55,7 +57,7 @@ def linear(which: str, element: str, architecture: int) -> Compiled:
     }[which]  # fmt: skip
     types = {name: f"tensordesc<{element}[{r},{c}]>" if tile.tma else f"*{element}" for name, (r, c) in operands.items()}
     scaled = element == "fp16"
-    absent = {"bias_ptr", "temperatures_ptr", "column_sums_ptr"} | (set() if scaled else {"scales_ptr", "least_ptr"})
+    absent = (set() if extras else {"bias_ptr", "temperatures_ptr", "column_sums_ptr"}) | (set() if scaled else {"scales_ptr", "least_ptr"})
     integers = {"ids_ptr": "*i64", "index_ptr": "*i32", "count_ptr": "*i32", "flags_ptr": "*i32", "infinite_ptr": "*i32"}
     for name in kernel.arg_names:
         if name in SIZES:
@@ -67,7 +69,7 @@ def linear(which: str, element: str, architecture: int) -> Compiled:
         elif name.endswith("_ptr") and name not in absent:
             types[name] = integers.get(name, "*fp32")
     constants = {
-        "HAS_BIAS": False, "HAS_TEMPERATURES": False, "HAS_SOFTCAP": False, "HAS_LOGP": True, "HAS_ENTROPY": True, "NEEDS_BIAS": False,
+        "HAS_BIAS": extras, "HAS_TEMPERATURES": extras, "HAS_SOFTCAP": extras, "NEEDS_BIAS": extras, "HAS_LOGP": True, "HAS_ENTROPY": True,
         "RESIDUE": size == 2, "SCALED": scaled, "TMA": tile.tma, "PRECISION": tile.precision, f"BLOCK_{rows}": tile.m, f"BLOCK_{columns}": tile.n,
         f"BLOCK_{inner}": tile.k, "SPLIT": linear_logprob_entropy.SPLIT, "WIDTH": linear_gradients.SLICE, "CHUNK": 128,
     }  # fmt: skip
@@ -78,11 +80,15 @@ def linear(which: str, element: str, architecture: int) -> Compiled:
 
 
 KERNELS = ("forward", "gradient", "hidden", "weight", "hindsight")
-CASES = [(w, e, a) for w in KERNELS for e in ELEMENTS for a in ARCHITECTURES]
+EVERY = [(w, e, a, False) for w in KERNELS for e in ELEMENTS for a in ARCHITECTURES]
+EVERY += [(w, "bf16", a, True) for w in ("forward", "gradient", "hindsight") for a in ARCHITECTURES]
+# A second each: by default bfloat16 everywhere and the others where they differ most; `pytest -m every_target` compiles the rest.
+USUAL = [c for c in EVERY if (c[1] == "bf16" and (not c[3] or c[2] == 90)) or (c[2] == 90 and c[0] in ("forward", "weight"))]
+CASES = [pytest.param(*c, id=" ".join(map(str, c)), marks=() if c in USUAL else pytest.mark.every_target) for c in EVERY]
 
 
-def key(which, element, architecture):
-    return f"linear_{which} {element} sm_{architecture}"
+def key(which, element, architecture, extras):
+    return f"linear_{which}{' with bias, temperatures, softcap' if extras else ''} {element} sm_{architecture}"
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +96,9 @@ def recorded():
     return json.loads(RESOURCES.read_text()).get(triton.__version__)
 
 
-@pytest.mark.parametrize(("which", "element", "architecture"), CASES, ids=lambda c: str(c))
-def test_products(which, element, architecture, recorded):
-    compiled = linear(which, element, architecture)
+@pytest.mark.parametrize(("which", "element", "architecture", "extras"), CASES)
+def test_products(which, element, architecture, extras, recorded):
+    compiled = linear(which, element, architecture, extras)
     assert compiled.stack == 0 and compiled.local == 0  # nothing spilled
     assert re.search(TENSOR_CORES[architecture], compiled.ptx)
     if element == "fp32":  # three products of TF32's high and low halves, never one
@@ -105,7 +111,29 @@ def test_products(which, element, architecture, recorded):
     limit = {80: 166912, 90: 232448, 100: 232448}[architecture]
     assert compiled.dynamic <= limit
     if recorded is not None:
-        assert recorded[key(which, element, architecture)] == [compiled.registers, compiled.dynamic]
+        assert recorded[key(which, element, architecture, extras)] == [compiled.registers, compiled.dynamic]
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_gathered_rows_are_moved_in_whole_words(element):
+    kernel = linear_tiles._gather_kernel
+    types = {
+        "hidden_ptr": f"*{element}",
+        "index_ptr": "*i32",
+        "count_ptr": "*i32",
+        "out_ptr": f"*{element}",
+        "stride": "i32",
+        "H": "i32",
+        "HS": "i32",
+    }
+    constants = {
+        "scale_ptr": None, "ALIGNED": 16 // ELEMENTS[element], "SCALED": False, "ROWS": linear_tiles.GATHER_ROWS,
+        "TILE_ROWS": linear_tiles.ROW_BLOCK, "BLOCK": linear_tiles.GATHER_COLUMNS,
+    }  # fmt: skip
+    compiled = compile_kernel(kernel, types, constants, {name for name in types if name.endswith("_ptr")}, 90, 4)
+    (loop,) = compiled.loops()
+    assert set(compiled.accesses(loop, "ld")) == {128} and set(compiled.accesses(loop, "st")) == {128}
+    assert compiled.stack == 0
 
 
 def test_launchers_compile_once_for_every_number_of_rows(monkeypatch):
@@ -163,6 +191,6 @@ def test_what_only_float16_and_two_streams_launch(monkeypatch):
 
 if __name__ == "__main__":  # records the table for this version of triton
     table = json.loads(RESOURCES.read_text()) if RESOURCES.exists() else {}
-    built = {key(*c): linear(*c) for c in CASES}
+    built = {key(*c): linear(*c) for c in EVERY}
     table.setdefault(triton.__version__, {}).update({k: [c.registers, c.dynamic] for k, c in built.items()})
     RESOURCES.write_text(json.dumps(table, indent=1) + "\n")

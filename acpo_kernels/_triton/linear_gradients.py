@@ -26,6 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .linear_tiles import (
+    GATHER_COLUMNS,
+    GATHER_ROWS,
     INF,
     LOG2E,
     ROW_BLOCK,
@@ -254,28 +256,28 @@ def _bias_gradient_kernel(column_sums_ptr, count_ptr, out_ptr, V, column, TILE_R
     tl.store(out_ptr + column + local, _rounded(total, out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["H", "HS"])
-def _scatter_kernel(sums_ptr, scales_ptr, position_ptr, out_ptr, H, HS, SCALED: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    at = tl.load(position_ptr + row)
-    scale = 1.0
-    if SCALED:
-        scale = tl.load(scales_ptr + at, mask=at >= 0, other=1.0)
+@triton.jit(do_not_specialize=["rows", "H"])
+def _scatter_kernel(
+    sums_ptr, scales_ptr, position_ptr, out_ptr, rows, H, HS, SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at = tl.load(position_ptr + row, mask=row < rows, other=-1)
     for start in range(0, H, BLOCK):
         offs = start + tl.arange(0, BLOCK)
-        x = tl.load(sums_ptr + at.to(tl.int64) * HS + offs, mask=(offs < H) & (at >= 0), other=0.0)
+        x = tl.load(sums_ptr + at.to(tl.int64)[:, None] * HS + offs[None, :], mask=(at >= 0)[:, None] & (offs < H)[None, :], other=0.0)
         if SCALED:
-            x = x / scale
-        tl.store(out_ptr + row.to(tl.int64) * H + offs, _rounded(x, out_ptr.dtype.element_ty), mask=offs < H)
+            x = x / tl.load(scales_ptr + at, mask=at >= 0, other=1.0)[:, None]
+        out = out_ptr + row.to(tl.int64)[:, None] * H + offs[None, :]
+        tl.store(out, _rounded(x, out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (offs < H)[None, :])
 
 
 def slice_width(vocab: int, tile: Tiles) -> int:
     return min(SLICE, max(triton.next_power_of_2(vocab), tile.n))
 
 
-def gradient_tiles(tile: Tiles, architecture: int) -> Tiles:
-    """Fewer columns: the arithmetic on 256 would not fit the registers beside the residue, on sm_100 that on 128 neither."""
-    return tile._replace(n=min(tile.n, 64 if architecture // 10 == 10 else 128))
+def gradient_tiles(tile: Tiles, architecture: int, softcap: bool) -> Tiles:
+    """Fewer columns: the arithmetic on 256 would not fit the registers beside the residue, on sm_100 or with a softcap that on 128 neither."""
+    return tile._replace(n=min(tile.n, 64 if architecture // 10 == 10 or softcap else 128))
 
 
 def product_tiles(tile: Tiles, architecture: int) -> Tiles:
@@ -308,7 +310,7 @@ def backward(
         return grad_hidden, grad_weight.zero_(), grad_bias.zero_()
     with on_device(hidden):
         architecture, programs = machine(hidden)
-        logits_tile = gradient_tiles(tiles(hidden.element_size(), architecture), architecture)
+        logits_tile = gradient_tiles(tiles(hidden.element_size(), architecture), architecture, softcap is not None)
         tile = product_tiles(tiles(hidden.element_size(), architecture), architecture)
         grad_logp, grad_entropy, temperatures = (None if t is None else t.contiguous() for t in (grad_logp, grad_entropy, temperatures))
         ids, weight = ids.contiguous(), aligned_weight(weight)
@@ -361,5 +363,7 @@ def backward(
                     column_sums, rows.count, grad_bias, vocab, column, TILE_ROWS=tile.m, WIDTH=width, BLOCK=256
                 )
         if need_hidden:
-            _scatter_kernel[(ids.shape[0],)](sums, scales, rows.position, grad_hidden, hidden.shape[1], wide, SCALED=scaled, BLOCK=1024)
+            _scatter_kernel[(triton.cdiv(ids.shape[0], GATHER_ROWS),)](
+                sums, scales, rows.position, grad_hidden, ids.shape[0], hidden.shape[1], wide, SCALED=scaled, ROWS=GATHER_ROWS, BLOCK=GATHER_COLUMNS
+            )
     return grad_hidden, grad_weight, grad_bias

@@ -22,6 +22,7 @@ from .linear_tiles import (
     INF,
     LOG2E,
     LOWEST,
+    Tiles,
     _finish_logits,
     _meet,
     _multiply,
@@ -129,6 +130,11 @@ def _linear_logprob_entropy_combine_kernel(
     tl.store(logsumexp_ptr + row, tl.where(active, tl.where(bad, nan, l), 0.0), mask=inside_rows)
 
 
+def logits_tiles(tile: Tiles, softcap: bool) -> Tiles:
+    """The hyperbolic tangent wants the registers of half the columns."""
+    return tile._replace(n=min(tile.n, 128)) if softcap else tile
+
+
 def forward(
     hidden: Tensor,
     weight: Tensor,
@@ -146,7 +152,7 @@ def forward(
         return results
     with on_device(hidden):
         architecture, programs = machine(hidden)
-        tile = tiles(hidden.element_size(), architecture)
+        tile = logits_tiles(tiles(hidden.element_size(), architecture), softcap is not None)
         ids, weight = ids.contiguous(), aligned_weight(weight)
         temperatures = None if temperatures is None else temperatures.contiguous()
         vocab = weight.shape[0]
