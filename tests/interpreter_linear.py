@@ -299,3 +299,21 @@ def test_policy_loss(ratio, dtype):
         assert x.dtype == torch.float32
         assert_within_budget(x, y, z, name, factor=4.0, gradient_dtype=dtype if i >= 3 else None)
     assert (grads[0][18:] == 0).all() and (grads[0][~mask] == 0).all() and metrics.isfinite().all()
+
+
+def test_three_products_of_tf32_keep_the_budget_and_one_does_not():
+    """What PRECISION = "tf32x3" stands for, which the interpreter computes in float32."""
+    hidden, weight = torch.randn(16, 896), torch.randn(300, 896)
+
+    def halves(x):
+        def tf32(x):
+            return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+        high = tf32(x)
+        return high, tf32(x - high)
+
+    (a, b), (c, d) = halves(hidden), halves(weight.T.contiguous())
+    exact, single = hidden.double() @ weight.double().T, hidden @ weight.T
+    assert_within_budget(b @ c + a @ d + a @ c, single, exact, factor=4.0)
+    with pytest.raises(AssertionError, match="budget"):
+        assert_within_budget(a @ c, single, exact, factor=4.0)
