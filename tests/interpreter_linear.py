@@ -73,13 +73,21 @@ def test_small_and_uneven_upstream_gradients(dtype, narrow):
     check(hidden, weight, ids, bias, 1e-2 * torch.randn(40) * spread, 1e-3 * torch.randn(40) * spread)
 
 
-def test_without_the_residue_the_gradient_breaks_the_budget(monkeypatch):
-    hidden, weight, ids, bias = inputs(15, 37, 8, torch.bfloat16, scale=2.0)
-    upstream = torch.randn(15), torch.randn(15)
-    check(hidden, weight, ids, bias, *upstream)
+def test_the_residue_is_what_keeps_the_gradients_exact_before_their_rounding(monkeypatch):
+    """In float32, of bfloat16 operands: 1e-5 of the largest with the residue of G, 2e-3 (a unit of bfloat16 is 8e-3) without, as G's rounding has it."""
+    hidden, weight, ids, bias = inputs(60, 300, 16, torch.bfloat16)
+    upstream = torch.randn(60), torch.randn(60)
+    exact = oracle(torch.float64, hidden, weight, ids, bias, *upstream)[2:4]
+    head = (hidden, weight, ids, bias, 1.0, None, None, None)
+    statistics = kernels.forward(*head)[1:]
+
+    def errors():
+        grads = linear_gradients.backward(*head, *upstream, statistics, (True, True, False), dtype=torch.float32)
+        return [float((x - y).abs().max() / y.abs().max()) for x, y in zip(grads, exact, strict=False)]
+
+    assert max(errors()) < 2.0**-15
     monkeypatch.setattr(linear_gradients, "KEEP", tl.constexpr(1e30))
-    with pytest.raises(AssertionError, match="budget"):
-        check(hidden, weight, ids, bias, *upstream)
+    assert min(errors()) > 2.0**-11
 
 
 @pytest.mark.parametrize("rows", [0, 2, 16, 17])
@@ -90,7 +98,7 @@ def test_numbers_of_rows(rows):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_is_bitwise_the_same_alone_in_any_batch_and_at_any_position(dtype, narrow):
-    hidden, weight, ids, bias = inputs(140, 700, 9, dtype)  # two row tiles
+    hidden, weight, ids, bias = inputs(140, 530, 9, dtype)  # two row tiles, two slices
     upstream = torch.randn(140), torch.randn(140)
     whole = run(hidden, weight, ids, bias, *upstream)
     again = run(hidden, weight, ids, bias, *upstream)
@@ -103,7 +111,7 @@ def test_a_row_is_bitwise_the_same_alone_in_any_batch_and_at_any_position(dtype,
     for name, x, y, z in zip(NAMES[:3], whole, moved, shuffled, strict=False):
         assert torch.equal(x[mask], y[mask]) and (y[~mask] == 0).all(), name
         assert torch.equal(x[order], z), name
-    for first, count in ((0, 1), (139, 1), (60, 15)):
+    for first, count in ((139, 1), (60, 15)):
         rows = slice(first, first + count)
         part = run(hidden[rows], weight, ids[rows], bias, *(g[rows] for g in upstream), needs=(True, False, False))
         for name, x, y in zip(NAMES[:3], part, whole, strict=False):
@@ -219,7 +227,7 @@ def both_streams(hidden, other, weight, ids, bias=None, *, temperature=1.0, soft
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("closeness", [1.0, 1e-2])
-@pytest.mark.parametrize(("rows", "vocab", "width", "softcap"), [(1, 1, 1, None), (2, 2, 3, None), (130, 1100, 24, 5.0)])
+@pytest.mark.parametrize(("rows", "vocab", "width", "softcap"), [(2, 2, 3, None), (66, 1100, 24, 5.0)])
 def test_hindsight_against_the_reference(rows, vocab, width, softcap, closeness, dtype):
     hidden, weight, ids, bias = inputs(rows, vocab, width, dtype)
     other = (hidden.float() + closeness * torch.randn(rows, width)).to(dtype)
@@ -250,7 +258,7 @@ def test_divergences_relative_to_themselves(spread):
 
 
 def test_hindsight_rows_stay_alone():
-    hidden, weight, ids, bias = inputs(140, 1300, 8)
+    hidden, weight, ids, bias = inputs(140, 1040, 8)
     other, bias[5] = torch.randn_like(hidden), -math.inf
     clean = both_streams(hidden, other, weight, ids, bias)
     assert all(x.isfinite().all() for x in clean[2:3] + clean[4:])
@@ -259,7 +267,7 @@ def test_hindsight_rows_stay_alone():
     moved = both_streams(dirty, other, weight, torch.where(mask, ids, -1), bias, mask=mask)
     alone = both_streams(hidden[139:], other[139:], weight, ids[139:], bias)
     hidden, ids = hidden.clone(), ids.clone()
-    hidden[3, 0], ids[4] = math.nan, 1300
+    hidden[3, 0], ids[4] = math.nan, 1040
     broken = both_streams(hidden, other, weight, ids, bias)
     kept = torch.arange(140) % 140 != 3
     kept[4] = False
