@@ -74,7 +74,7 @@ def test_small_and_uneven_upstream_gradients(dtype, narrow):
 
 
 def test_the_residue_is_what_keeps_the_gradients_exact_before_their_rounding(monkeypatch):
-    """In float32, of bfloat16 operands: 1e-5 of the largest with the residue of G, 2e-3 (a unit of bfloat16 is 8e-3) without, as G's rounding has it."""
+    """In float32, of bfloat16 operands: 1e-5 of the largest with the residue of G, 2e-3 without (a unit of bfloat16 is 8e-3)."""
     hidden, weight, ids, bias = inputs(60, 300, 16, torch.bfloat16)
     upstream = torch.randn(60), torch.randn(60)
     exact = oracle(torch.float64, hidden, weight, ids, bias, *upstream)[2:4]
