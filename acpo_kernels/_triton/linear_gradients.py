@@ -213,7 +213,8 @@ def _weight_gradient_kernel(
     """One slice of G^T hidden, rounded once. H is the padded width of hidden, width_out that of the weight."""
     BLOCKS: tl.constexpr = WIDTH // FLAG
     count = tl.load(count_ptr)
-    v_tiles, h_tiles = tl.cdiv(tl.minimum(V - column, WIDTH), BLOCK_V), tl.cdiv(width_out, BLOCK_H)
+    size = tl.minimum(V - column, WIDTH)
+    v_tiles, h_tiles = tl.cdiv(size, BLOCK_V), tl.cdiv(width_out, BLOCK_H)
     program, programs = tl.program_id(0), tl.num_programs(0)
     for step in range(0, tl.cdiv(v_tiles * h_tiles - program, programs)):
         item = program + step * programs
@@ -232,7 +233,7 @@ def _weight_gradient_kernel(
                 flag = flags_ptr + block * BLOCKS + v // FLAG
                 flagged = tl.load(flag, mask=there, other=0)
                 for i in tl.static_range(1, BLOCK_V // FLAG):
-                    flagged = flagged | tl.load(flag + i, mask=there, other=0)
+                    flagged = flagged | tl.load(flag + i, mask=there & (v + i * FLAG < size), other=0)  # a tile past the vocabulary has none
                 order = tl.cumsum(flagged, 0)
                 for i in range(0, tl.sum(flagged, 0)):
                     m = (chunk + tl.sum((order <= i).to(tl.int32), 0)) * FLAG
