@@ -62,6 +62,14 @@ def _forward_cpu(hidden, hindsight_hidden, weight, ids, bias, temperature, tempe
     return _torch.linear_hindsight_information(hidden, hindsight_hidden, weight, ids, bias, temperature, temperatures, softcap, mask)
 
 
+def _forward_cuda(hidden, hindsight_hidden, weight, ids, bias, temperature, temperatures, softcap, mask):
+    if hidden.dtype == torch.float64:
+        return _torch.linear_hindsight_information(hidden, hindsight_hidden, weight, ids, bias, temperature, temperatures, softcap, mask)
+    from ._triton import linear_hindsight_information as kernels
+
+    return kernels.forward(hidden, hindsight_hidden, weight, ids, bias, temperature, temperatures, softcap, mask)
+
+
 def _fake(hidden, hindsight_hidden, weight, ids, *rest):
     return tuple(hidden.new_empty(ids.shape, dtype=reference.working_dtype(hidden.dtype)) for _ in range(6))
 
@@ -70,6 +78,6 @@ _op = define(
     "linear_hindsight_information(Tensor hidden, Tensor hindsight_hidden, Tensor weight, Tensor ids, Tensor? bias, float? temperature,"
     " Tensor? temperatures, float? softcap, Tensor? mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     cpu=_forward_cpu,
-    cuda=_torch.linear_hindsight_information,
+    cuda=_forward_cuda,
     fake=_fake,
 )

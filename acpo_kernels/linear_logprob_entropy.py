@@ -88,6 +88,24 @@ def _backward_cpu(
     return *gradients[:2], gradients[2] if bias is None else gradients[2].to(bias.dtype)
 
 
+def _forward_cuda(hidden, weight, ids, bias, temperature, temperatures, softcap, mask):
+    if hidden.dtype == torch.float64:
+        return _torch.linear_logprob_entropy(hidden, weight, ids, bias, temperature, temperatures, softcap, mask)
+    from ._triton import linear_logprob_entropy as kernels
+
+    return kernels.forward(hidden, weight, ids, bias, temperature, temperatures, softcap, mask)
+
+
+def _backward_cuda(hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy, *rest):
+    arguments = (hidden, weight, ids, bias, temperature, temperatures, softcap, mask, grad_logp, grad_entropy)
+    if hidden.dtype == torch.float64:
+        return _torch.linear_logprob_entropy_backward(*arguments, *rest)
+    from ._triton import linear_gradients as kernels
+
+    *statistics, needs = rest
+    return kernels.backward(*arguments, statistics, needs)
+
+
 def _fake(hidden, weight, ids, *rest):
     return tuple(hidden.new_empty(ids.shape, dtype=reference.working_dtype(hidden.dtype)) for _ in range(4))
 
@@ -125,7 +143,7 @@ _op = define(
     "linear_logprob_entropy(Tensor hidden, Tensor weight, Tensor ids, Tensor? bias, float? temperature, Tensor? temperatures, float? softcap,"
     " Tensor? mask) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_forward_cpu,
-    cuda=_torch.linear_logprob_entropy,
+    cuda=_forward_cuda,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -135,6 +153,6 @@ _backward_op = define(
     " float? softcap, Tensor? mask, Tensor? grad_logp, Tensor? grad_entropy, Tensor entropy, Tensor maximum, Tensor logsumexp, bool[] needs)"
     " -> (Tensor, Tensor, Tensor)",
     cpu=_backward_cpu,
-    cuda=_torch.linear_logprob_entropy_backward,
+    cuda=_backward_cuda,
     fake=_backward_fake,
 )

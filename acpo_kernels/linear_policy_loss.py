@@ -44,8 +44,9 @@ def linear_policy_loss(
     backward multiplies them by the incoming gradient. Masked rows take part in no matrix product; an unmasked row whose gradient
     is exactly zero (clipped; or advantage, KL and entropy weight all 0) takes part in the forward product alone: with shares u of
     unmasked rows and a of rows with a gradient, (2u + 4a) N H V floating-point operations. A ratio that is a mean over other rows
-    (segment or sequence level with old_logp) needs a forward of its own before the first gradient: (2u + 6a) N H V. No N x V tensor
-    exists: the CPU holds the logits of 256 rows in float32, twice that while it closes the gaps that rows without a gradient leave.
+    (segment or sequence level with old_logp) needs a forward of its own before the first gradient, and so does CUDA: (2u + 6a) N H V.
+    No N x V tensor exists: the CPU holds the logits of 256 rows in float32, twice that while it closes the gaps that rows without a
+    gradient leave.
 
     Shapes
         hidden [N,H], weight [V,H], ids, old_logp, advantages [N]; the others as in the two operations. logp and entropy [N] come back detached.
@@ -100,6 +101,14 @@ def _forward_cpu(hidden, weight, ids, bias, temperature, temperatures, softcap, 
     return _cpu.linear_policy_loss(*head, old_logp, advantages, token_offsets, sequence_offsets, active, *rest)
 
 
+def _forward_cuda(hidden, *rest):
+    if hidden.dtype == torch.float64:
+        return _linear_loss.linear_policy_loss(hidden, *rest)
+    from ._triton import linear_policy_loss as kernels
+
+    return kernels.forward(hidden, *rest)
+
+
 def _fake(hidden, weight, ids, *rest):
     dtype, needs = reference.working_dtype(hidden.dtype), rest[-1]
     shapes = [(), (len(_torch.METRICS),), ids.shape, ids.shape]
@@ -139,7 +148,7 @@ _op = define(
     " float? entropy_weight, Tensor? entropy_weights, Tensor? ref_logp, float kl_weight, Tensor? rollout_logp, float rollout_cap,"
     " float? denominator, Tensor? denominators, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     cpu=_forward_cpu,
-    cuda=_linear_loss.linear_policy_loss,
+    cuda=_forward_cuda,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

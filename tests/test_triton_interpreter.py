@@ -40,5 +40,8 @@ class TestKernelsInTheInterpreter:
     def test_logprob_entropy(self):
         interpreted(["test_logprob_entropy.py"], "interpreter")
 
+    def test_operations_from_hidden_states(self):
+        interpreted(["interpreter_linear.py"], "interpreter")
+
     def test_operations_behind_the_dispatcher(self):
         interpreted(list(SELECTED), " or ".join(f"({file} and ({names}))" for file, names in SELECTED.items()))

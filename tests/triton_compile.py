@@ -20,6 +20,7 @@ class Compiled:
     stack: int
     shared: int
     local: int
+    dynamic: int  # shared memory asked for at launch; `shared` is what the code holds itself
     cubin: bytes
 
     def loops(self) -> list[str]:
@@ -48,7 +49,9 @@ class Compiled:
         return [int(m[1] or 1) * int(m[2]) for m in re.finditer(pattern, ptx)]
 
 
-def compile_kernel(kernel, types: dict[str, str], constants: dict, divisible: set[str], architecture: int, num_warps: int) -> Compiled:
+def compile_kernel(
+    kernel, types: dict[str, str], constants: dict, divisible: set[str], architecture: int, num_warps: int, num_stages: int = 3
+) -> Compiled:
     """types: the run-time arguments; constants: the rest; divisible: the arguments that are multiples of 16 at launch."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -64,8 +67,8 @@ def compile_kernel(kernel, types: dict[str, str], constants: dict, divisible: se
         constants,
         {(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": num_warps})
-    return measured(compiled)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return measured(triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options))
 
 
 def cuobjdump(option: str, cubin: bytes) -> str:
@@ -82,7 +85,8 @@ def measured(compiled) -> Compiled:
     """What a compiled kernel takes of a multiprocessor."""
     usage = cuobjdump("--dump-resource-usage", compiled.asm["cubin"])
     numbers = {key: int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "SHARED", "LOCAL")}
-    return Compiled(compiled.asm["ptx"], numbers["REG"], numbers["STACK"], numbers["SHARED"], numbers["LOCAL"], compiled.asm["cubin"])
+    static = (numbers[key] for key in ("REG", "STACK", "SHARED", "LOCAL"))
+    return Compiled(compiled.asm["ptx"], *static, compiled.metadata.shared, compiled.asm["cubin"])
 
 
 class Driver:

@@ -1,0 +1,370 @@
+"""The backward of `linear_logprob_entropy`: 6 a N V H operations for a share a of rows whose gradient is not exactly zero (2 less for a
+frozen weight, 2 less for frozen hidden states).
+
+The vocabulary goes by in slices of SLICE columns. For each, one kernel recomputes the logits (narrower tiles than the forward's, each logit
+summed over H in the same steps, on which the chosen token's expm1 relies: to be checked on a GPU) and writes the slice's gradient G [rows, SLICE],
+one adds G W to the hidden states' gradient, one writes the slice of G^T hidden to the
+weight's. A weight row is summed inside one tile's float32 accumulators and rounded once, without a float32 copy of the weight. The float32
+sums of the hidden states' gradient are read and written once a slice: 8 N H bytes for 6 N H SLICE operations, at SLICE = 8,192 3 % of the
+time on an H200 (4 TB/s, 700 TF/s) were nothing overlapped. G goes through HBM or L2, 2 bytes a logit written and twice read, under
+products that leave most of that bandwidth idle. The host launches three kernels a slice, 57 in all at V = 151,936.
+
+Precision of G. Tensor cores multiply bfloat16 by bfloat16. G rounded to it (all peers do) errs by up to 2^-9 of its largest entries, the
+chosen token's above all: as much as the rounding of the result itself, which the contract allows once. G's residue G - bfloat16(G) as a second
+operand everywhere would cost 4 N V H more. But only entries near the row's largest have a residue that counts: it is kept for those above
+KEEP = 2^-8 of the row's scale |g_logp| + |g_entropy| over T (at most a few hundred, for a language model a handful), whose 64 x 64 blocks
+are flagged, and the products run once more over flagged blocks alone. Residues left out are below 2^-17 of the scale each. With
+one kept entry a row about 5 % of the blocks are flagged, evenly spread. A block without a kept entry would add exact zeros, so which
+blocks run changes no bit of any row. float16 has five bits of exponent: there G is scaled by a power of two for each row, and taken back.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .linear_tiles import (
+    GATHER_COLUMNS,
+    GATHER_ROWS,
+    INF,
+    LOG2E,
+    ROW_BLOCK,
+    Tiles,
+    _finish_logits,
+    _multiply,
+    _place,
+    _rounded,
+    _row_scale,
+    _tile,
+    aligned_weight,
+    compact,
+    machine,
+    on_device,
+    operand,
+    tiles,
+)
+from .logprob_entropy import _expm1_series
+
+SLICE = 8192
+FLAG = tl.constexpr(64)  # rows and columns of a flagged block: the products' own step
+KEEP = tl.constexpr(2.0**-8)
+HEADROOM = tl.constexpr(10.0)  # of float16's 15 binades above 1: an entry of the gradient is below 12 times the row's scale
+
+
+@triton.jit
+def _upstream(source, valid, grad_logp_ptr, grad_entropy_ptr, HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr):
+    zero = tl.where(valid, 0.0, 0.0)
+    g_logp = tl.load(grad_logp_ptr + source, mask=valid, other=0.0) if HAS_LOGP else zero
+    g_entropy = tl.load(grad_entropy_ptr + source, mask=valid, other=0.0) if HAS_ENTROPY else zero
+    return g_logp, g_entropy
+
+
+@triton.jit(do_not_specialize=["inverse_temperature"])
+def _scales_kernel(
+    grad_logp_ptr, grad_entropy_ptr, temperatures_ptr, index_ptr, count_ptr, scales_ptr, shares_ptr, least_ptr, inverse_temperature,
+    HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_TEMPERATURES: tl.constexpr, LOG2E: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """scales[i]: the power of two that brings row i's gradient into float16's middle; shares[i] = min(scales) / scales[i] <= 1, for the other
+    operand of the weight's gradient; least = min(scales)."""
+    count = tl.load(count_ptr)
+    least = INF
+    for start in range(0, count, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        valid = offs < count
+        source = tl.load(index_ptr + offs, mask=valid, other=0)
+        per_t, _, _ = _row_scale(source, valid, inverse_temperature, temperatures_ptr, HAS_TEMPERATURES, LOG2E)
+        g_logp, g_entropy = _upstream(source, valid, grad_logp_ptr, grad_entropy_ptr, HAS_LOGP, HAS_ENTROPY)
+        size = per_t * (tl.abs(g_logp) + tl.abs(g_entropy))
+        scale = tl.exp2(-tl.ceil(tl.log2(tl.minimum(tl.maximum(size, 1e-30), 1e30))) + HEADROOM)
+        tl.store(scales_ptr + offs, scale, mask=valid)
+        least = tl.minimum(least, tl.min(tl.where(valid, scale, INF), 0))
+    tl.store(least_ptr, least)
+    tl.debug_barrier()
+    for start in range(0, count, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        valid = offs < count
+        tl.store(shares_ptr + offs, least / tl.load(scales_ptr + offs, mask=valid, other=1.0), mask=valid)
+
+
+@triton.jit(do_not_specialize=["padded", "column", "inverse_temperature", "softcap"])
+def _linear_gradient_kernel(
+    hidden_ref, weight_ref, bias_ptr, ids_ptr, temperatures_ptr, index_ptr, count_ptr, entropy_ptr, maximum_ptr, logsumexp_ptr,
+    grad_logp_ptr, grad_entropy_ptr, scales_ptr, gradient_ptr, residue_ptr, flags_ptr, column_sums_ptr,
+    V, H, stride_weight, padded, column, inverse_temperature, softcap,
+    HAS_BIAS: tl.constexpr, HAS_TEMPERATURES: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr, RESIDUE: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One slice of the gradient with respect to the logits before softcap: columns [column, column + WIDTH)."""
+    count = tl.load(count_ptr)
+    row_tiles, column_tiles = tl.cdiv(count, BLOCK_M), tl.cdiv(tl.minimum(V - column, WIDTH), BLOCK_V)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    for step in range(0, tl.cdiv(row_tiles * column_tiles - program, programs)):
+        item = program + step * programs
+        row_tile, column_tile = _place(item, row_tiles, column_tiles)
+        m, local = row_tile * BLOCK_M, column_tile * BLOCK_V
+        v = column + local
+        acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+        for h in range(0, H, BLOCK_H):
+            a = _tile(hidden_ref, m, h, padded, H, H, TMA, BLOCK_M, BLOCK_H)
+            b = _tile(weight_ref, v, h, V, H, stride_weight, TMA, BLOCK_V, BLOCK_H)
+            acc = _multiply(a, b.T, acc, PRECISION)
+        columns, rows = v + tl.arange(0, BLOCK_V), m + tl.arange(0, BLOCK_M)
+        valid = rows < count
+        source = tl.load(index_ptr + rows, mask=valid, other=0)
+        per_t, k, limit = _row_scale(source, valid, inverse_temperature, temperatures_ptr, HAS_TEMPERATURES, LOG2E)
+        g_logp, g_entropy = _upstream(source, valid, grad_logp_ptr, grad_entropy_ptr, HAS_LOGP, HAS_ENTROPY)
+        entropy = tl.load(entropy_ptr + source, mask=valid, other=0.0)
+        l = tl.load(logsumexp_ptr + source, mask=valid, other=0.0)  # noqa: E741
+        bad = l != l
+        # A row that is not there: every logit lies infinitely far below its maximum, and its factors are 0.
+        top = tl.where(valid, tl.where(bad, 0.0, tl.load(maximum_ptr + source, mask=valid, other=0.0)), INF)
+
+        # exp(u / T) (first + second u); below, the chosen token's own entry by expm1
+        p_top = tl.exp(-l)
+        first = per_t * p_top * (g_entropy * (l - entropy) - g_logp)
+        second = -per_t * per_t * p_top * g_entropy
+        first = tl.where(valid, tl.where(bad, float("nan"), first), 0.0)
+
+        x = _finish_logits(acc, columns, bias_ptr, softcap, V, HAS_BIAS, HAS_SOFTCAP)
+        u = tl.maximum(x - top[:, None], limit[:, None], propagate_nan=tl.PropagateNan.ALL)
+        g = tl.exp2(u * k[:, None]) * (first[:, None] + second[:, None] * u)
+        target = tl.load(ids_ptr + source, mask=valid, other=-1)
+        if tl.max(((target >= v) & (target < v + BLOCK_V)).to(tl.int32), 0) > 0:
+            chosen = columns[None, :] == target[:, None]
+            log_p = tl.sum(tl.where(chosen, u, 0.0), 1) * per_t - l
+            p = tl.exp(log_p)
+            own = per_t * (g_entropy * p * (-log_p - entropy) - g_logp * tl.where(log_p > -0.4, _expm1_series(log_p), p - 1.0))
+            own = tl.where(bad, float("nan"), own)
+            g = tl.where(chosen & valid[:, None], own[:, None], g)
+        if HAS_SOFTCAP:
+            t = x / softcap
+            g = tl.where((columns < V)[None, :], g * (1.0 - t) * (1.0 + t), 0.0)
+        if NEEDS_BIAS:
+            tl.store(column_sums_ptr + row_tile.to(tl.int64) * WIDTH + local + tl.arange(0, BLOCK_V), tl.sum(g, 0))
+        scale = per_t
+        if SCALED:
+            scale = tl.load(scales_ptr + rows, mask=valid, other=0.0)
+            g = g * scale[:, None]
+            scale = scale * per_t
+        high = _rounded(g, gradient_ptr.dtype.element_ty)
+        out = rows.to(tl.int64)[:, None] * WIDTH + (local + tl.arange(0, BLOCK_V))[None, :]
+        tl.store(gradient_ptr + out, high)
+        if RESIDUE:
+            enough = KEEP * scale * (tl.abs(g_logp) + tl.abs(g_entropy))
+            flags = (m // FLAG + tl.arange(0, BLOCK_M // FLAG))[:, None] * (WIDTH // FLAG) + (local // FLAG + tl.arange(0, BLOCK_V // FLAG))[None, :]
+            some = tl.max((tl.max(tl.abs(g), 1) > enough).to(tl.int32), 0) > 0
+            if some or BLOCK_V < 2 * FLAG:  # the weight's product takes blocks in pairs: a half tile is always written
+                kept = tl.abs(g) > enough[:, None]
+                low = _rounded(tl.where(kept, g - high.to(tl.float32), 0.0), gradient_ptr.dtype.element_ty)
+                tl.store(residue_ptr + out, low)
+                blocks = tl.reshape(kept.to(tl.int32), [BLOCK_M // FLAG, FLAG, BLOCK_V // FLAG, FLAG])
+                tl.store(flags_ptr + flags, tl.max(tl.max(blocks, 3), 1))
+            else:
+                tl.store(flags_ptr + flags, tl.zeros([BLOCK_M // FLAG, BLOCK_V // FLAG], tl.int32))
+
+
+@triton.jit(do_not_specialize=["padded", "column"])
+def _hidden_gradient_kernel(
+    gradient_ref, residue_ref, flags_ptr, weight_ref, count_ptr, sums_ptr, V, H, stride_weight, padded, column,
+    RESIDUE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """sums += G W over one slice, of float16 with each row's scale still in."""
+    BLOCKS: tl.constexpr = WIDTH // FLAG
+    count = tl.load(count_ptr)
+    row_tiles, h_tiles = tl.cdiv(count, BLOCK_M), tl.cdiv(H, BLOCK_H)
+    size = tl.minimum(V - column, WIDTH)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    for step in range(0, tl.cdiv(row_tiles * h_tiles - program, programs)):
+        item = program + step * programs
+        row_tile, h_tile = _place(item, row_tiles, h_tiles)
+        m, h = row_tile * BLOCK_M, h_tile * BLOCK_H
+        rows, columns = m + tl.arange(0, BLOCK_M), h + tl.arange(0, BLOCK_H)
+        at = sums_ptr + rows.to(tl.int64)[:, None] * H + columns[None, :]
+        inside = (columns < H)[None, :] & (rows < count)[:, None]
+        acc = tl.load(at, mask=inside, other=0.0)  # the accumulators begin with the slices before
+        for v in range(0, size, BLOCK_V):
+            a = _tile(gradient_ref, m, v, padded, WIDTH, WIDTH, TMA, BLOCK_M, BLOCK_V)
+            b = _tile(weight_ref, column + v, h, V, H, stride_weight, TMA, BLOCK_V, BLOCK_H)
+            acc = _multiply(a, b, acc, PRECISION)
+        if RESIDUE:
+            block = tl.arange(0, BLOCKS)
+            there = block * FLAG < size
+            flag = flags_ptr + (m // FLAG) * BLOCKS + block
+            flagged = tl.load(flag, mask=there, other=0) | tl.load(flag + BLOCKS, mask=there, other=0)
+            order = tl.cumsum(flagged, 0)
+            for i in range(0, tl.sum(flagged, 0)):
+                v = tl.sum((order <= i).to(tl.int32), 0) * FLAG
+                a = _tile(residue_ref, m, v, padded, WIDTH, WIDTH, TMA, BLOCK_M, BLOCK_V)
+                b = _tile(weight_ref, column + v, h, V, H, stride_weight, TMA, BLOCK_V, BLOCK_H)
+                acc = _multiply(a, b, acc, PRECISION)
+        tl.store(at, acc, mask=inside)
+
+
+@triton.jit(do_not_specialize=["padded", "column"])
+def _weight_gradient_kernel(
+    gradient_ref, residue_ref, flags_ptr, hidden_ref, count_ptr, least_ptr, out_ptr, V, H, width_out, padded, column,
+    RESIDUE: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One slice of G^T hidden, rounded once. H is the padded width of hidden, width_out that of the weight."""
+    BLOCKS: tl.constexpr = WIDTH // FLAG
+    count = tl.load(count_ptr)
+    size = tl.minimum(V - column, WIDTH)
+    v_tiles, h_tiles = tl.cdiv(size, BLOCK_V), tl.cdiv(width_out, BLOCK_H)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    for step in range(0, tl.cdiv(v_tiles * h_tiles - program, programs)):
+        item = program + step * programs
+        v_tile, h_tile = _place(item, v_tiles, h_tiles)
+        v, h = v_tile * BLOCK_V, h_tile * BLOCK_H
+        acc = tl.zeros([BLOCK_V, BLOCK_H], tl.float32)
+        for m in range(0, count, BLOCK_M):
+            a = _tile(gradient_ref, m, v, padded, WIDTH, WIDTH, TMA, BLOCK_M, BLOCK_V)
+            b = _tile(hidden_ref, m, h, padded, H, H, TMA, BLOCK_M, BLOCK_H)
+            acc = _multiply(a.T, b, acc, PRECISION)
+        if RESIDUE:
+            row_blocks = tl.cdiv(count, FLAG)
+            for chunk in range(0, row_blocks, CHUNK):
+                block = chunk + tl.arange(0, CHUNK)
+                there = block < row_blocks
+                flag = flags_ptr + block * BLOCKS + v // FLAG
+                flagged = tl.load(flag, mask=there, other=0)
+                for i in tl.static_range(1, BLOCK_V // FLAG):
+                    flagged = flagged | tl.load(flag + i, mask=there & (v + i * FLAG < size), other=0)  # a tile past the vocabulary has none
+                order = tl.cumsum(flagged, 0)
+                for i in range(0, tl.sum(flagged, 0)):
+                    m = (chunk + tl.sum((order <= i).to(tl.int32), 0)) * FLAG
+                    a = _tile(residue_ref, m, v, padded, WIDTH, WIDTH, TMA, BLOCK_M, BLOCK_V)
+                    b = _tile(hidden_ref, m, h, padded, H, H, TMA, BLOCK_M, BLOCK_H)
+                    acc = _multiply(a.T, b, acc, PRECISION)
+        if SCALED:
+            acc = acc / tl.load(least_ptr)
+        rows, columns = column + v + tl.arange(0, BLOCK_V), h + tl.arange(0, BLOCK_H)
+        at = out_ptr + rows.to(tl.int64)[:, None] * width_out + columns[None, :]
+        tl.store(at, _rounded(acc, out_ptr.dtype.element_ty), mask=(rows < V)[:, None] & (columns < width_out)[None, :])
+
+
+@triton.jit(do_not_specialize=["column"])
+def _bias_gradient_kernel(column_sums_ptr, count_ptr, out_ptr, V, column, TILE_ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    local = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = (local < WIDTH) & (column + local < V)
+    total = tl.zeros([BLOCK], tl.float32)
+    for row_tile in range(0, tl.cdiv(tl.load(count_ptr), TILE_ROWS)):
+        total += tl.load(column_sums_ptr + tl.cast(row_tile, tl.int64) * WIDTH + local, mask=inside, other=0.0)
+    tl.store(out_ptr + column + local, _rounded(total, out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "H"])
+def _scatter_kernel(
+    sums_ptr, scales_ptr, position_ptr, out_ptr, rows, H, HS, SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at = tl.load(position_ptr + row, mask=row < rows, other=-1)
+    for start in range(0, H, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        x = tl.load(sums_ptr + at.to(tl.int64)[:, None] * HS + offs[None, :], mask=(at >= 0)[:, None] & (offs < H)[None, :], other=0.0)
+        if SCALED:
+            x = x / tl.load(scales_ptr + at, mask=at >= 0, other=1.0)[:, None]
+        out = out_ptr + row.to(tl.int64)[:, None] * H + offs[None, :]
+        tl.store(out, _rounded(x, out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (offs < H)[None, :])
+
+
+def slice_width(vocab: int, tile: Tiles) -> int:
+    return min(SLICE, max(triton.next_power_of_2(vocab), tile.n))
+
+
+def gradient_tiles(tile: Tiles, architecture: int, softcap: bool) -> Tiles:
+    """Fewer columns: the arithmetic on 256 would not fit the registers beside the residue, on sm_100 or with a softcap that on 128 neither."""
+    return tile._replace(n=min(tile.n, 64 if architecture // 10 == 10 or softcap else 128))
+
+
+def product_tiles(tile: Tiles, architecture: int) -> Tiles:
+    """The products read and write their sums through shared memory (64 KiB), which takes one stage of the pipeline."""
+    return tile._replace(n=min(tile.n, 128 if architecture // 10 == 10 else 256), stages=min(tile.stages, 3))
+
+
+def backward(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    temperature: float | None,
+    temperatures: Tensor | None,
+    softcap: float | None,
+    mask: Tensor | None,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    statistics: tuple[Tensor, Tensor, Tensor],
+    needs: tuple[bool, bool, bool],
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of hidden, weight and bias, empty where not needed, in dtype or each in its own. statistics: the forward's results but logp."""
+    need_hidden, need_weight, need_bias = needs
+    new = dict(device=hidden.device)
+    grad_hidden = torch.empty(hidden.shape if need_hidden else (0,), dtype=dtype or hidden.dtype, **new)
+    grad_weight = torch.empty(weight.shape if need_weight else (0,), dtype=dtype or weight.dtype, **new)
+    grad_bias = torch.empty(weight.shape[0] if need_bias else 0, dtype=dtype or (torch.float32 if bias is None else bias.dtype), **new)
+    if ids.shape[0] == 0 or not any(needs):
+        return grad_hidden, grad_weight.zero_(), grad_bias.zero_()
+    with on_device(hidden):
+        architecture, programs = machine(hidden)
+        logits_tile = gradient_tiles(tiles(hidden.element_size(), architecture), architecture, softcap is not None)
+        tile = product_tiles(tiles(hidden.element_size(), architecture), architecture)
+        grad_logp, grad_entropy, temperatures = (None if t is None else t.contiguous() for t in (grad_logp, grad_entropy, temperatures))
+        ids, weight = ids.contiguous(), aligned_weight(weight)
+        rows = compact(ids, mask, grad_logp, grad_entropy)
+        inverse = 1.0 if temperature is None else 1.0 / temperature
+        given = dict(HAS_LOGP=grad_logp is not None, HAS_ENTROPY=grad_entropy is not None, HAS_TEMPERATURES=temperatures is not None)
+        scaled, residue = hidden.dtype == torch.float16, hidden.element_size() == 2
+        scales = shares = least = None
+        if scaled:
+            scales, shares, least = (torch.empty(n, dtype=torch.float32, **new) for n in (rows.padded, rows.padded, 1))
+            _scales_kernel[(1,)](
+                grad_logp, grad_entropy, temperatures, rows.index, rows.count, scales, shares, least, inverse, LOG2E=LOG2E.value, BLOCK=1024, **given
+            )
+        gathered = rows.gather(hidden)
+        other = rows.gather(hidden, shares) if scaled and need_weight else gathered
+        vocab, wide = weight.shape
+        width = slice_width(vocab, tile)
+        gradient = torch.empty(rows.padded, width, dtype=hidden.dtype, **new)
+        low = torch.empty_like(gradient) if residue else gradient
+        flags = torch.empty(rows.padded // FLAG.value * (width // FLAG.value), dtype=torch.int32, **new)
+        column_sums = torch.empty(rows.padded // ROW_BLOCK * width, dtype=torch.float32, **new) if need_bias else None
+        sums = torch.zeros(rows.padded, wide, dtype=torch.float32, **new) if need_hidden else None
+        common = dict(RESIDUE=residue, TMA=tile.tma, PRECISION=tile.precision, WIDTH=width)
+        g_rows, low_rows = (operand(g, tile.m, tile.k, tile.tma) for g in (gradient, low))
+        g_columns, low_columns = (operand(g, tile.k, tile.m, tile.tma) for g in (gradient, low))
+        w_forward, w_backward = operand(weight, logits_tile.n, logits_tile.k, tile.tma), operand(weight, tile.k, tile.n, tile.tma)
+        h_forward, h_backward = operand(gathered, tile.m, tile.k, tile.tma), operand(other, tile.k, tile.n, tile.tma)
+        bias = None if bias is None else bias.contiguous()
+        row_tiles, h_tiles = rows.padded // tile.m, triton.cdiv(wide, tile.n)
+        for column in range(0, vocab, width):
+            size = min(width, vocab - column)
+            _linear_gradient_kernel[(min(programs, row_tiles * triton.cdiv(size, logits_tile.n)),)](
+                h_forward, w_forward, bias, ids, temperatures, rows.index, rows.count, *statistics, grad_logp, grad_entropy, scales,
+                gradient, low, flags, column_sums, vocab, wide, weight.stride(0), rows.padded, column, inverse, 1.0 if softcap is None else softcap,
+                HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, NEEDS_BIAS=need_bias, SCALED=scaled,
+                BLOCK_M=tile.m, BLOCK_V=logits_tile.n, BLOCK_H=tile.k, **given, **common, **logits_tile.options(),
+            )  # fmt: skip
+            if need_hidden:
+                _hidden_gradient_kernel[(min(programs, row_tiles * h_tiles),)](
+                    g_rows, low_rows, flags, w_backward, rows.count, sums, vocab, wide, weight.stride(0), rows.padded, column,
+                    BLOCK_M=tile.m, BLOCK_H=tile.n, BLOCK_V=tile.k, **common, **tile.options(),
+                )  # fmt: skip
+            if need_weight:
+                _weight_gradient_kernel[(min(programs, triton.cdiv(size, tile.m) * h_tiles),)](
+                    g_columns, low_columns, flags, h_backward, rows.count, least, grad_weight, vocab, wide, grad_weight.shape[1], rows.padded, column,
+                    BLOCK_V=tile.m, BLOCK_H=tile.n, BLOCK_M=tile.k, CHUNK=128, SCALED=scaled, **common, **tile.options(),
+                )  # fmt: skip
+            if need_bias:
+                _bias_gradient_kernel[(triton.cdiv(size, 256),)](
+                    column_sums, rows.count, grad_bias, vocab, column, TILE_ROWS=tile.m, WIDTH=width, BLOCK=256
+                )
+        if need_hidden:
+            _scatter_kernel[(triton.cdiv(ids.shape[0], GATHER_ROWS),)](
+                sums, scales, rows.position, grad_hidden, ids.shape[0], hidden.shape[1], wide, SCALED=scaled, ROWS=GATHER_ROWS, BLOCK=GATHER_COLUMNS
+            )
+    return grad_hidden, grad_weight, grad_bias
