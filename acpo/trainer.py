@@ -16,6 +16,7 @@ import math
 import resource
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from acpo_kernels import Segmenter, segment_reduce
+from acpo_kernels.segmenter import Reading
 
 from . import checkpoint, credit, verify
 from .attribution import Attribution, Attributor, answer_copies, hindsight_evidence, leave_one_out, tree_evidence, zero_variance
@@ -62,6 +64,7 @@ class Trainer:
             self.tokenizer, vocab_size=self.policy.vocab_size, min_tokens=config.segmenter.min_tokens, max_tokens=config.segmenter.max_tokens,
             max_segments=config.segmenter.max_segments, target_tokens=config.segmenter.target_tokens,
         )  # fmt: skip
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="segmenter")
         fixed = config.attribution.reliability
         self.attributor = Attributor(None if fixed < 0 else fixed)
         self.entropy = EntropyController(config.entropy)
@@ -104,9 +107,11 @@ class Trainer:
         with clock(times, "rollout"):
             indices, batch, outcome = self._rollout()
         with clock(times, "score"):
+            # The text is read beside the forward; where to cut also depends on that forward's entropy.
+            reading = self.reader.submit(self.segmenter.read, batch.token["ids"].cpu(), batch.segments.cu_seqlens.cpu())
             self._score(batch, outcome, indices)
         with clock(times, "segment"):
-            self._segment(batch)
+            self._segment(batch, reading.result())
         with clock(times, "attribute"):
             attribution = self._attribute(batch, outcome, indices)
             advantages, weights = self._credit(batch, outcome, attribution)
@@ -123,6 +128,7 @@ class Trainer:
         self._control(indices, outcome, metrics["entropy"])
         self.counters["seconds"] += sum(times.values())
         timing = {f"time/{name}": value for name, value in times.items()}
+        timing["time/segment_share"] = times["segment"] / sum(times.values())
         return {**metrics, **losses, **self.counters, **timing, "step_time": sum(times.values()), "memory_gb": peak_memory_gb()}
 
     # --- its parts ----------------------------------------------------------------------------------------------------------------
@@ -197,7 +203,7 @@ class Trainer:
             return zero_variance(outcome, self.config.rollout.group_size)
         return torch.ones_like(outcome, dtype=torch.bool)
 
-    def _segment(self, batch: Batch) -> None:
+    def _segment(self, batch: Batch, reading: Reading | None = None) -> None:
         """Reasoning steps from token ids, the behaviour policy's entropy and, for the synthetic tasks, the place of the answer line."""
         entropy = batch.token["entropy"]
         if self.config.segmenter.entropy and entropy.numel():
@@ -213,7 +219,9 @@ class Trainer:
                 for ids, text in zip(batch.responses(), texts, strict=True)
                 for at in [("\n" + text).rfind("\nA")]
             ])  # fmt: skip
-        batch.segments = self.segmenter(batch.token["ids"], batch.segments.cu_seqlens, answer_start=start, **forks).to(self.policy.device)
+        batch.segments = self.segmenter(batch.token["ids"], batch.segments.cu_seqlens, answer_start=start, scores=reading, **forks).to(
+            self.policy.device
+        )
 
     def _attribute(self, batch: Batch, outcome: Tensor, indices: np.ndarray) -> Attribution | None:
         config, size, segments = self.config.attribution, self.config.rollout.group_size, batch.segments

@@ -147,8 +147,8 @@ void Scan::solid(uint8_t c) {
     if (c == ']' && mode_ == Mode::blank) drop_held();
     if (c == '(' && reads_text()) enter_math(Mode::paren);
     if (c == '[' && reads_text()) {
-      if (opens_line) take_break_back();
       enter_math(Mode::bracket);
+      if (opens_line) take_break_back();
     }
     if ((c == ')' && mode_ == Mode::paren) || (c == ']' && mode_ == Mode::bracket)) leave_math(solid_ == '.', t_);
   } else if (c == '$' && mode_ != Mode::paren && mode_ != Mode::bracket) {
@@ -205,7 +205,6 @@ void Scan::line_break(uint8_t c) {
 
 // A display formula belongs to the words before it, whatever white space stands between.
 void Scan::take_break_back() {
-  if (mode_ != Mode::text) return;
   rules_[break_.token] = break_.rule;
   put(Rule::lead, break_.token);
   if (sentence_ != break_.sentence) --sentences_;

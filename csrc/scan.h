@@ -124,7 +124,7 @@ class Scan {
 
   uint8_t wide_bytes_[4] = {};
   int wide_length_ = 0, wide_need_ = 0;
-  bool wide_fresh_ = false, wide_clause_ = false;
+  bool wide_fresh_ = false;
 
   int64_t sentence_ = 0, previous_sentence_ = 0, paragraph_ = 0;
   int64_t sentences_ = 1, aloud_ = 0;
