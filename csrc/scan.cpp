@@ -44,9 +44,8 @@ using namespace bytes;
 
 namespace {
 
-// A text thinks aloud if words of that kind stand in one sentence of 32 or more often, and not once by chance. On the tuning
-// halves of the data of benchmarks/segmentation_quality.py they stand in one of 5 sentences of R1's traces on average and in no
-// solution of ProcessBench out of a hundred.
+// A text thinks aloud if such words stand in it not once by chance and often enough, one in 32 sentences or more. So says no
+// written solution out of 2,507 (ProcessBench, Qwen2.5-Math) and 130 of 135 traces of reasoning models (R1's, QwQ's).
 constexpr int64_t kAloudLeast = 2, kAloudSentences = 32;
 
 // A \[ that is still open after so many boundaries was never a formula; this also bounds the memory.

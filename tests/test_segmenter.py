@@ -5,7 +5,10 @@ Texts are given to it byte by byte (id = byte) unless a tokenizer is the point; 
 
 # ruff: noqa: RUF001 - Chinese texts are what they say
 
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -655,3 +658,39 @@ def test_bad_batches(changes, message):
 def test_not_a_tensor():
     with pytest.raises(TypeError, match=r"ids must be a torch\.Tensor, got list"):
         Segmenter(BYTES)([1, 2], CU)
+
+
+MEMORY = """
+import torch
+from acpo_kernels import Segmenter
+
+def status(name):
+    line = next(line for line in open("/proc/self/status") if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+tokens = [b"word%06d" % i for i in range(150_000)]  # 10 bytes; those of Qwen2 have 6.4 on average
+keep = [Segmenter(tokens)]
+before = status("VmRSS")
+keep += [Segmenter(tokens) for _ in range(8)]
+at_rest = (status("VmRSS") - before) / 8 / len(tokens)
+
+segmenter = Segmenter([b" x", b".", b" Then", b" Hmm", b"\\n\\n"], threads=1)
+count = 2_000_000
+ids = torch.multinomial(torch.tensor([8.0, 2, 2, 0.1, 0.1]), count, replacement=True).int()
+entropy, cu = torch.rand(count), torch.tensor([0, count])
+segmenter(ids[:1000], torch.tensor([0, 1000]), entropy=entropy[:1000])
+open("/proc/self/clear_refs", "w").write("5")  # the peak from here on
+before = status("VmRSS")
+segments = segmenter(ids, cu, entropy=entropy)
+running = (status("VmHWM") - before) / count
+assert segments.num_segments == 64
+print(at_rest, running)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the pages")
+def test_memory():
+    """Under 64 bytes a vocabulary entry at rest and 32 a token while running (the worst case: one sequence, entropy, a limited count)."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    at_rest, running = map(float, done.stdout.split())
+    assert 18 < at_rest < 64 and 20 < running < 32, (at_rest, running)
