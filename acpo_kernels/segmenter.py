@@ -221,11 +221,13 @@ class Segmenter:
 
     def _cut(self, ids, cu_seqlens, entropy, entropy_threshold, answer_start, scores, *, explain: bool) -> tuple[Segments, list[str]]:
         host, offsets = self._packed(ids, cu_seqlens)
+        sequences = offsets.shape[0] - 1
+        if answer_start is not None:
+            answer_start = _answer_start("answer_start", answer_start, offsets)
         detected = isinstance(scores, Reading)
         if detected:
-            check.tensor("scores.answer_start", scores.answer_start, check.INTEGER, shape=(offsets.shape[0] - 1,), shape_name="[B]")
-            found = scores.answer_start.to("cpu", torch.int64)
-            answer_start = found if answer_start is None else torch.where(answer_start.cpu() < 0, found, answer_start.cpu())
+            found = _answer_start("scores.answer_start", scores.answer_start, offsets)
+            answer_start = found if answer_start is None else torch.where(answer_start < 0, found, answer_start)
             scores = scores.scores
         for name, values in (("entropy", entropy), ("scores", scores)):
             if values is not None:
@@ -236,17 +238,6 @@ class Segmenter:
             if entropy is None:
                 raise ValueError("entropy_threshold must come with entropy, got none")
             entropy_threshold = float(entropy_threshold)
-        sequences = offsets.shape[0] - 1
-        if answer_start is not None:
-            check.tensor("answer_start", answer_start, check.INTEGER, shape=(sequences,), shape_name="[B]")
-            answer_start = answer_start.to("cpu", torch.int64).contiguous()
-            wrong = (answer_start < -1) | ((answer_start >= offsets.diff()) & (answer_start != -1))
-            if wrong.any():
-                at = int(wrong.nonzero()[0])
-                length = int(offsets[at + 1] - offsets[at])
-                raise ValueError(
-                    f"answer_start must be -1 or an index inside its sequence of {length} tokens, got {int(answer_start[at])} at index {at}"
-                )
         address = (0 if t is None else t.data_ptr() for t in (scores, entropy))
         cuts = self._native.cut(
             *_batch(host, offsets), *address, entropy_threshold, 0 if answer_start is None else answer_start.data_ptr(), detected,
@@ -285,6 +276,17 @@ class Segmenter:
 
 def _batch(ids: Tensor, offsets: Tensor) -> tuple[int, bool, int, int]:
     return ids.data_ptr(), ids.dtype == torch.int64, offsets.data_ptr(), offsets.shape[0] - 1
+
+
+def _answer_start(name: str, value: Tensor, offsets: Tensor) -> Tensor:
+    check.tensor(name, value, check.INTEGER, shape=(offsets.shape[0] - 1,), shape_name="[B]")
+    value = value.to("cpu", torch.int64).contiguous()
+    wrong = (value < -1) | ((value >= offsets.diff()) & (value != -1))
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        length = int(offsets[at + 1] - offsets[at])
+        raise ValueError(f"{name} must be -1 or an index inside its sequence of {length} tokens, got {int(value[at])} at index {at}")
+    return value
 
 
 def _patterns(markers: Sequence[str], aloud: Sequence[str]) -> list[tuple[bytes, int]]:
