@@ -213,9 +213,10 @@ class Segmenter:
         answer_start: Tensor | None = None,
         scores: Tensor | Reading | None = None,
     ) -> list[str]:
-        """The rule behind the end of each segment of `segmenter(...)`, [S]: paragraph, line, step (a line break before a list
-        or "Step n" head), lead (a line break that its sentence runs over), sentence, marker, think (</think>), entropy (a fork alone), answer (the terminal segment begins),
-        length (no rule: only the limits), score (only the caller's scores), end (of the sequence)."""
+        """The rule behind the end of each segment of `segmenter(...)`, [S]: paragraph, line, step (a line break before a list or
+        "Step n" head), lead (a line break that its sentence runs over), sentence, marker, think (</think>), entropy (a fork alone),
+        answer (the terminal segment begins), length (no rule: only the limits), score (only the caller's scores), end (of the
+        sequence)."""
         _, rules = self._cut(ids, cu_seqlens, entropy, entropy_threshold, answer_start, scores, explain=True)
         return rules
 
