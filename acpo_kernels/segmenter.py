@@ -174,8 +174,8 @@ class Segmenter:
         (-1: nowhere), on the device of ids. Needs no entropy, so it can run beside the forward that gives it; handed to
         `segmenter(..., scores=reading)` the text is not read again. A sequence's reading depends on that sequence alone."""
         host, offsets = self._packed(ids, cu_seqlens)
-        scores = torch.zeros(host.shape[0], dtype=torch.float32)
-        answer_start = torch.full((offsets.shape[0] - 1,), -1, dtype=torch.int64)
+        scores = torch.empty(host.shape[0], dtype=torch.float32)
+        answer_start = torch.empty(offsets.shape[0] - 1, dtype=torch.int64)
         self._native.read(*_batch(host, offsets), self._threads(), scores.data_ptr(), answer_start.data_ptr())
         return Reading(scores.to(ids.device), answer_start.to(ids.device))
 
