@@ -75,9 +75,13 @@ Marks Scan::finish() {
   for (const Held& h : held_) put(h.rule, h.token);
   if (!content_) marks_.after_think = -1;  // nothing follows the tag
   marks_.monologue = aloud_ >= kAloudLeast && aloud_ * kAloudSentences >= sentences_;
-  const uint8_t runs_on = marks_.monologue ? static_cast<uint8_t>(Rule::lead) : 0;
-  for (int64_t t = 0; t < count_; ++t) {
-    if (rules_[t] & kRunsOn) rules_[t] = runs_on ? runs_on : rules_[t] & ~kRunsOn;
+  uint8_t* const rules = rules_;  // a store through it may change any member, as far as the compiler knows
+  const int64_t count = count_;
+  if (marks_.monologue) {
+    const auto lead = static_cast<uint8_t>(Rule::lead);
+    for (int64_t t = 0; t < count; ++t) rules[t] = rules[t] & kRunsOn ? lead : rules[t];
+  } else {
+    for (int64_t t = 0; t < count; ++t) rules[t] &= static_cast<uint8_t>(~kRunsOn);
   }
   return marks_;
 }

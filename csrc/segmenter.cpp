@@ -25,8 +25,8 @@ constexpr float kMaxScore = 64;       // keeps every sum of the dynamic programm
 int32_t fixed(float score) { return static_cast<int32_t>(std::lround(static_cast<double>(score) * (1 << kScoreBits))); }
 float floating(int32_t score) { return static_cast<float>(score) / (1 << kScoreBits); }
 
-// About 16 ranges a thread: sequences differ in length.
-int64_t grain(int64_t sequences, int threads) { return std::max<int64_t>(1, sequences / (int64_t{16} * std::max(threads, 1))); }
+// About 64 ranges a thread: sequences differ in length.
+int64_t grain(int64_t sequences, int threads) { return std::max<int64_t>(1, sequences / (int64_t{64} * std::max(threads, 1))); }
 
 // Both look for the place only where there is one: without it the loop runs at the speed of memory.
 template <class Id>
