@@ -16,6 +16,7 @@ import math
 import resource
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from acpo_kernels import Segmenter, segment_reduce
+from acpo_kernels.segmenter import Reading
 
 from . import checkpoint, credit, verify
 from .attribution import Attribution, answer_copies
@@ -65,6 +67,7 @@ class Trainer:
             self.tokenizer, vocab_size=self.policy.vocab_size, min_tokens=config.segmenter.min_tokens, max_tokens=config.segmenter.max_tokens,
             max_segments=config.segmenter.max_segments, target_tokens=config.segmenter.target_tokens,
         )  # fmt: skip
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="segmenter")
         self.attributors = Attributors(config, self.policy, self.tokenizer)
         self.filler = torch.tensor(self._encode(self.task.filler), dtype=torch.int64) if getattr(self.task, "filler", "") else None
         self.entropy = EntropyController(config.entropy)
@@ -109,9 +112,11 @@ class Trainer:
         with clock("rollout"):
             indices, batch, outcome = self._rollout()
         with clock("score"):
+            # The text is read beside the forward; where to cut also depends on that forward's entropy.
+            reading = self.reader.submit(self.segmenter.read, batch.token["ids"].cpu(), batch.segments.cu_seqlens.cpu())
             self._score(batch, outcome, indices)
         with clock("segment"):
-            self._segment(batch)
+            self._segment(batch, reading.result())
         with clock("attribute"):
             attribution = self._attribute(batch, outcome, indices)
         with clock("credit"):
@@ -130,6 +135,7 @@ class Trainer:
         taken = sum(clock.seconds.values())
         self.counters["seconds"] += taken
         timing = {f"time/{name}": value for name, value in clock.seconds.items()} | {"time/cpu": time.process_time() - cpu}
+        timing["time/segment_share"] = clock.seconds["segment"] / taken
         return {**metrics, **losses, **self.counters, **timing, "step_time": taken, "memory_gb": peak_memory_gb()}
 
     # --- its parts ----------------------------------------------------------------------------------------------------------------
@@ -199,7 +205,7 @@ class Trainer:
                 batch.put(chosen, log_ratio=result.log_ratio, kl=result.kl)
                 self.counters["tokens/forward_extra"] += sum(map(len, prompts)) + sum(batch.lengths[b] for b in chosen)
 
-    def _segment(self, batch: Batch) -> None:
+    def _segment(self, batch: Batch, reading: Reading) -> None:
         """Reasoning steps from token ids, the behaviour policy's entropy and, for the synthetic tasks, the place of the answer line."""
         entropy = batch.token["entropy"]
         if self.config.segmenter.entropy and entropy.numel():
@@ -207,7 +213,7 @@ class Trainer:
             self.fork_threshold = quantile if self.fork_threshold is None else 0.9 * self.fork_threshold + 0.1 * quantile
         forks = {"entropy": entropy, "entropy_threshold": self.fork_threshold} if self.config.segmenter.entropy else {}
         start = answer_starts(batch.responses(), self.tokenizer) if self.config.problems.task else None
-        segments = self.segmenter(batch.token["ids"], batch.segments.cu_seqlens, answer_start=start, **forks).to(self.policy.device)
+        segments = self.segmenter(batch.token["ids"], batch.segments.cu_seqlens, answer_start=start, scores=reading, **forks).to(self.policy.device)
         batch.segments = fixed_length(segments, self.config.segmenter.fixed) if self.config.segmenter.fixed else segments
 
     def _attribute(self, batch: Batch, outcome: Tensor, indices: np.ndarray) -> Attribution | None:

@@ -17,8 +17,8 @@ from .segments import Segments
 # forks matter much, because the price (below) always lies between two levels. Paragraphs are the steps that people and models
 # write; a line break is a step where paragraphs are missing; a list or "Step n" head makes a line break more likely one; a
 # discourse marker turns the thought but often inside a sentence group; a sentence end is the finest cut that reads well. A fork
-# alone is below all of them (it falls in mid-sentence), and lifts a boundary of the text above its equals. </think> outweighs
-# whatever lies within min_tokens of it.
+# alone is below all of them (it falls in mid-sentence), and lifts a boundary of the text above its equals; below it is a break
+# that its sentence runs over ("lead": a display formula follows). </think> outweighs whatever lies within min_tokens of it.
 BOUNDARY_SCORES: Mapping[str, float] = {
     "lead": 0.5, "sentence": 1.0, "marker": 1.5, "line": 2.0, "step": 2.25, "paragraph": 3.0, "think": 8.0, "entropy": 0.75,
 }  # fmt: skip
@@ -33,8 +33,7 @@ MARKERS = (
     "现在", "综上", "让我", "我们先", "换句话说", "总之",
 )  # fmt: skip
 
-# By these a text is known that thinks aloud: its steps are sentences, those of a written solution paragraphs. In the benchmark's tuning
-# halves the traces of reasoning models hold one in every 2 to 25 sentences, the written solutions none in 98 of 100.
+# By these a text is known that thinks aloud: its steps are sentences, those of a written solution paragraphs.
 ALOUD = (
     "Wait", "wait", "Hmm", "hmm", "Okay", "Alright", "Let me", "let me", "Maybe", "maybe", "Actually", "Perhaps", "perhaps",
     "等等", "等一下", "嗯", "让我", "也许",
@@ -67,18 +66,25 @@ class Segmenter:
 
     Candidates. After token t there is a semantic score b_t >= 0, found by one automaton over the tokens' bytes that runs across
     token borders: paragraph break 3, list or "Step n" head 2.25, line break 2, discourse marker at t + 1 1.5, sentence end 1
-    (abbreviations, decimals, enumerations and initials guarded), </think> 8; English and Chinese. Where rules meet, the
-    heaviest counts; where a delimiter ends inside a token, the boundary is after that token. None lies inside $..$, $$..$$,
-    \\(..\\), \\[..\\] or a ``` fence. `$..$` must open and close as in pandoc (no space inside, no digit after) and on one line, else
-    it was a price and hides nothing; a blank line ends any formula. And there is an entropy score 0.75 where token t + 1 forks:
-    its entropy is above 0, at or above the threshold, and the highest within min_tokens on either side (of equal ones the last).
-    Forks count wherever they are, in formulas too.
+    (abbreviations, decimals, enumerations and initials guarded), break before a display formula 0.5, </think> 8; English and
+    Chinese. Where rules meet, the heaviest counts; where a delimiter ends inside a token, the boundary is after that token. None
+    lies inside $..$, $$..$$, \\(..\\), \\[..\\] or a ``` fence. `$..$` must open and close as in pandoc (no space inside, no digit
+    after) and on one line, else it was a price and hides nothing; a blank line ends any formula, but \\[ only if no \\] comes.
+    And there is an entropy score 0.75 where token t + 1 forks: its entropy is above 0, at or above the threshold, and the highest
+    within min_tokens on either side (of equal ones the last). Forks count wherever they are, in formulas too.
+
+    Monologues. Who writes a solution down takes a step with a paragraph, who thinks aloud with a sentence. A text thinks aloud
+    where at least two words like "Wait", "Hmm" or "let me" (`aloud`) stand in it, and one in at most 32 sentences. Its scores from
+    the sentence's on rise by paragraph - sentence (2, to at most 64), and a line break that a sentence runs over (a colon or comma
+    before it, or a small letter after it) falls to 0.5.
 
     Partition. maximise sum(score) - lambda K over all partitions with min_tokens <= n_k <= max_tokens and K <= max_segments;
-    exact. lambda lies halfway below the lowest level of b that pays: the paragraph's where paragraphs average at most
-    4 target_tokens, else the highest level that, with all above it, leaves at most 2 target_tokens a segment, else any. Of
-    equal partitions the one whose last boundary is latest wins, then the one before it. max_tokens is raised to the least
-    value with which a partition exists (ceil(T / max_segments) or more). Fewer than min_tokens tokens are one segment.
+    exact. Here each b_t > 0 is 2^-10 higher a token of the stretch since the one before (of at most 112), so that cuts spread
+    where not all boundaries can be taken. lambda lies halfway below the lowest level of b that pays: the paragraph's where
+    boundaries of its level average at most 4 target_tokens, else the highest level that, with all above it, leaves at most
+    2 target_tokens a segment, else any. Of equal partitions the one whose last boundary is latest wins, then the one before it.
+    max_tokens is raised to the least value with which a partition exists (ceil(T / max_segments) or more). Fewer than min_tokens
+    tokens are one segment.
 
     Answer. The final-answer span is one terminal segment of any length, cut off before the rest is partitioned into at most
     max_segments - 1 (with max_segments 1 there is none). It begins at answer_start, or is detected: the sentence of the last
@@ -155,8 +161,8 @@ class Segmenter:
         `backend_tokenizer`), a tokenizer.json, or a folder that holds one.
 
         vocab_size is the MODEL's (151,936 for Qwen2): its ids beyond the tokenizer are opaque (no text, score 0); the default is
-        the tokenizer's length. threads: at most this many, by default torch's. markers replaces the discourse markers,
-        boundary_scores some of `BOUNDARY_SCORES`. ValueError where the tokenizer's tokens have no bytes.
+        the tokenizer's length. threads: at most this many, by default torch's. markers replaces the discourse markers, aloud the words
+        of thinking aloud, boundary_scores some of `BOUNDARY_SCORES`. ValueError where the tokenizer's tokens have no bytes.
         """
         return cls(
             token_bytes(tokenizer_or_path), vocab_size=vocab_size, min_tokens=min_tokens, max_tokens=max_tokens, max_segments=max_segments,
@@ -168,8 +174,8 @@ class Segmenter:
         (-1: nowhere), on the device of ids. Needs no entropy, so it can run beside the forward that gives it; handed to
         `segmenter(..., scores=reading)` the text is not read again. A sequence's reading depends on that sequence alone."""
         host, offsets = self._packed(ids, cu_seqlens)
-        scores = torch.zeros(host.shape[0], dtype=torch.float32)
-        answer_start = torch.full((offsets.shape[0] - 1,), -1, dtype=torch.int64)
+        scores = torch.empty(host.shape[0], dtype=torch.float32)
+        answer_start = torch.empty(offsets.shape[0] - 1, dtype=torch.int64)
         self._native.read(*_batch(host, offsets), self._threads(), scores.data_ptr(), answer_start.data_ptr())
         return Reading(scores.to(ids.device), answer_start.to(ids.device))
 
@@ -189,8 +195,9 @@ class Segmenter:
     ) -> Segments:
         """The segments of packed ids, on the device of ids.
 
-        entropy_threshold: tokens at or above it may fork; by default the 0.9-quantile inside each sequence. scores: what
-        `scores` gave for the same ids; where answer_start is -1 or missing the text is still scanned for the answer.
+        entropy_threshold: tokens at or above it may fork; by default the 0.9-quantile inside each sequence. scores: what `read` gave
+        for the same ids, and the text is not read again; or scores alone, [N], and where answer_start is -1 or missing the text is
+        read for the answer.
         An empty sequence has no segment; results depend on nothing but the sequence itself.
         """
         segments, _ = self._cut(ids, cu_seqlens, entropy, entropy_threshold, answer_start, scores, explain=False)
@@ -206,19 +213,22 @@ class Segmenter:
         answer_start: Tensor | None = None,
         scores: Tensor | Reading | None = None,
     ) -> list[str]:
-        """The rule behind the end of each segment of `segmenter(...)`, [S]: paragraph, line, step (a line break before a list
-        or "Step n" head), sentence, marker, think (</think>), entropy (a fork alone), answer (the terminal segment begins),
-        length (no rule: only the limits), score (only the caller's scores), end (of the sequence)."""
+        """The rule behind the end of each segment of `segmenter(...)`, [S]: paragraph, line, step (a line break before a list or
+        "Step n" head), lead (a line break that its sentence runs over), sentence, marker, think (</think>), entropy (a fork alone),
+        answer (the terminal segment begins), length (no rule: only the limits), score (only the caller's scores), end (of the
+        sequence)."""
         _, rules = self._cut(ids, cu_seqlens, entropy, entropy_threshold, answer_start, scores, explain=True)
         return rules
 
     def _cut(self, ids, cu_seqlens, entropy, entropy_threshold, answer_start, scores, *, explain: bool) -> tuple[Segments, list[str]]:
         host, offsets = self._packed(ids, cu_seqlens)
+        sequences = offsets.shape[0] - 1
+        if answer_start is not None:
+            answer_start = _answer_start("answer_start", answer_start, offsets)
         detected = isinstance(scores, Reading)
         if detected:
-            check.tensor("scores.answer_start", scores.answer_start, check.INTEGER, shape=(offsets.shape[0] - 1,), shape_name="[B]")
-            found = scores.answer_start.to("cpu", torch.int64)
-            answer_start = found if answer_start is None else torch.where(answer_start.cpu() < 0, found, answer_start.cpu())
+            found = _answer_start("scores.answer_start", scores.answer_start, offsets)
+            answer_start = found if answer_start is None else torch.where(answer_start < 0, found, answer_start)
             scores = scores.scores
         for name, values in (("entropy", entropy), ("scores", scores)):
             if values is not None:
@@ -229,17 +239,6 @@ class Segmenter:
             if entropy is None:
                 raise ValueError("entropy_threshold must come with entropy, got none")
             entropy_threshold = float(entropy_threshold)
-        sequences = offsets.shape[0] - 1
-        if answer_start is not None:
-            check.tensor("answer_start", answer_start, check.INTEGER, shape=(sequences,), shape_name="[B]")
-            answer_start = answer_start.to("cpu", torch.int64).contiguous()
-            wrong = (answer_start < -1) | ((answer_start >= offsets.diff()) & (answer_start != -1))
-            if wrong.any():
-                at = int(wrong.nonzero()[0])
-                length = int(offsets[at + 1] - offsets[at])
-                raise ValueError(
-                    f"answer_start must be -1 or an index inside its sequence of {length} tokens, got {int(answer_start[at])} at index {at}"
-                )
         address = (0 if t is None else t.data_ptr() for t in (scores, entropy))
         cuts = self._native.cut(
             *_batch(host, offsets), *address, entropy_threshold, 0 if answer_start is None else answer_start.data_ptr(), detected,
@@ -278,6 +277,17 @@ class Segmenter:
 
 def _batch(ids: Tensor, offsets: Tensor) -> tuple[int, bool, int, int]:
     return ids.data_ptr(), ids.dtype == torch.int64, offsets.data_ptr(), offsets.shape[0] - 1
+
+
+def _answer_start(name: str, value: Tensor, offsets: Tensor) -> Tensor:
+    check.tensor(name, value, check.INTEGER, shape=(offsets.shape[0] - 1,), shape_name="[B]")
+    value = value.to("cpu", torch.int64).contiguous()
+    wrong = (value < -1) | ((value >= offsets.diff()) & (value != -1))
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        length = int(offsets[at + 1] - offsets[at])
+        raise ValueError(f"{name} must be -1 or an index inside its sequence of {length} tokens, got {int(value[at])} at index {at}")
+    return value
 
 
 def _patterns(markers: Sequence[str], aloud: Sequence[str]) -> list[tuple[bytes, int]]:

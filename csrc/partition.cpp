@@ -6,6 +6,7 @@
 namespace acpo {
 namespace {
 
+constexpr int kAims = 8;  // interpolations before secants alone, which cannot stall, go on
 constexpr int64_t kUnreachable = INT64_MIN / 2;
 
 struct Problem {
@@ -66,34 +67,53 @@ void solve_counting(const Problem& p, int64_t price, PartitionScratch& s, std::v
   }
 }
 
-// At most max_segments, where the best way has more. A way's value depends on each segment alone, and if (b, e) and a
-// segment around it are allowed lengths, so are the two that cross: the weights have the Monge property, so the best score
-// v(K) of exactly K segments is concave in K, and raising the price until K is among the best counts is exact. The least such
-// price, v(K + 1) - v(K), is a whole number; secants of v find it in a few steps.
-void solve_limited(const Problem& p, int64_t price, int64_t max_segments, PartitionScratch& s, std::vector<int32_t>& ends) {
+// At most max_segments, where the best way at this price has more: `count` segments with a sum of scores `score`. A way's value
+// depends on each segment alone, and if (b, e) and a segment around it are allowed lengths, so are the two that cross: the weights
+// have the Monge property, so the best score v(K) of exactly K segments is concave in K, and raising the price until K is among the
+// best counts is exact: any such price gives the same ways of K segments. The least one is v(K + 1) - v(K), a whole number, or the
+// price as it was.
+void solve_limited(const Problem& p, int64_t price, int64_t max_segments, int64_t count, int64_t score, PartitionScratch& s,
+                   std::vector<int32_t>& ends) {
   struct Point {
     int64_t price, count, score;  // count: the fewest segments that are best at this price
   };
-  const auto at = [&](int64_t price) -> Point {
-    solve_counting(p, price, s, s.fewest, 1);
-    const int64_t count = s.fewest[p.count];
-    return {price, count, s.value[p.count] + price * (count - 1)};
-  };
-  Point low = at(price);
-  const bool raised = low.count > max_segments;  // if not, a way with few enough is as good as any at this very price
-  if (raised) {
-    // At a price above every score only the lengths ask for cuts; where they ask for bad ones, a better cut more may still pay.
-    Point high = at(1 + int64_t{*std::max_element(p.score, p.score + p.count)});
-    while (high.count > max_segments) low = high, high = at(2 * high.price);
-    while (high.price - low.price > 1) {
-      const int64_t secant = (low.score - high.score) / (low.count - high.count);
-      if (secant >= high.price) break;  // v is straight between the two
-      const Point middle = at(std::max(secant, low.price + 1));
-      (middle.count > max_segments ? low : high) = middle;
+  Point low{price - 1, count, score}, high{};  // low is too low, high is not
+  const auto try_price = [&](int64_t at) {
+    solve_counting(p, at, s, s.fewest, 1);
+    const int64_t fewest = s.fewest[p.count];
+    const Point point{at, fewest, s.value[p.count] + at * (fewest - 1)};
+    if (fewest > max_segments) {
+      low = point;
+      return false;
     }
-    price = high.price;
-    at(price);
+    high = point;
+    std::swap(s.fewest, s.from);  // from: the fewest at `high`
+    return true;
+  };
+  // The count falls about evenly from one score to the next one above: the price that leaves max_segments is sought among them.
+  std::vector<int32_t>& scores = s.most;
+  scores.clear();
+  for (int64_t t = 0; t + 1 < p.count; ++t) {
+    if (p.score[t] > price) scores.push_back(p.score[t]);
   }
+  std::sort(scores.begin(), scores.end());
+  const auto rank = [&](int64_t at) { return std::lower_bound(scores.begin(), scores.end(), at) - scores.begin(); };
+  const auto size = static_cast<int64_t>(scores.size());
+  int64_t first_try = size < max_segments ? price : scores[size - max_segments];
+  // At a price above every score only the lengths ask for cuts; where they ask for bad ones, a better cut more may still pay.
+  while (!try_price(first_try)) first_try += first_try / 4 + 1;
+  for (int tries = 0; high.count < max_segments && high.price - low.price > 1; ++tries) {
+    // v is straight between the two points where its slope there is already the higher price.
+    const int64_t slope = (low.score - high.score) / (low.count - high.count);
+    if (slope >= high.price) break;
+    const int64_t below = rank(low.price), above = rank(high.price);
+    const int64_t aim = above - (above - below) * (2 * (max_segments - high.count) + 1) / (2 * (low.count - high.count));
+    const int64_t at = tries < kAims && above - below > 4 && aim < size ? scores[aim] : slope;
+    try_price(std::clamp(at, low.price + 1, high.price - 1));
+  }
+  const bool raised = high.price > price;  // if not, a way with few enough is as good as any at the price as it was
+  price = high.price;
+  std::swap(s.fewest, s.from);
   solve_counting(p, price, s, s.most, -1);  // leaves the same values
   // Backwards from the end, always the latest start of a segment from which the segments left can be spent.
   const size_t first = ends.size();
@@ -116,9 +136,10 @@ void partition(const int32_t* score, int64_t count, int64_t price, const Limits&
   const int64_t most = std::max<int64_t>(1, std::min(limits.max_segments, count / limits.min_tokens));
   const Problem p{score, count, std::min(limits.min_tokens, count), std::max(limits.max_tokens, (count + most - 1) / most)};
   const size_t first = ends.size();
-  if (solve(p, price, scratch, ends) <= limits.max_segments) return;
+  const int64_t found = solve(p, price, scratch, ends);
+  if (found <= limits.max_segments) return;
   ends.resize(first);
-  solve_limited(p, price, limits.max_segments, scratch, ends);
+  solve_limited(p, price, limits.max_segments, found, scratch.value[count] + price * (found - 1), scratch, ends);
 }
 
 }  // namespace acpo

@@ -112,7 +112,7 @@ class Scan {
   bool escape_ = false;       // an odd number of backslashes just before
   Dollar dollar_ = Dollar::none;
   std::vector<Held> held_;
-  int64_t held_sentence_ = 0, held_sentences_ = 0;  // sentence_ and sentences_ where the formula began
+  int64_t held_sentence_ = 0, held_sentences_ = 0, held_aloud_ = 0;  // sentence_, sentences_ and aloud_ where the formula began
   bool dollar_stop_ = false;   // the formula ended in a full stop
   Break break_;
 
@@ -124,10 +124,10 @@ class Scan {
 
   uint8_t wide_bytes_[4] = {};
   int wide_length_ = 0, wide_need_ = 0;
-  bool wide_fresh_ = false, wide_clause_ = false;
+  bool wide_fresh_ = false;
 
   int64_t sentence_ = 0, previous_sentence_ = 0, paragraph_ = 0;
-  int64_t sentences_ = 1, aloud_ = 0;
+  int64_t sentences_ = 1, aloud_ = 0;  // how many so far, and how many words of thinking aloud
   Marks marks_;
 };
 

@@ -5,7 +5,10 @@ Texts are given to it byte by byte (id = byte) unless a tokenizer is the point; 
 
 # ruff: noqa: RUF001 - Chinese texts are what they say
 
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from acpo_kernels import Segmenter, Segments
-from acpo_kernels.segmenter import BOUNDARY_SCORES
+from acpo_kernels.segmenter import BOUNDARY_SCORES, Reading
 
 BYTES = [bytes([b]) for b in range(256)]
-MARKS = {"s": "sentence", "m": "marker", "l": "line", "t": "step", "p": "paragraph", "k": "think"}
+MARKS = {"d": "lead", "s": "sentence", "m": "marker", "l": "line", "t": "step", "p": "paragraph", "k": "think"}
 UNIT = 2**20
 
 
@@ -207,6 +210,11 @@ RULES = [
     "It costs \\$5.‹s› Good",
     "Escaped \\\\(a.‹s› B\\\\)",
     "Unclosed \\[ a. B\n\n‹p›So.‹s› It ends",
+    "We get:\n\n‹d›\\[\n\nx = 1.\n\nY = 2\n\n\\]\n\n‹p›So.‹s› It ends",  # a formula with blank lines, and before it no paragraph's end
+    "We get\n‹d›$$x. Y$$\n‹l›So",
+    "We get\n‹l›$x. Y$\n‹l›\\(x\\)\n‹l›\\x",
+    "Unclosed \\[ a.\n\n‹p›So.‹s› It has \\( b. C \\) in\n\n‹p›it",
+    "Unclosed \\[ a.\n\n‹p›So.‹s› It\n\n‹d›\\[ b.\n\n c \\]\n\n‹p›End",
     "Text\n‹l›```\nx = 1.\n\nY = 2\n```\n‹l›End",
     "Inside ``` nothing.‹s› Opens",
     "<think>\nOkay.‹s› Yes\n‹l›</think>‹k›\n\nThe end",
@@ -295,6 +303,43 @@ def test_opaque_ids_keep_the_state():
     assert segmenter.scores(*one([0, 4, 2])).tolist() == [1, 0, 0]
 
 
+def test_a_text_that_thinks_aloud_takes_its_steps_with_sentences():
+    """Its scores rise by 2 from the sentence on, and a sentence that runs over a line break goes on."""
+    text = b"Hmm, so it is. Wait, no. Let me see:\n\nx = 1, and\n\nso on. Yes\n\nEnd"
+    lift = {"sentence": 3, "marker": 3.5, "paragraph": 5}
+    assert found_cuts(Segmenter(BYTES), text, range(1, len(text) + 1)) == {
+        14: lift["marker"], 24: lift["marker"], 38: 0.5, 50: 0.5, 56: lift["sentence"], 62: lift["paragraph"],
+    }  # fmt: skip
+    quiet = found_cuts(Segmenter(BYTES, aloud=()), text, range(1, len(text) + 1))
+    assert quiet == {14: 1.5, 24: 1.5, 38: 3, 50: 3, 56: 1, 62: 3}
+    # Not by a single word, nor by two in many sentences; words in formulas and code do not count, nor do parts of words.
+    solution = "First this is done. " * 9
+    assert Segmenter(BYTES).scores(*text_ids(solution + "Wait, no")).max() == 1.5
+    assert Segmenter(BYTES).scores(*text_ids(solution * 10 + "Wait, no. Hmm.")).max() == 1.5
+    assert Segmenter(BYTES).scores(*text_ids(solution * 3 + "Wait, no. Hmm.")).max() == 3.5
+    assert Segmenter(BYTES).scores(*text_ids(solution + "$Wait, Hmm$ Waiter \\(let me\\)\n```\nOkay Okay\n")).max() == 2
+    raised = Segmenter(BYTES, boundary_scores={"paragraph": 60, "think": 64, "marker": 0})
+    assert found_cuts(raised, text, range(1, len(text) + 1)) == {14: 60, 24: 60, 38: 0.5, 50: 0.5, 56: 60, 62: 64}  # never above 64
+
+
+def test_paragraphs_of_a_solution_and_sentences_of_a_monologue():
+    sentence = "So we add two and three here. "
+    solution, monologue = ("\n\n".join([sentence * 3 + word] * 4) for word in ("Then we go on.", "Hmm, let me see."))
+    segmenter = Segmenter(BYTES)
+    assert segmenter(*text_ids(solution)).num_segments == 4
+    assert segmenter(*text_ids(monologue)).num_segments == 16
+
+
+def test_where_not_all_can_be_taken_the_cuts_spread():
+    """One stretch in four is longer: those boundaries are taken, not the last ones."""
+    lengths = [10, 10, 30, 10] * 16
+    scores = torch.zeros(sum(lengths))
+    ends = torch.tensor(lengths).cumsum(0)
+    scores[ends - 1] = 3.0
+    segments = Segmenter([b"x"], min_tokens=8, max_tokens=256, max_segments=17)(*one([0] * sum(lengths)), scores=scores)
+    assert segments.token_offsets.tolist() == [0, *ends[2::4].tolist(), sum(lengths)]
+
+
 # ---- the answer span
 
 
@@ -311,6 +356,7 @@ ANSWERS = [
     ("<think>\nHm.\n</think>\n", None),
     ("We add 2 and 3. That is five.", None),
     ("The answer isn't clear. Really", None),
+    ("We add. So it is:\n\n\\[\n\n\\boxed{5}\n\n\\]\n", " So it is:\n\n\\[\n\n\\boxed{5}\n\n\\]\n"),
     ("A code fence\n```\nanswer is 3\n```\nend", None),
 ]
 
@@ -406,10 +452,24 @@ def test_explain_names_every_rule():
     assert flat == ["score", "end"]
 
 
-def test_scores_computed_before_give_the_same_segments():
-    ids, cu = text_ids("One step is here. Wait, another.\nA third one comes. The answer is 7.")
-    segmenter = Segmenter(BYTES, target_tokens=8)
-    assert torch.equal(segmenter(ids, cu, scores=segmenter.scores(ids, cu)).token_offsets, segmenter(ids, cu).token_offsets)
+def test_a_reading_or_scores_computed_before_give_the_same_segments(monkeypatch):
+    segmenter = Segmenter(BYTES, target_tokens=8, max_tokens=40)
+    for text in (
+        "One step is here. Wait, another.\nA third one comes. The answer is 7.", "Hmm. No answer here. Wait, is it? So.", "<think> a",
+        "<think> hm </think> It is five.", "",
+    ):  # fmt: skip
+        ids, cu = text_ids(text)
+        reading, expected = segmenter.read(ids, cu), segmenter(ids, cu)
+        for scores in (reading, reading.scores, segmenter.scores(ids, cu)):
+            got = segmenter(ids, cu, scores=scores)
+            assert torch.equal(got.token_offsets, expected.token_offsets) and torch.equal(got.terminal, expected.terminal)
+        assert (reading.answer_start >= 0).tolist() == expected.terminal.tolist()
+        if len(text) > 20:  # the caller's own answer comes first
+            got, own = (segmenter(ids, cu, scores=s, answer_start=torch.tensor([12])) for s in (reading, None))
+            assert torch.equal(got.token_offsets, own.token_offsets) and 12 in own.token_offsets.tolist()
+    # The text is not read again: with a reading of another text its scores and answer are what counts.
+    other = segmenter.read(*text_ids("y" * 20 + "\n\n" + "x" * 8))
+    assert segmenter(*text_ids("x. A " * 6), scores=other).token_offsets.tolist() == [0, 22, 30]
 
 
 # ---- independence and size
@@ -582,6 +642,8 @@ IDS, CU = torch.arange(6), torch.tensor([0, 2, 6])
         ({"entropy_threshold": 1.0}, "entropy_threshold must come with entropy"),
         ({"scores": torch.full((6,), -1.0)}, r"scores must be in \[0, 64\], got -1"),
         ({"scores": torch.full((6,), float("nan"))}, r"scores must be in \[0, 64\], got nan"),
+        ({"scores": Reading(torch.zeros(6), torch.zeros(3, dtype=torch.int64))}, r"scores\.answer_start must have shape \[B\]"),
+        ({"scores": Reading(torch.zeros(6), torch.tensor([0, 4]))}, "inside its sequence of 4 tokens, got 4 at index 1"),
         ({"answer_start": torch.tensor([0])}, r"answer_start must have shape \[B\]"),
         ({"answer_start": torch.tensor([2, 0])}, "inside its sequence of 2 tokens, got 2 at index 0"),
         ({"answer_start": torch.tensor([0, -2])}, "inside its sequence of 4 tokens, got -2 at index 1"),
@@ -596,3 +658,39 @@ def test_bad_batches(changes, message):
 def test_not_a_tensor():
     with pytest.raises(TypeError, match=r"ids must be a torch\.Tensor, got list"):
         Segmenter(BYTES)([1, 2], CU)
+
+
+MEMORY = """
+import torch
+from acpo_kernels import Segmenter
+
+def status(name):
+    line = next(line for line in open("/proc/self/status") if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+tokens = [b"word%06d" % i for i in range(150_000)]  # 10 bytes; those of Qwen2 have 6.4 on average
+keep = [Segmenter(tokens)]
+before = status("VmRSS")
+keep += [Segmenter(tokens) for _ in range(8)]
+at_rest = (status("VmRSS") - before) / 8 / len(tokens)
+
+segmenter = Segmenter([b" x", b".", b" Then", b" Hmm", b"\\n\\n"], threads=1)
+count = 2_000_000
+ids = torch.multinomial(torch.tensor([8.0, 2, 2, 0.1, 0.1]), count, replacement=True).int()
+entropy, cu = torch.rand(count), torch.tensor([0, count])
+segmenter(ids[:1000], torch.tensor([0, 1000]), entropy=entropy[:1000])
+open("/proc/self/clear_refs", "w").write("5")  # the peak from here on
+before = status("VmRSS")
+segments = segmenter(ids, cu, entropy=entropy)
+running = (status("VmHWM") - before) / count
+assert segments.num_segments == 64
+print(at_rest, running)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the pages")
+def test_memory():
+    """Under 64 bytes a vocabulary entry at rest and 32 a token while running (the worst case: one sequence, entropy, a limited count)."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    at_rest, running = map(float, done.stdout.split())
+    assert 18 < at_rest < 64 and 20 < running < 32, (at_rest, running)

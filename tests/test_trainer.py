@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -537,3 +538,25 @@ def test_the_curriculum_learns_from_every_group(tmp_path, warmed):
         expected.update(np.array([i]), np.array([wins]), 4)
     trainer._control(indices, outcome, 1.0)
     assert np.array_equal(trainer.curriculum.a, expected.a) and np.array_equal(trainer.curriculum.b, expected.b)
+
+
+def test_the_text_is_read_beside_the_scoring_forward(tmp_path, warmed, monkeypatch):
+    """Another thread reads, the same steps come out, bitwise; its failure is the step's own error."""
+    beside, inline = trainer_of(tmp_path / "beside", weights=warmed), trainer_of(tmp_path / "inline", weights=warmed)
+    names = []
+    read = beside.segmenter.read
+    monkeypatch.setattr(beside.segmenter, "read", lambda *a: names.append(threading.current_thread().name) or read(*a))
+    cut = inline._segment
+    monkeypatch.setattr(inline, "_segment", lambda batch, _: cut(batch))
+    a, b = steps(beside, 2), steps(inline, 2)
+    assert [without_times(x) for x in a] == [without_times(x) for x in b]
+    assert all(torch.equal(x, y) for x, y in zip(parameters(beside).values(), parameters(inline).values(), strict=True))
+    assert len(names) == 2 and all(name.startswith("segmenter") for name in names)
+    assert all(0 < record["time/segment_share"] < 1 for record in a)
+
+    def broken(*_):
+        raise ValueError("ids must lie in [0, vocab_size)")
+
+    monkeypatch.setattr(beside.segmenter, "read", broken)
+    with pytest.raises(ValueError, match="ids must lie in"):
+        steps(beside, 1)
