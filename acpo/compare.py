@@ -283,7 +283,7 @@ class Comparer:
         temporary = run.directory / ".finished.writing"
         temporary.write_text(json.dumps(record), encoding="utf-8")
         os.replace(temporary, run.directory / "finished.json")
-        shutil.rmtree(run.checkpoints)  # a finished run needs none: some megabytes a run, hundreds of runs
+        shutil.rmtree(run.checkpoints, ignore_errors=True)  # a finished run needs none: some megabytes a run, hundreds of runs
 
 
 class RunError(RuntimeError):

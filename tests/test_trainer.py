@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from loop import parameters, records, settings, steps, trainer_of, without_times, write_config
+from loop import parameters, records, rolled_out, settings, steps, trainer_of, without_times, write_config
 
 from acpo import checkpoint, config
 from acpo import trainer as module
@@ -36,17 +36,6 @@ MANY = "rollout.prompts=8", "rollout.group_size=8"  # so many that some groups h
 @pytest.fixture(autouse=True)
 def one_thread(deterministic):
     torch.set_num_threads(1)
-
-
-def rolled_out(trainer: Trainer):
-    """The batch of one step, ready for its update, and what came before."""
-    trainer.step_number += 1
-    indices, batch, outcome = trainer._rollout()
-    trainer._score(batch, outcome, indices)
-    trainer._segment(batch)
-    attribution = trainer._attribute(batch, outcome, indices)
-    advantages, weights = trainer._credit(batch, outcome, attribution)
-    return batch, outcome, attribution, advantages, weights
 
 
 # --- the step in its parts ----------------------------------------------------------------------------------------------------------
