@@ -108,7 +108,7 @@ def averaged(p: float, steps: int) -> dict[str, float]:
     """The same task averaged over ALL its questions, with wrong values equally likely: only how far a value is from the right one matters, so the
     expected gradient over the shared table has one direction, that of the right entries, and this is its length under each rule."""
     off = torch.cartesian_prod(*[torch.arange(M)] * steps)  # how far each written value is from what it should be, given the one before
-    probability = torch.where(off == 0, p, (1 - p) / (M - 1)).double().prod(1)
+    probability = torch.where(off == 0, p, (1 - p) / (M - 1) + torch.zeros(off.shape, dtype=torch.float64)).prod(1)
     error = torch.cat([torch.zeros(len(off), 1, dtype=torch.int64), off.cumsum(1) % M], 1)
     remains = ((M * p - 1) / (M - 1)) ** torch.arange(steps, -1, -1).double()
     values = torch.where(error == 0, 1 / M + (1 - 1 / M) * remains, 1 / M - remains / M)
