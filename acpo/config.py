@@ -96,7 +96,7 @@ class SegmenterConfig:
 class AttributionConfig:
     source: str = "hindsight,tree"  # of SOURCES, separated by commas: where several look at a rollout the most reliable one speaks; or "none"
     keys: Literal["tokens", "numbers"] = "tokens"  # tree: what a step is recognised by, its tokens or the numbers in it
-    probe_suffix: str = "\nThe answer is "  # probe: what stands between a step and an answer given at once
+    probe_suffix: str = ""  # probe: what stands between a step and an answer given at once; empty: a default
     slope: float = 3.0  # reliability = slope times the measured skill, at most 1
     control: Literal["none", "shuffled", "position", "random"] = "none"  # put an attribution without information in its place
     clamp: float = 5.0  # nats: bound of a segment's centred information before it becomes credit

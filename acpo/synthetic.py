@@ -118,6 +118,16 @@ class Multiplication:
             values.append(tables[i + 1][carry] if ok else 0.0)
         return values
 
+    def errors(self, problem: Problem, response: str) -> list[bool] | None:
+        """Which lines are wrong by themselves, given the carry that they were handed; None for a response that is not of the form."""
+        if any(v != v for v in self.exact_values(problem, response)):
+            return None
+        multiplier, carry, out = problem.data["multiplier"], 0, []
+        for digit, line in zip(problem.data["digits"], response.split("\n"), strict=False):
+            out.append(int(line[-2:]) != digit * multiplier + carry)
+            carry = int(line[-2])
+        return out
+
 
 class Chain:
     """T1: y_k = (y_{k-1} + x_k) mod m, written step by step. T2: the same with D distractor characters a line. T3: a right answer is
@@ -174,6 +184,16 @@ class Chain:
                 return values + [float("nan")] * (len(operands) - i)
             values.append(float(tables[i + 1][int(line[2])]))
         return values
+
+    def errors(self, problem: Problem, response: str) -> list[bool] | None:
+        """Which lines are wrong by themselves, given the value before; None for a response that is not of the form."""
+        if any(v != v for v in self.exact_values(problem, response)):
+            return None
+        value, out = problem.data["start"], []
+        for operand, line in zip(problem.data["operands"], response.split("\n"), strict=False):
+            out.append(int(line[2]) != (value + operand) % self.modulus)
+            value = int(line[2])
+        return out
 
 
 TASKS = {"multiplication": Multiplication, "chain": Chain}

@@ -35,6 +35,7 @@ from .entropy import EntropyController, covariant_tokens
 from .evaluation import evaluate
 from .metrics import rollout_rows, step_metrics
 from .policy import Policy, build
+from .probe import suffix_of
 from .problems import Problem
 from .rollout.local import LocalEngine
 from .run import Run
@@ -342,7 +343,7 @@ class Trainer:
             share = self.warmup_step / config.steps
             for group in self.optimizer.param_groups:
                 group["lr"] = config.learning_rate * min(1.0, self.warmup_step / 50) * max(0.02, 0.5 * (1 + math.cos(math.pi * share)))
-            drawn = examples(self.task, self.train_problems, config.batch, config.hinted, self.rng)
+            drawn = examples(self.task, self.train_problems, config.batch, config.hinted, self.rng, config.probed, suffix_of(self.config))
             responses = [torch.tensor([*self._encode(e.response), self.tokenizer.eos_token_id], device=self.policy.device) for e in drawn]
             weights = torch.tensor([w for e in drawn for w in (*e.weights, 1.0)], device=self.policy.device)
             hidden = self.policy.hidden([self._prompt(e.prompt) for e in drawn], responses)
