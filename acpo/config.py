@@ -40,6 +40,7 @@ class ProblemsConfig:
     steps: int = 8  # chain: length
     modulus: int = 10  # chain
     distractors: int = 0  # chain: characters without meaning a line
+    decoys: int = 0  # chain: operands of the prompt that no step uses
     luck: float = 1.0  # chain: probability that a right answer is rewarded
     hard: float = 0.4  # share of elementary facts that the warm-up traces get wrong at times
     wrong_low: float = 0.2  # a hard fact is wrong with a probability drawn from [wrong_low, wrong_high]
@@ -371,7 +372,8 @@ _SHARES = (
 _NOT_NEGATIVE = (
     "warmup.steps", "trainer.steps", "trainer.threads", "eval.samples", "attribution.kappa", "credit.gain", "loss.clip_high", "stages.kl_weight",
     "stages.clip_high", "entropy.weight", "entropy.rate", "entropy.dead_band", "optimizer.warmup_steps", "optimizer.weight_decay", "seed",
-    "problems.seed", "problems.distractors", "attribution.slope", "credit.value_gain", "segmenter.fixed", "entropy.covariance_weight",
+    "problems.seed", "problems.distractors", "problems.decoys", "attribution.slope", "credit.value_gain", "segmenter.fixed",
+    "entropy.covariance_weight",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ TASKS = {
     "multiplication": Multiplication(digits=3, hard=0.7, q=(0.2, 0.7)),
     "chain": Chain(steps=3, modulus=5, hard=0.7, q=(0.2, 0.7)),
     "distractors": Chain(steps=3, modulus=4, distractors=3, hard=0.7, q=(0.2, 0.7)),
+    "decoys": Chain(steps=2, modulus=5, hard=0.7, q=(0.2, 0.7), decoys=2),
     "luck": Chain(steps=3, modulus=5, luck=0.3, hard=0.7, q=(0.2, 0.7)),
 }
 
