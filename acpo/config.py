@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 import yaml
 
+from .methods import METHODS
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used: the message names the key, what was wanted and what came."""
@@ -114,7 +116,9 @@ class CreditConfig:
     gain: float = 0.5  # of hindsight's additive credit and of the weights
     value_gain: float = 1.0  # of value differences, in the additive form
     bound: float = 0.5
-    mask: Literal["none", "unchanged", "filler"] = "none"  # no advantage on segments that leave the state as it was; on known filler (an oracle)
+    # No advantage on segments that leave the state as it was (the tree says which; without it none); on known filler (an oracle).
+    mask: Literal["none", "unchanged", "filler"] = "unchanged"
+    token: Literal["none", "entropy"] = "none"  # inside a step: all tokens alike, or more where the policy had a choice
     advantage: Literal["grpo", "rloo", "centred"] = "grpo"  # (R - mean)/std, R - mean of the others, R - mean
 
 
@@ -164,6 +168,7 @@ class StagesConfig:
     kl_weight: float = 0.01
     clip_high: float = 0.2  # in stage 2
     confidence: float = 0.3  # omega of the confidence-weighted reward in stage 2
+    confidence_form: Literal["brier", "product"] = "brier"  # product: the naive R c, an ablation
 
 
 @dataclass
@@ -222,28 +227,6 @@ class Config:
 
 
 SOURCES = ("hindsight", "probe", "tree", "head", "entropy")
-
-# What makes a method: everything that is not named here (clip range, batch, learning rate) is the same for all of them.
-_OUTCOME_ONLY = {
-    "attribution.source": "none", "credit.form": "none", "credit.mask": "none", "entropy.controller": "none", "curriculum.sampler": "uniform",
-    "curriculum.dynamic_sampling": False, "stages.two": False, "loss.ratio": "token", "loss.denominator": "tokens",
-}  # fmt: skip
-METHODS: dict[str, dict[str, Any]] = {
-    "acpo": {
-        "attribution.source": "hindsight,tree", "credit.form": "additive", "credit.scope": "own", "credit.advantage": "grpo",
-        "credit.mask": "unchanged", "entropy.controller": "target", "curriculum.sampler": "thompson", "curriculum.dynamic_sampling": False,
-        "stages.two": True,
-        "loss.ratio": "token", "loss.denominator": "tokens",
-    },
-    "grpo": {**_OUTCOME_ONLY, "credit.advantage": "grpo"},
-    "rloo": {**_OUTCOME_ONLY, "credit.advantage": "rloo"},
-    "dr_grpo": {**_OUTCOME_ONLY, "credit.advantage": "centred", "loss.denominator": "constant"},
-    "dapo": {**_OUTCOME_ONLY, "credit.advantage": "grpo", "curriculum.dynamic_sampling": True},
-    "gspo": {
-        **_OUTCOME_ONLY, "credit.advantage": "grpo", "loss.ratio": "sequence", "loss.denominator": "sequences",
-        "loss.clip_low": 3e-4, "loss.clip_high": 4e-4,
-    },
-}  # fmt: skip
 
 
 def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -420,10 +403,6 @@ def _check(config: Config) -> None:
             )
     if config.credit.form == "ratio" and "hindsight" not in names:
         raise ConfigError(f"credit.form = 'ratio' needs attribution.source = 'hindsight', got {config.attribution.source!r}")
-    if config.credit.mask == "unchanged" and "tree" not in names:
-        raise ConfigError(
-            f"credit.mask = 'unchanged' needs 'tree' in attribution.source, which tells what changes the state, got {config.attribution.source!r}"
-        )
     if config.credit.form not in ("none", "branch") and config.attribution.source == "none":
         raise ConfigError(f"credit.form = {config.credit.form!r} needs an attribution.source, got 'none'")
     if "tree" in names and config.credit.form != "none" and config.credit.scope == "zero_variance":

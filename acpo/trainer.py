@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from acpo_kernels import Segmenter, segment_reduce
+from acpo_kernels import Segmenter
 
 from . import checkpoint, credit, verify
 from .attribution import Attribution, answer_copies
@@ -228,9 +228,9 @@ class Trainer:
         config, size, segments = self.config, self.config.rollout.group_size, batch.segments
         advantages = plain = credit.outcome_advantages(outcome, size, config.credit.advantage)
         if self.stages.stage == 2:
-            confidence = self._confidence(batch)
+            confidence = credit.answer_confidence(batch.token["rollout_logp"], segments)
             batch.sequence["confidence"] = confidence
-            rewards = credit.confident_rewards(outcome, confidence, size, config.stages.confidence)
+            rewards = credit.confident_rewards(outcome, confidence, size, config.stages.confidence, config.stages.confidence_form)
             advantages = credit.keep_side(credit.outcome_advantages(rewards, size, config.credit.advantage), plain)
         weights = credit.assign(batch, advantages, outcome, attribution, size, config.credit, self.filler)
         bonus = self.entropy.token_weights(segments, attribution)
@@ -241,15 +241,6 @@ class Trainer:
         if self.reference is not None and config.stages.kl_weight > 0:
             self._reference_logp(batch)
         return advantages, weights
-
-    def _confidence(self, batch: Batch) -> Tensor:
-        """exp(mean log-prob of the answer span under the policy that sampled), 0 for a rollout without an answer, [B]."""
-        segments = batch.segments
-        mean = segment_reduce(batch.token["rollout_logp"], segments, reduce="mean")
-        terminal = segments.is_terminal()
-        out = torch.zeros(segments.num_sequences, device=mean.device)
-        out[segments.segment_sequence_ids()[terminal]] = mean[terminal].exp()
-        return out
 
     @torch.no_grad()
     def _reference_logp(self, batch: Batch) -> None:

@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from acpo import compare, evidence
-from acpo.arms import ARMS
 from acpo.cli import main
 from acpo.compare import Comparer
 from acpo.config import ConfigError
+from acpo.methods import ARMS
 from acpo.run import Run
 from acpo.trainer import Trainer
 

@@ -24,6 +24,7 @@ from acpo import checkpoint, config
 from acpo import trainer as module
 from acpo.batch import Batch
 from acpo.config import METHODS, ConfigError, value_of
+from acpo.credit import answer_confidence
 from acpo.policy import Policy
 from acpo.run import Run
 from acpo.trainer import Trainer, TrainingError
@@ -226,7 +227,7 @@ def test_the_switch_takes_the_policy_of_its_moment_as_reference(tmp_path, warmed
 def test_confidence_is_that_of_the_answer(tmp_path, warmed):
     trainer = trainer_of(tmp_path, weights=warmed)
     batch, *_ = rolled_out(trainer)
-    confidence = trainer._confidence(batch)
+    confidence = answer_confidence(batch.token["rollout_logp"], batch.segments)
     ends, terminal = batch.segments.token_offsets.tolist(), batch.segments.terminal.tolist()
     assert any(terminal)
     for b, last in enumerate(batch.segments.sequence_offsets.tolist()[1:]):
