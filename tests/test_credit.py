@@ -117,7 +117,7 @@ def test_additive_by_hand():
     segments = segments_of(LENGTHS, TERMINAL)
     found = attribution_of(segments, 0.8, zero_variance(OUTCOME, SIZE))
     advantages = outcome_advantages(OUTCOME, SIZE, "grpo")
-    credit = token_advantages(advantages, found, segments, CreditConfig(form="additive"))
+    credit = token_advantages(advantages, found, segments, CreditConfig(form="additive", mask="none"))
     use = (segments.segment_sequence_ids() >= SIZE) & ~segments.is_terminal()
     wanted = torch.where(use, 0.8 * found.score, 0.0).float()
     torch.testing.assert_close(credit.token_advantages, advantages[segments.sequence_ids()] + wanted[segments.segment_ids()])
@@ -164,7 +164,7 @@ def test_a_segment_without_change_loses_its_advantage_and_nothing_else_moves(for
 def test_weights_conserve_and_keep_the_side(seed, reliability):
     segments = segments_of(LENGTHS, TERMINAL)
     advantages = torch.tensor([1.5, -0.5, -0.5, 0.7, 0.2, -1.0, 0.3, 0.4])
-    found = token_advantages(advantages, attribution_of(segments, reliability, seed=seed), segments, CreditConfig(form="weights"))
+    found = token_advantages(advantages, attribution_of(segments, reliability, seed=seed), segments, CreditConfig(form="weights", mask="none"))
     assert found.weights.max() > 1.01 > 0.99 > found.weights.min()
     low, high = (1 - reliability / 2) / (1 + reliability / 2), (1 + reliability / 2) / (1 - reliability / 2)
     assert ((found.weights > low - 1e-6) & (found.weights < high + 1e-6)).all()
@@ -197,7 +197,7 @@ def test_assign_writes_the_form_and_masks_what_is_known_to_be_filler():
     outcome = torch.tensor([1.0, 0, 0, 1])
     advantages = outcome_advantages(outcome, 4, "grpo")
     plain = advantages[batch.segments.sequence_ids()]
-    weights = assign(batch, advantages, outcome, None, 4, CreditConfig(form="branch"), None)
+    weights = assign(batch, advantages, outcome, None, 4, CreditConfig(form="branch", mask="none"), None)
     torch.testing.assert_close(batch.token["advantages"], plain + branch_differences(ids, outcome, 4))
     assert (weights == 1).all()
     filler = torch.tensor([9])

@@ -213,7 +213,7 @@ def test_the_whole_method_with_the_tree_keeps_the_direction(form):
         rows = torch.ones(len(index), dtype=torch.bool)
         found = attributor(tree_evidence(prefixes, outcome, 8, segments, 2.0, False, rows), outcome, leave_one_out(outcome, 8), segments, 8)
         advantages = outcome_advantages(outcome, 8, "grpo")
-        credit = token_advantages(advantages, found, segments, CreditConfig(form=form)).token_advantages.view(-1, K + 1)[:, :K]
+        credit = token_advantages(advantages, found, segments, CreditConfig(form=form, mask="none")).token_advantages.view(-1, K + 1)[:, :K]
         gates.append(float(found.reliability.max()))
         for weight, into in ((credit, total), (advantages.unsqueeze(1).expand(-1, K), plain)):
             spread = torch.zeros(len(chain.rollouts), K, dtype=torch.float64).index_add(0, index, weight.double())
@@ -234,7 +234,7 @@ def test_noise_is_gated_to_the_plain_update():
         found = attributor(evidence, outcome, leave_one_out(outcome, 8), segments, 8)
         advantages = outcome_advantages(outcome, 8, "grpo")
         for form in ("additive", "weights"):
-            credit = token_advantages(advantages, found, segments, CreditConfig(form=form)).token_advantages
+            credit = token_advantages(advantages, found, segments, CreditConfig(form=form, mask="none")).token_advantages
             if found.reliability.max() == 0:
                 assert torch.equal(credit, advantages[segments.sequence_ids()])
     assert found.reliability.max() == 0 and math.isfinite(attributor.reliability.m1)
