@@ -441,6 +441,40 @@ def test_methods_run_with_their_settings(tmp_path, warmed, method, source, monke
     assert any(not torch.equal(warmed[n], p) for n, p in trainer.policy.named_parameters())
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        ("attribution.source=hindsight,probe,tree,head", "credit.scope=own"),
+        ("attribution.source=entropy", "credit.form=weights", "credit.scope=all"),
+        ("attribution.source=tree", "attribution.keys=numbers", "segmenter.fixed=3", "credit.token=entropy"),
+        ("attribution.source=none", "credit.form=branch"),
+        ("attribution.source=hindsight", "credit.form=ratio", "credit.scope=all"),
+        ("attribution.control=shuffled", "entropy.controller=step", "stages.confidence_form=product"),
+        ("attribution.control=position", "entropy.covariance=always", "entropy.covariance_share=0.05"),
+        ("attribution.control=random", "credit.mask=filler"),
+    ],
+    ids=lambda own: own[0].partition("=")[2] + "-" + own[-1].partition("=")[2],
+)
+def test_every_source_form_and_control_resumes_to_the_same_numbers(tmp_path, warmed, own):
+    """Four steps, the stage switch among them, against two, a checkpoint, and two more by another trainer."""
+    common = (*MANY, "trainer.steps=4", "stages.switch_share=0.5", "attribution.reliability=0.7", *own)
+    whole, broken = trainer_of(tmp_path / "a", *common, weights=warmed), trainer_of(tmp_path / "b", *common, weights=warmed)
+    first, second = steps(whole, 4), steps(broken, 2)
+    broken._save("step-2")
+    again = trainer_of(tmp_path / "b", *common)
+    again._resume()
+    second += steps(again, 2)
+    assert [without_times(m) for m in first] == [without_times(m) for m in second]
+    assert all(torch.equal(parameters(whole)[n], p) for n, p in again.policy.named_parameters())
+    plain = trainer_of(
+        tmp_path / "c", *common, "attribution.source=none", "credit.form=none", "credit.mask=none", "credit.token=none", weights=warmed
+    )
+    steps(plain, 1)
+    one = trainer_of(tmp_path / "d", *common, weights=warmed)
+    steps(one, 1)
+    assert any(not torch.equal(parameters(one)[n], p) for n, p in plain.policy.named_parameters()), "it does something"
+
+
 def test_denominators_add_up_to_their_means(tmp_path, warmed):
     """tokens: each token the same; sequences: each rollout the same, its tokens sharing; checked on the gradient of a loss that is
     minus the sum of the advantages over the denominators."""
