@@ -209,11 +209,12 @@ class Trainer:
     def _attribute(self, batch: Batch, outcome: Tensor, indices: np.ndarray) -> Attribution | None:
         size, keep = self.config.rollout.group_size, None
         if self.config.attribution.mask_answer_copies and bool(batch.sequence["hindsight"].any()):
-            keep = answer_copies(batch.responses(), [self._spellings(self.train_problems[i].answer) for i in indices for _ in range(size)])
+            spellings = [self._spellings(self.train_problems[i].answer) for i in indices]
+            keep = answer_copies(batch.responses(), [own for own in spellings for _ in range(size)])
         if "kl" not in batch.token:  # no rollout for the hindsight stream to look at in this step
             batch.put([], log_ratio=batch.token["old_logp"][:0], kl=batch.token["old_logp"][:0])
         prior = torch.tensor(self.curriculum.prior(indices), device=outcome.device).repeat_interleave(size)
-        answers = [self._encode(self.train_problems[i].answer) for i in indices for _ in range(size)]
+        answers = [ids for i in indices for ids in [self._encode(self.train_problems[i].answer)] * size]
         attribution, self.source_metrics = self.attributors(batch, outcome, prior, keep, answers)
         self.counters["tokens/forward_extra"] += self.attributors.extra_tokens
         batch.token.pop("hidden", None)
