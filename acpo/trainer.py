@@ -67,7 +67,8 @@ class Trainer:
             max_segments=config.segmenter.max_segments, target_tokens=config.segmenter.target_tokens,
         )  # fmt: skip
         self.attributors = Attributors(config, self.policy, self.tokenizer)
-        self.filler = torch.tensor(self._encode(self.task.filler), dtype=torch.int64) if getattr(self.task, "filler", "") else None
+        filler = self._encode(getattr(self.task, "filler", ""))
+        self.filler = torch.tensor(filler, device=self.policy.device) if filler else None
         self.entropy = EntropyController(config.entropy)
         self.curriculum = Curriculum(self.train_problems, config.curriculum)
         self.stages = Stages(config.stages, config.trainer.steps)

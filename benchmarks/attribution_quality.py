@@ -13,7 +13,8 @@ only). One table, one figure:
     planted        share of planted systematic errors found; sign of both of two cancelling errors (chains); |phi| of lines of filler / of the others
 
 against surprisal (lowest mean log-prob), entropy (highest), position (the mean of the place), always the first line, and chance. Exact V is that of
-the process that wrote the warm-up traces: the policy after warm-up is close to it, not the same.
+the process that wrote the warm-up traces: the policy after warm-up is close to it, not the same. Every source is judged by its phi; literal copies of
+the answer are not masked here.
 """
 
 from __future__ import annotations
@@ -94,7 +95,6 @@ class Collector:
             row = {"exact": exact, "errors": errors, "right": bool(outcome[b] > 0), "kind": kinds[b], "scores": {}, "values": {}, "before": {}}
             for name in SOURCES:
                 a = found[name]
-                # The hindsight stream's own measure of a step is its centred information; the others' is phi.
                 row["scores"][name] = a.phi[lines].numpy()
                 row["values"][name], row["before"][name] = a.values[lines].numpy(), float(a.previous[lines[0]])
                 row.setdefault("reliability", {})[name] = float(a.reliability[b])
