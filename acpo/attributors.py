@@ -25,7 +25,7 @@ from .batch import Batch
 from .config import Config
 from .head import Head, boundary_rows
 from .policy import Policy
-from .probe import Packed, chosen_boundaries, group_candidates, pack_branches, posterior_evidence, targets
+from .probe import Packed, chosen_boundaries, group_candidates, pack_branches, posterior_evidence, suffix_of, targets
 from .problems import extract_answer
 from .tree import Prefixes, canonical_prefixes, exact_prefixes, sharing
 
@@ -107,8 +107,8 @@ class Attributors:
 
     def _probe(self, batch: Batch, acts: Tensor, answers: list[list[int]]) -> Evidence:
         """Candidates are the right answer and the other answers of the group; a boundary that is not probed takes the value of the one before."""
-        size, segments, settings = self.config.rollout.group_size, batch.segments, self.config.attribution
-        suffix = self.tokenizer(settings.probe_suffix, add_special_tokens=False)["input_ids"]
+        size, segments = self.config.rollout.group_size, batch.segments
+        suffix = self.tokenizer(suffix_of(self.config), add_special_tokens=False)["input_ids"]
         texts = self.tokenizer.batch_decode(batch.responses(), skip_special_tokens=True)
         given = [extract_answer(text, self.config.verify.extract) or "" for text in texts]
         own = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in given]

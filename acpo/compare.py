@@ -11,7 +11,7 @@ A comparison is a YAML file:
     against: grpo         # the arm whose tokens and seconds are the budget
     baselines: [grpo, rloo]
     arms:
-      grpo:               # an arm of acpo/arms.py, or of your own: the settings in which it differs
+      grpo:               # an arm of acpo/methods.py, or of your own: the settings in which it differs
       acpo:
       acpo-shuffled: {rate: acpo}        # takes acpo's learning rate instead of a choice of its own; a number fixes it
       gentle: {method: acpo, credit.gain: 0.25}
@@ -35,9 +35,9 @@ from pathlib import Path
 from typing import Any
 
 from . import config as configuration
-from .arms import ARMS
 from .config import Config, ConfigError
 from .evidence import mean_area, run_record, summarise
+from .methods import ARMS
 
 KEYS = ("name", "settings", "seeds", "tuning", "against", "baselines", "arms")
 
@@ -283,7 +283,7 @@ class Comparer:
         temporary = run.directory / ".finished.writing"
         temporary.write_text(json.dumps(record), encoding="utf-8")
         os.replace(temporary, run.directory / "finished.json")
-        shutil.rmtree(run.checkpoints)  # a finished run needs none: some megabytes a run, hundreds of runs
+        shutil.rmtree(run.checkpoints, ignore_errors=True)  # a finished run needs none: some megabytes a run, hundreds of runs
 
 
 class RunError(RuntimeError):

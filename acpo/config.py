@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 import yaml
 
+from .methods import METHODS
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used: the message names the key, what was wanted and what came."""
@@ -40,6 +42,7 @@ class ProblemsConfig:
     steps: int = 8  # chain: length
     modulus: int = 10  # chain
     distractors: int = 0  # chain: characters without meaning a line
+    decoys: int = 0  # chain: operands of the prompt that no step uses
     luck: float = 1.0  # chain: probability that a right answer is rewarded
     hard: float = 0.4  # share of elementary facts that the warm-up traces get wrong at times
     wrong_low: float = 0.2  # a hard fact is wrong with a probability drawn from [wrong_low, wrong_high]
@@ -96,7 +99,7 @@ class SegmenterConfig:
 class AttributionConfig:
     source: str = "hindsight,tree"  # of SOURCES, separated by commas: where several look at a rollout the most reliable one speaks; or "none"
     keys: Literal["tokens", "numbers"] = "tokens"  # tree: what a step is recognised by, its tokens or the numbers in it
-    probe_suffix: str = "\nThe answer is "  # probe: what stands between a step and an answer given at once
+    probe_suffix: str = ""  # probe: what stands between a step and an answer given at once; empty: a default
     slope: float = 3.0  # reliability = slope times the measured skill, at most 1
     control: Literal["none", "shuffled", "position", "random"] = "none"  # put an attribution without information in its place
     clamp: float = 5.0  # nats: bound of a segment's centred information before it becomes credit
@@ -113,7 +116,9 @@ class CreditConfig:
     gain: float = 0.5  # of hindsight's additive credit and of the weights
     value_gain: float = 1.0  # of value differences, in the additive form
     bound: float = 0.5
-    mask: Literal["none", "unchanged", "filler"] = "none"  # no advantage on segments that leave the state as it was; on known filler (an oracle)
+    # No advantage on segments that leave the state as it was (the tree says which; without it none); on known filler (an oracle).
+    mask: Literal["none", "unchanged", "filler"] = "unchanged"
+    token: Literal["none", "entropy"] = "none"  # inside a step: all tokens alike, or more where the policy had a choice
     advantage: Literal["grpo", "rloo", "centred"] = "grpo"  # (R - mean)/std, R - mean of the others, R - mean
 
 
@@ -163,6 +168,7 @@ class StagesConfig:
     kl_weight: float = 0.01
     clip_high: float = 0.2  # in stage 2
     confidence: float = 0.3  # omega of the confidence-weighted reward in stage 2
+    confidence_form: Literal["brier", "product"] = "brier"  # product: the naive R c, an ablation
 
 
 @dataclass
@@ -221,28 +227,6 @@ class Config:
 
 
 SOURCES = ("hindsight", "probe", "tree", "head", "entropy")
-
-# What makes a method: everything that is not named here (clip range, batch, learning rate) is the same for all of them.
-_OUTCOME_ONLY = {
-    "attribution.source": "none", "credit.form": "none", "credit.mask": "none", "entropy.controller": "none", "curriculum.sampler": "uniform",
-    "curriculum.dynamic_sampling": False, "stages.two": False, "loss.ratio": "token", "loss.denominator": "tokens",
-}  # fmt: skip
-METHODS: dict[str, dict[str, Any]] = {
-    "acpo": {
-        "attribution.source": "hindsight,tree", "credit.form": "additive", "credit.scope": "own", "credit.advantage": "grpo",
-        "credit.mask": "unchanged", "entropy.controller": "target", "curriculum.sampler": "thompson", "curriculum.dynamic_sampling": False,
-        "stages.two": True,
-        "loss.ratio": "token", "loss.denominator": "tokens",
-    },
-    "grpo": {**_OUTCOME_ONLY, "credit.advantage": "grpo"},
-    "rloo": {**_OUTCOME_ONLY, "credit.advantage": "rloo"},
-    "dr_grpo": {**_OUTCOME_ONLY, "credit.advantage": "centred", "loss.denominator": "constant"},
-    "dapo": {**_OUTCOME_ONLY, "credit.advantage": "grpo", "curriculum.dynamic_sampling": True},
-    "gspo": {
-        **_OUTCOME_ONLY, "credit.advantage": "grpo", "loss.ratio": "sequence", "loss.denominator": "sequences",
-        "loss.clip_low": 3e-4, "loss.clip_high": 4e-4,
-    },
-}  # fmt: skip
 
 
 def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -371,7 +355,8 @@ _SHARES = (
 _NOT_NEGATIVE = (
     "warmup.steps", "trainer.steps", "trainer.threads", "eval.samples", "attribution.kappa", "credit.gain", "loss.clip_high", "stages.kl_weight",
     "stages.clip_high", "entropy.weight", "entropy.rate", "entropy.dead_band", "optimizer.warmup_steps", "optimizer.weight_decay", "seed",
-    "problems.seed", "problems.distractors", "attribution.slope", "credit.value_gain", "segmenter.fixed", "entropy.covariance_weight",
+    "problems.seed", "problems.distractors", "problems.decoys", "attribution.slope", "credit.value_gain", "segmenter.fixed",
+    "entropy.covariance_weight",
 )  # fmt: skip
 
 
@@ -418,10 +403,6 @@ def _check(config: Config) -> None:
             )
     if config.credit.form == "ratio" and "hindsight" not in names:
         raise ConfigError(f"credit.form = 'ratio' needs attribution.source = 'hindsight', got {config.attribution.source!r}")
-    if config.credit.mask == "unchanged" and "tree" not in names:
-        raise ConfigError(
-            f"credit.mask = 'unchanged' needs 'tree' in attribution.source, which tells what changes the state, got {config.attribution.source!r}"
-        )
     if config.credit.form not in ("none", "branch") and config.attribution.source == "none":
         raise ConfigError(f"credit.form = {config.credit.form!r} needs an attribution.source, got 'none'")
     if "tree" in names and config.credit.form != "none" and config.credit.scope == "zero_variance":

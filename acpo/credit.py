@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from acpo_kernels import SegmentCredit, Segments, segment_credit
+from acpo_kernels import SegmentCredit, Segments, segment_credit, segment_reduce
 
 from .attribution import Attribution, zero_variance
 from .batch import Batch
@@ -28,10 +28,19 @@ def outcome_advantages(rewards: Tensor, group_size: int, kind: str) -> Tensor:
     return centred.flatten()
 
 
-def confident_rewards(outcome: Tensor, confidence: Tensor, group_size: int, omega: float) -> Tensor:
+def answer_confidence(rollout_logp: Tensor, segments: Segments) -> Tensor:
+    """exp(mean log-prob of the answer span under the policy that sampled), 0 for a rollout without an answer, [B]."""
+    mean = segment_reduce(rollout_logp, segments, reduce="mean")
+    terminal = segments.is_terminal()
+    out = torch.zeros(segments.num_sequences, device=mean.device)
+    out[segments.segment_sequence_ids()[terminal]] = mean[terminal].exp()
+    return out
+
+
+def confident_rewards(outcome: Tensor, confidence: Tensor, group_size: int, omega: float, form: str = "brier") -> Tensor:
     """r = R - omega (c - R)^2, the Brier score beside the outcome; plain R in groups without both outcomes, where it would train
-    nothing but self-certainty."""
-    rewards = outcome - omega * (confidence - outcome).square()
+    nothing but self-certainty. form="product" is the naive R c, an ablation: it pays for certainty and never against it."""
+    rewards = outcome * confidence if form == "product" else outcome - omega * (confidence - outcome).square()
     return torch.where(zero_variance(outcome, group_size), outcome, rewards)
 
 
@@ -72,6 +81,14 @@ def bounded_ratio(advantages: Tensor, log_ratio: Tensor, bound: float) -> Tensor
     return advantages * weight.clamp(1.0 - bound, 1.0 + bound)
 
 
+def token_factor(entropy: Tensor, segments: Segments) -> Tensor:
+    """u_t = clip(H_t / mean H of the segment, 1/2, 3/2) over its mean in the segment, [N]: inside a step more credit where the policy had a choice.
+    Within [1/3, 3], and the segment keeps its credit."""
+    mean = segment_reduce(entropy, segments, reduce="mean")[segments.segment_ids()]
+    raw = torch.where(mean > 0, (entropy / mean.clamp(min=1e-12)).clamp(0.5, 1.5), 1.0)
+    return raw / segment_reduce(raw, segments, reduce="mean")[segments.segment_ids()]
+
+
 def assign(
     batch: Batch, advantages: Tensor, outcome: Tensor, attribution: Attribution | None, group_size: int, config: CreditConfig, filler: Tensor | None
 ) -> Tensor:
@@ -83,6 +100,8 @@ def assign(
         tokens = tokens + branch_differences(batch.responses(), outcome, group_size)
     elif config.form == "ratio":
         tokens = bounded_ratio(advantages[segments.sequence_ids()], batch.token["log_ratio"], config.bound)
+    if config.token == "entropy":
+        tokens = tokens * token_factor(batch.token["entropy"], segments)
     if config.mask == "filler" and filler is not None:
         tokens = torch.where(torch.isin(batch.token["ids"], filler), 0.0, tokens)
     batch.token["advantages"] = tokens

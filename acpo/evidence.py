@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 BOOTSTRAP = 10_000
+LEAST_SEEDS = 8  # fewer differences resampled give an interval that means nothing: then there is none
 FILES = {"table": "results.json", "figure": "results.png", "both": "results.html"}
 SERIES = {"entropy": "entropy", "reliability": "attribution/reliability", "zero_variance": "frac_reward_zero_std", "reward": "reward"}
 
@@ -94,14 +95,14 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
 
 
 def difference(ours: dict[int, float], theirs: dict[int, float]) -> dict[str, Any] | None:
-    """Paired difference over the seeds that both have; None for fewer than two."""
+    """Paired difference over the seeds that both have, without an interval for fewer than LEAST_SEEDS; None for fewer than two."""
     seeds = sorted(set(ours) & set(theirs))
     if len(seeds) < 2:
         return None
     values = np.array([ours[s] - theirs[s] for s in seeds])
-    low, high = interval(values)
+    low, high = map(_round, interval(values)) if len(values) >= LEAST_SEEDS else (None, None)
     return {
-        "seeds": len(seeds), "iqm": _round(interquartile_mean(values)), "low": _round(low), "high": _round(high),
+        "seeds": len(seeds), "iqm": _round(interquartile_mean(values)), "low": low, "high": high,
         "mean": _round(values.mean()), "standard_error": _round(values.std(ddof=1) / len(values) ** 0.5), "wins": int((values > 0).sum()),
     }  # fmt: skip
 
@@ -198,7 +199,8 @@ COLUMNS = (
 
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
-        return f"{value['iqm']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}] {value['wins']}/{value['seeds']}"
+        between = "[too few seeds]" if value["low"] is None else f"[{value['low']:+.3f}, {value['high']:+.3f}]"
+        return f"{value['iqm']:+.3f} {between} {value['wins']}/{value['seeds']}"
     if value is None:
         return ""
     return f"{value:.3f}" if isinstance(value, float) else str(value)
@@ -233,7 +235,8 @@ def draw(results: dict, runs: dict[str, dict[int, dict]], path: Path) -> None:
             axis.plot(differences, [place[arm]] * len(differences), "o", color=f"C{arms.index(arm) % 10}", alpha=0.45, markersize=4)
             if isinstance(found.get(f"against_{kind}"), dict):
                 d = found[f"against_{kind}"]
-                axis.plot([d["low"], d["high"]], [place[arm]] * 2, color="black", linewidth=1.5)
+                if d["low"] is not None:
+                    axis.plot([d["low"], d["high"]], [place[arm]] * 2, color="black", linewidth=1.5)
                 axis.plot([d["iqm"]], [place[arm]], "|", color="black", markersize=14, markeredgewidth=2)
         axis.axvline(0, color="black", linewidth=0.6)
         axis.set_yticks(list(place.values()), list(place), fontsize=8)

@@ -12,8 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .config import Config
+
 MAX_BOUNDARIES = 16
 MAX_CANDIDATES = 4
+
+
+def suffix_of(config: Config) -> str:
+    """What stands between a step and an answer given at once: as configured; else a sentence, for the characters of a synthetic task a mark."""
+    return config.attribution.probe_suffix or (";A" if config.problems.task else "\nThe answer is ")
 
 
 @dataclass

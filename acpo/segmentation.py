@@ -31,7 +31,7 @@ def fixed_length(segments: Segments, tokens: int) -> Segments:
         if first < last:
             answer = ends[last - 1] if terminal[last - 1] else ends[last]
             pieces = list(range(ends[first] + tokens, answer, tokens))
-            cuts += pieces + ([answer] if ends[first] < answer else []) + ([ends[last]] if answer < ends[last] else [])
+            cuts += pieces + ([answer] if ends[first] < answer else []) + ([ends[last]] if terminal[last - 1] else [])
         count.append(len(cuts) - 1)
     return Segments(
         torch.tensor(cuts, device=segments.device),

@@ -15,7 +15,7 @@ def load_problems(config: Config) -> tuple[Chain | Multiplication | None, list[P
     if settings.task:
         kinds = {
             "multiplication": {"digits": settings.digits},
-            "chain": {"steps": settings.steps, "modulus": settings.modulus, "distractors": settings.distractors, "luck": settings.luck},
+            "chain": {name: getattr(settings, name) for name in ("steps", "modulus", "distractors", "luck", "decoys")},
         }
         try:
             task = TASKS[settings.task](

@@ -118,22 +118,35 @@ class Multiplication:
             values.append(tables[i + 1][carry] if ok else 0.0)
         return values
 
+    def errors(self, problem: Problem, response: str) -> list[bool] | None:
+        """Which lines are wrong by themselves, given the carry that they were handed; None for a response that is not of the form."""
+        if any(v != v for v in self.exact_values(problem, response)):
+            return None
+        multiplier, carry, out = problem.data["multiplier"], 0, []
+        for digit, line in zip(problem.data["digits"], response.split("\n"), strict=False):
+            out.append(int(line[-2:]) != digit * multiplier + carry)
+            carry = int(line[-2])
+        return out
+
 
 class Chain:
     """T1: y_k = (y_{k-1} + x_k) mod m, written step by step. T2: the same with D distractor characters a line. T3: a right answer is
     rewarded with probability `luck` only. Prompt `3a7b2=` (start, then one operand a column), lines column, operand, y_k, distractors;
-    answer line `A` + y_K. A fact is (y_{k-1}, x_k) -> y_k.
+    answer line `A` + y_K. A fact is (y_{k-1}, x_k) -> y_k. Decoys are operands in the prompt that no step uses: different problems of one step.
     """
 
     def __init__(
         self, steps: int = 8, modulus: int = 10, distractors: int = 0, luck: float = 1.0, hard: float = 0.35,
-        q: tuple[float, float] = (0.55, 0.55), table_seed: int = 0, filler_weight: float = 0.25,
+        q: tuple[float, float] = (0.55, 0.55), table_seed: int = 0, filler_weight: float = 0.25, decoys: int = 0,
     ):  # fmt: skip
         if not 1 <= steps <= len(COLUMNS):
             raise ValueError(f"problems.steps must lie in [1, {len(COLUMNS)}], got {steps}")
+        if not 0 <= decoys <= len(COLUMNS) - steps:
+            raise ValueError(f"problems.decoys must lie in [0, {len(COLUMNS) - steps}] with {steps} steps, got {decoys}")
         if not 2 <= modulus <= 10:
             raise ValueError(f"problems.modulus must lie in [2, 10], got {modulus}")
         self.steps, self.modulus, self.distractors, self.luck, self.filler_weight = steps, modulus, distractors, luck, filler_weight
+        self.decoys = decoys
         self.filler = FILLER if distractors else ""  # characters that mean nothing, for the oracle mask
         rng = np.random.default_rng((table_seed, 2))
         v, x = np.ogrid[:modulus, :modulus]
@@ -142,8 +155,9 @@ class Chain:
         self.facts = _Facts(right, wrong, hard, q, rng)
 
     def problem(self, rng: np.random.Generator) -> Problem:
-        start, operands = int(rng.integers(self.modulus)), rng.integers(0, self.modulus, self.steps).tolist()
-        prompt = f"{start}" + "".join(f"{c}{x}" for c, x in zip(COLUMNS, operands, strict=False)) + "="
+        start, written = int(rng.integers(self.modulus)), rng.integers(0, self.modulus, self.steps + self.decoys).tolist()
+        prompt = f"{start}" + "".join(f"{c}{x}" for c, x in zip(COLUMNS, written, strict=False)) + "="
+        operands = written[: self.steps]
         answer = str((start + sum(operands)) % self.modulus)
         return SyntheticProblem(prompt, prompt, answer, luck=self.luck, data={"start": start, "operands": operands})
 
@@ -174,6 +188,16 @@ class Chain:
                 return values + [float("nan")] * (len(operands) - i)
             values.append(float(tables[i + 1][int(line[2])]))
         return values
+
+    def errors(self, problem: Problem, response: str) -> list[bool] | None:
+        """Which lines are wrong by themselves, given the value before; None for a response that is not of the form."""
+        if any(v != v for v in self.exact_values(problem, response)):
+            return None
+        value, out = problem.data["start"], []
+        for operand, line in zip(problem.data["operands"], response.split("\n"), strict=False):
+            out.append(int(line[2]) != (value + operand) % self.modulus)
+            value = int(line[2])
+        return out
 
 
 TASKS = {"multiplication": Multiplication, "chain": Chain}

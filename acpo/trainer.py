@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from acpo_kernels import Segmenter, segment_reduce
+from acpo_kernels import Segmenter
 from acpo_kernels.segmenter import Reading
 
 from . import checkpoint, credit, verify
@@ -37,6 +37,7 @@ from .entropy import EntropyController, covariant_tokens
 from .evaluation import evaluate
 from .metrics import rollout_rows, step_metrics
 from .policy import Policy, build
+from .probe import suffix_of
 from .problems import Problem
 from .rollout.local import LocalEngine
 from .run import Run
@@ -69,7 +70,8 @@ class Trainer:
         )  # fmt: skip
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="segmenter")
         self.attributors = Attributors(config, self.policy, self.tokenizer)
-        self.filler = torch.tensor(self._encode(self.task.filler), dtype=torch.int64) if getattr(self.task, "filler", "") else None
+        filler = self._encode(getattr(self.task, "filler", ""))
+        self.filler = torch.tensor(filler, device=self.policy.device) if filler else None
         self.entropy = EntropyController(config.entropy)
         self.curriculum = Curriculum(self.train_problems, config.curriculum)
         self.stages = Stages(config.stages, config.trainer.steps)
@@ -205,7 +207,7 @@ class Trainer:
                 batch.put(chosen, log_ratio=result.log_ratio, kl=result.kl)
                 self.counters["tokens/forward_extra"] += sum(map(len, prompts)) + sum(batch.lengths[b] for b in chosen)
 
-    def _segment(self, batch: Batch, reading: Reading) -> None:
+    def _segment(self, batch: Batch, reading: Reading | None = None) -> None:
         """Reasoning steps from token ids, the behaviour policy's entropy and, for the synthetic tasks, the place of the answer line."""
         entropy = batch.token["entropy"]
         if self.config.segmenter.entropy and entropy.numel():
@@ -219,11 +221,12 @@ class Trainer:
     def _attribute(self, batch: Batch, outcome: Tensor, indices: np.ndarray) -> Attribution | None:
         size, keep = self.config.rollout.group_size, None
         if self.config.attribution.mask_answer_copies and bool(batch.sequence["hindsight"].any()):
-            keep = answer_copies(batch.responses(), [self._spellings(self.train_problems[i].answer) for i in indices for _ in range(size)])
+            spellings = [self._spellings(self.train_problems[i].answer) for i in indices]
+            keep = answer_copies(batch.responses(), [own for own in spellings for _ in range(size)])
         if "kl" not in batch.token:  # no rollout for the hindsight stream to look at in this step
             batch.put([], log_ratio=batch.token["old_logp"][:0], kl=batch.token["old_logp"][:0])
         prior = torch.tensor(self.curriculum.prior(indices), device=outcome.device).repeat_interleave(size)
-        answers = [self._encode(self.train_problems[i].answer) for i in indices for _ in range(size)]
+        answers = [ids for i in indices for ids in [self._encode(self.train_problems[i].answer)] * size]
         attribution, self.source_metrics = self.attributors(batch, outcome, prior, keep, answers)
         self.counters["tokens/forward_extra"] += self.attributors.extra_tokens
         batch.token.pop("hidden", None)
@@ -238,9 +241,9 @@ class Trainer:
         config, size, segments = self.config, self.config.rollout.group_size, batch.segments
         advantages = plain = credit.outcome_advantages(outcome, size, config.credit.advantage)
         if self.stages.stage == 2:
-            confidence = self._confidence(batch)
+            confidence = credit.answer_confidence(batch.token["rollout_logp"], segments)
             batch.sequence["confidence"] = confidence
-            rewards = credit.confident_rewards(outcome, confidence, size, config.stages.confidence)
+            rewards = credit.confident_rewards(outcome, confidence, size, config.stages.confidence, config.stages.confidence_form)
             advantages = credit.keep_side(credit.outcome_advantages(rewards, size, config.credit.advantage), plain)
         weights = credit.assign(batch, advantages, outcome, attribution, size, config.credit, self.filler)
         bonus = self.entropy.token_weights(segments, attribution)
@@ -251,15 +254,6 @@ class Trainer:
         if self.reference is not None and config.stages.kl_weight > 0:
             self._reference_logp(batch)
         return advantages, weights
-
-    def _confidence(self, batch: Batch) -> Tensor:
-        """exp(mean log-prob of the answer span under the policy that sampled), 0 for a rollout without an answer, [B]."""
-        segments = batch.segments
-        mean = segment_reduce(batch.token["rollout_logp"], segments, reduce="mean")
-        terminal = segments.is_terminal()
-        out = torch.zeros(segments.num_sequences, device=mean.device)
-        out[segments.segment_sequence_ids()[terminal]] = mean[terminal].exp()
-        return out
 
     @torch.no_grad()
     def _reference_logp(self, batch: Batch) -> None:
@@ -354,7 +348,7 @@ class Trainer:
             share = self.warmup_step / config.steps
             for group in self.optimizer.param_groups:
                 group["lr"] = config.learning_rate * min(1.0, self.warmup_step / 50) * max(0.02, 0.5 * (1 + math.cos(math.pi * share)))
-            drawn = examples(self.task, self.train_problems, config.batch, config.hinted, self.rng)
+            drawn = examples(self.task, self.train_problems, config.batch, config.hinted, self.rng, config.probed, suffix_of(self.config))
             responses = [torch.tensor([*self._encode(e.response), self.tokenizer.eos_token_id], device=self.policy.device) for e in drawn]
             weights = torch.tensor([w for e in drawn for w in (*e.weights, 1.0)], device=self.policy.device)
             hidden = self.policy.hidden([self._prompt(e.prompt) for e in drawn], responses)

@@ -6,6 +6,7 @@ canonical form `numbers` takes a step for the numbers that stand in it.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -45,19 +46,24 @@ def canonical_prefixes(steps: list[list[str]]) -> Prefixes:
 
 
 def _accumulate(steps: list[list[bytes]]) -> Prefixes:
+    """A path is the digest of the path before it and the step: 16 bytes a boundary, however long the rollout."""
     out = Prefixes([], [], [])
     for rollout in steps:
         path, state, count = b"", b"", 0
-        for name in (out.path, out.state, out.changed):
-            name.append([])
+        for keys in (out.path, out.state, out.changed):
+            keys.append([])
         for step in rollout:
             if step:
                 count += 1
-                path, state = path + b"%d:%s" % (len(step), step), b"%d:%s" % (count, step)
+                path, state = _digest(path + step), _digest(b"%d:" % count + step)
             out.path[-1].append(path)
             out.state[-1].append(state)
             out.changed[-1].append(bool(step))
     return out
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def tree_values(prefixes: Prefixes, rewards: Tensor, group_size: int, kappa: float, by_state: bool = False) -> Tensor:

@@ -17,13 +17,21 @@ class Example:
     weights: tuple[float, ...]  # loss weight a character of the response, the end token excluded
 
 
-def examples(task: Multiplication | Chain, problems: list[Problem], count: int, hinted: float, rng: np.random.Generator) -> list[Example]:
+def examples(
+    task: Multiplication | Chain, problems: list[Problem], count: int, hinted: float, rng: np.random.Generator, probed: float = 0.0, suffix: str = ""
+) -> list[Example]:
     """The hint is the trace's OWN final answer, right or wrong: so the hinted policy learns the true conditional of what the policy
-    itself would write, not the answer key."""
+    itself would write, not the answer key. A share `probed` breaks off after some of the lines and gives that answer behind the suffix; the loss is
+    on the answer alone, so that sampling never learns to break off."""
     out = []
     for index in rng.integers(len(problems), size=count).tolist():
         problem = problems[index]
         trace = task.trace(problem, rng)
         prompt = problem.hinted_prompt(trace.answer) if rng.random() < hinted else problem.prompt
-        out.append(Example(prompt, trace.text, trace.weights))
+        if probed and prompt is problem.prompt and rng.random() < probed / max(1.0 - hinted, 1e-9):
+            lines = trace.text.splitlines(keepends=True)[:-1]
+            head = "".join(lines[: int(rng.integers(len(lines) + 1))]) + suffix
+            out.append(Example(prompt, head + trace.answer, (0.0,) * len(head) + (1.0,) * len(trace.answer)))
+        else:
+            out.append(Example(prompt, trace.text, trace.weights))
     return out

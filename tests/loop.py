@@ -70,3 +70,14 @@ def records(run: Path) -> list[dict]:
 
 def without_times(record: dict) -> dict:
     return {k: v for k, v in record.items() if not k.startswith("time/") and k not in ("seconds", "step_time", "memory_gb")}
+
+
+def rolled_out(trainer: Trainer):
+    """The batch of one step, ready for its update, and what came before."""
+    trainer.step_number += 1
+    indices, batch, outcome = trainer._rollout()
+    trainer._score(batch, outcome, indices)
+    trainer._segment(batch)
+    attribution = trainer._attribute(batch, outcome, indices)
+    advantages, weights = trainer._credit(batch, outcome, attribution)
+    return batch, outcome, attribution, advantages, weights

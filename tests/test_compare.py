@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from acpo import compare, evidence
-from acpo.arms import ARMS
 from acpo.cli import main
 from acpo.compare import Comparer
 from acpo.config import ConfigError
+from acpo.methods import ARMS
 from acpo.run import Run
 from acpo.trainer import Trainer
 
@@ -142,6 +142,7 @@ def test_the_command_writes_table_figure_and_page(compared, capsys):
         assert {"area_tokens", "area_seconds", "pass@1 after", "pass@2 after", "entropy_stage1_end", "reliability", "zero_variance"} <= set(found)
         assert (found["against_tokens"] is not None and found["against_tokens"]["seeds"] == 2) if arm != "grpo" else "against_tokens" not in found
     assert (compared.directory / "results.png").stat().st_size > 10_000
+    assert "[too few seeds]" in (compared.directory / "results.html").read_text()
     page = (compared.directory / "results.html").read_text()
     assert "data:image/png;base64," in page and "gentle" in page and "http" not in page
 
@@ -224,9 +225,9 @@ def record(accuracy: list[float], seconds: float = 1.0, tokens: float = 100.0, *
 
 def test_differences_are_paired_and_budgets_are_the_references():
     runs = {
-        "grpo": {s: record([0.1 * s, 0.1 * s, 0.1 * s]) for s in range(4)},
-        "slow": {s: record([0.1 * s, 0.1 * s + 0.2, 0.1 * s + 0.2], seconds=2.0) for s in range(4)},
-        "wordy": {s: record([0.1 * s, 0.1 * s + 0.2, 0.1 * s + 0.2], tokens=200.0) for s in range(4)},
+        "grpo": {s: record([0.05 * s, 0.05 * s, 0.05 * s]) for s in range(8)},
+        "slow": {s: record([0.05 * s, 0.05 * s + 0.2, 0.05 * s + 0.2], seconds=2.0) for s in range(8)},
+        "wordy": {s: record([0.05 * s, 0.05 * s + 0.2, 0.05 * s + 0.2], tokens=200.0) for s in range(8)},
         "none": {},
     }
     out = evidence.summarise(runs, "grpo", ["grpo", "none"])
@@ -235,7 +236,9 @@ def test_differences_are_paired_and_budgets_are_the_references():
     assert slow["against_tokens"]["iqm"] == pytest.approx(0.15) == slow["against_tokens"]["low"]  # half of the way up, then all of it
     assert slow["against_seconds"]["iqm"] == pytest.approx(0.1) == wordy["against_tokens"]["iqm"]  # half the budget: on the way up alone
     assert wordy["against_seconds"]["iqm"] == pytest.approx(0.15)
-    assert slow["against_tokens"]["wins"] == 4 and slow["against_tokens"]["seeds"] == 4
+    assert slow["against_tokens"]["wins"] == 8 and slow["against_tokens"]["seeds"] == 8
+    few = evidence.summarise({arm: dict(list(found.items())[:7]) for arm, found in runs.items()}, "grpo", ["grpo"])["arms"]["slow"]["against_tokens"]
+    assert few["iqm"] == pytest.approx(0.15) and few["low"] is None and few["high"] is None and few["seeds"] == 7
 
 
 def test_seconds_are_the_medians_over_seeds():

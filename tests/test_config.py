@@ -129,7 +129,6 @@ def test_missing_unreadable_and_empty_file(tmp_path):
         ("attribution.source=tree,tree", "attribution.source must be .*, each once"),
         ("attribution.source=tree,none", "attribution.source must be"),
         ("attribution.source=tree credit.form=ratio", "credit.form = 'ratio' needs attribution.source = 'hindsight', got 'tree'"),
-        ("attribution.source=hindsight credit.mask=unchanged", "credit.mask = 'unchanged' needs 'tree' in attribution.source"),
         ("attribution.source=none", "credit.form = 'additive' needs an attribution.source, got 'none'"),
         ("attribution.source=tree credit.scope=zero_variance", "credit.scope must be 'own' or 'all' with 'tree' in attribution.source"),
         ("rollout.prompts=1 rollout.group_size=2 loss.minibatches=3", "loss.minibatches must be at most the rollouts of a step, 2"),
@@ -152,6 +151,10 @@ def test_method_is_its_settings(method):
     chosen = load(None, [*BASE, f"method={method}"])
     assert chosen.method == method
     assert {key: value_of(chosen, key) for key in METHODS[method]} == METHODS[method]
+
+
+def test_the_defaults_are_the_method():
+    assert config.to_dict(load(None, BASE)) == config.to_dict(load(None, [*BASE, "method=acpo"]))
 
 
 def test_methods_name_the_same_settings_and_differ_in_them():

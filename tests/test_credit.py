@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ragged import segments_of
+from ragged import hierarchies, segments_of
 
 from acpo.attribution import Attribution, zero_variance
 from acpo.batch import Batch
 from acpo.config import CreditConfig
-from acpo.credit import assign, bounded_ratio, confident_rewards, keep_side, outcome_advantages, token_advantages
+from acpo.credit import assign, bounded_ratio, confident_rewards, keep_side, outcome_advantages, token_advantages, token_factor
 from acpo.tree import branch_differences
+from acpo_kernels import segment_reduce
 
 SIZE = 4
 LENGTHS = ((2, 3, 1), (1, 1), (4, 2, 2), (3,), (2, 2, 1), (1, 2, 1), (3, 1), (2, 1, 1))
@@ -116,7 +117,7 @@ def test_additive_by_hand():
     segments = segments_of(LENGTHS, TERMINAL)
     found = attribution_of(segments, 0.8, zero_variance(OUTCOME, SIZE))
     advantages = outcome_advantages(OUTCOME, SIZE, "grpo")
-    credit = token_advantages(advantages, found, segments, CreditConfig(form="additive"))
+    credit = token_advantages(advantages, found, segments, CreditConfig(form="additive", mask="none"))
     use = (segments.segment_sequence_ids() >= SIZE) & ~segments.is_terminal()
     wanted = torch.where(use, 0.8 * found.score, 0.0).float()
     torch.testing.assert_close(credit.token_advantages, advantages[segments.sequence_ids()] + wanted[segments.segment_ids()])
@@ -163,7 +164,7 @@ def test_a_segment_without_change_loses_its_advantage_and_nothing_else_moves(for
 def test_weights_conserve_and_keep_the_side(seed, reliability):
     segments = segments_of(LENGTHS, TERMINAL)
     advantages = torch.tensor([1.5, -0.5, -0.5, 0.7, 0.2, -1.0, 0.3, 0.4])
-    found = token_advantages(advantages, attribution_of(segments, reliability, seed=seed), segments, CreditConfig(form="weights"))
+    found = token_advantages(advantages, attribution_of(segments, reliability, seed=seed), segments, CreditConfig(form="weights", mask="none"))
     assert found.weights.max() > 1.01 > 0.99 > found.weights.min()
     low, high = (1 - reliability / 2) / (1 + reliability / 2), (1 + reliability / 2) / (1 - reliability / 2)
     assert ((found.weights > low - 1e-6) & (found.weights < high + 1e-6)).all()
@@ -196,7 +197,7 @@ def test_assign_writes_the_form_and_masks_what_is_known_to_be_filler():
     outcome = torch.tensor([1.0, 0, 0, 1])
     advantages = outcome_advantages(outcome, 4, "grpo")
     plain = advantages[batch.segments.sequence_ids()]
-    weights = assign(batch, advantages, outcome, None, 4, CreditConfig(form="branch"), None)
+    weights = assign(batch, advantages, outcome, None, 4, CreditConfig(form="branch", mask="none"), None)
     torch.testing.assert_close(batch.token["advantages"], plain + branch_differences(ids, outcome, 4))
     assert (weights == 1).all()
     filler = torch.tensor([9])
@@ -204,3 +205,25 @@ def test_assign_writes_the_form_and_masks_what_is_known_to_be_filler():
     torch.testing.assert_close(batch.token["advantages"], torch.where(batch.token["ids"] == 9, 0.0, plain))
     assign(batch, advantages, outcome, None, 4, CreditConfig(form="none", mask="filler"), None)
     assert torch.equal(batch.token["advantages"], plain), "a task that knows of no filler"
+
+
+@given(hierarchies())
+def test_the_token_factor_keeps_a_segments_credit_within_bounds(hierarchy):
+    segments, _ = hierarchy
+    entropy = torch.rand(segments.num_tokens, dtype=torch.float64) * torch.randint(0, 3, (segments.num_tokens,))
+    found = token_factor(entropy, segments)
+    assert ((found >= 1 / 3 - 1e-9) & (found <= 3 + 1e-9)).all()
+    torch.testing.assert_close(segment_reduce(found, segments), segments.lengths.double())
+    assert torch.equal(token_factor(torch.zeros_like(entropy), segments), torch.ones_like(entropy))
+
+
+def test_the_token_factor_by_hand():
+    found = token_factor(torch.tensor([0.1, 0.3, 2.0, 0.0]), segments_of(((2, 2),)))
+    torch.testing.assert_close(found, torch.tensor([0.5, 1.5, 1.5, 0.5]))
+
+
+def test_the_naive_confidence_pays_certainty_alone():
+    outcome, confidence = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 1.0]), torch.tensor([0.9, 0.2, 0.9, 0.2, 0.9, 0.2])
+    found = confident_rewards(outcome, confidence, 2, 0.3, "product")
+    assert found.tolist() == [1.0, 1.0, 0.0, 0.0, 1.0, 1.0], "no group with both outcomes"
+    torch.testing.assert_close(confident_rewards(outcome, confidence, 6, 0.3, "product"), torch.tensor([0.9, 0.2, 0.0, 0.0, 0.9, 0.2]))

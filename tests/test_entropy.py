@@ -8,9 +8,9 @@ import pytest
 import torch
 from ragged import segments_of
 
-from acpo.attribution import Attribution
+from acpo.attribution import Attribution, Attributor, binary_entropy, entropy_evidence, leave_one_out
 from acpo.config import EntropyConfig
-from acpo.entropy import FIRST_BATCHES, EntropyController, binary_entropy
+from acpo.entropy import FIRST_BATCHES, EntropyController, covariant_tokens
 
 
 def fed(config: EntropyConfig, entropies, progress=0.0, stage=1) -> EntropyController:
@@ -124,3 +124,58 @@ def test_binary_entropy():
     p = torch.tensor([0.0, 0.5, 1.0, 0.25], dtype=torch.float64)
     wanted = [0.0, math.log(2), 0.0, -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))]
     assert binary_entropy(p).tolist() == pytest.approx(wanted, abs=1e-15)
+
+
+# --- Skywork's step controller, KL-Cov, the entropy source --------------------------------------------------------------------------
+
+
+def test_the_step_controller_by_hand():
+    controller = EntropyController(EntropyConfig(controller="step", start=0.5, end=0.5))
+    assert controller.weight == 0.0
+    weights = []
+    for entropy in (1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0):
+        controller.update(entropy, 0.0, 1)
+        weights.append(round(controller.weight, 6))
+    # H_0 = 1, target 0.5; the running mean 0.9^n passes below it at the seventh batch of 0
+    assert weights == [0.0] * 10 + [1e-4, 2e-4]
+    assert controller.below and controller.token_weights(SEGMENTS, None) is not None
+    for _ in range(100):
+        controller.update(0.0, 0.0, 1)
+    assert controller.weight == pytest.approx(5e-3), "and no further"
+    controller.update(100.0, 0.0, 1)
+    assert controller.token_weights(SEGMENTS, None) is None, "no bonus above the target"
+
+
+def test_covariance_comes_on_when_the_bonus_has_done_what_it_can():
+    config = EntropyConfig(weight=1e-2, max_weight=1e-2)
+    controller = fed(config, [1.0] * 3)
+    on = []
+    for _ in range(60):
+        controller.update(0.0, 0.0, 1)
+        on.append(controller.covariance)
+    low = next(i for i in range(100) if 0.9 ** (i + 1) < 0.4)  # H below half of 0.8 H_0
+    assert on.index(True) == low + 19 and controller.weight == 1e-2
+    controller.update(50.0, 0.0, 1)
+    assert controller.covariance, "for good"
+    never = fed(EntropyConfig(weight=1e-2, max_weight=1e-2, covariance="never"), [1.0] * 3 + [0.0] * 60)
+    assert not never.covariance and EntropyController(EntropyConfig(covariance="always")).covariance
+
+
+def test_covariant_tokens_by_hand():
+    advantages, logp = torch.tensor([1.0, 1.0, -1.0, -1.0, 0.0]), torch.tensor([-0.1, -3.0, -0.1, -3.0, -1.0])
+    assert covariant_tokens(advantages, logp, 0.4).tolist() == [True, False, False, True, False]
+    assert covariant_tokens(advantages, logp, 1e-9).sum() == 1 and len(covariant_tokens(advantages[:0], logp[:0], 0.5)) == 0
+
+
+def test_the_entropy_source_has_the_sign_of_the_outcome_and_no_values():
+    segments = segments_of(((1, 1, 1), (1, 1, 1), (2, 2), (1,)), (True, True, False, True))
+    entropy = torch.tensor([2.0, 0.1, 0.0, 0.3, 1.0, 0.0, 3.0, 1.0, 0.5, 0.5, 0.2])
+    outcome = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    rows = torch.ones(4, dtype=torch.bool)
+    found = Attributor()(entropy_evidence(entropy, outcome, 4, segments, rows), outcome, leave_one_out(outcome, 4), segments, 4)
+    assert (found.reliability == 1).all() and not found.iota.any()
+    assert found.phi[0] > found.phi[1], "the right rollout: more credit where it was open"
+    assert found.phi[3] > found.phi[4] and found.phi[6] < 0, "a wrong one: more blame where it was open"
+    mean = entropy.double().mean()
+    bound = torch.minimum(entropy[:2].double() / mean, binary_entropy(torch.tensor(0.125, dtype=torch.float64)) / math.log(2))
+    assert (found.phi[0] - found.phi[1]).item() == pytest.approx((bound[0] - bound[1]).item())

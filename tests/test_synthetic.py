@@ -16,6 +16,7 @@ TASKS = {
     "multiplication": Multiplication(digits=3, hard=0.7, q=(0.2, 0.7)),
     "chain": Chain(steps=3, modulus=5, hard=0.7, q=(0.2, 0.7)),
     "distractors": Chain(steps=3, modulus=4, distractors=3, hard=0.7, q=(0.2, 0.7)),
+    "decoys": Chain(steps=2, modulus=5, hard=0.7, q=(0.2, 0.7), decoys=2),
     "luck": Chain(steps=3, modulus=5, luck=0.3, hard=0.7, q=(0.2, 0.7)),
 }
 
@@ -217,3 +218,31 @@ def test_facts_draw_what_outcomes_say():
     drawn = np.array([facts.draw(fact, rng) for _ in range(count)])
     for value, p in facts.outcomes(fact):
         assert abs((drawn == value).mean() - p) < 4 * math.sqrt(p * (1 - p) / count)
+
+
+@pytest.mark.parametrize("task", [Multiplication(digits=4), Chain(steps=5, distractors=2)], ids=["multiplication", "chain"])
+def test_errors_are_the_lines_that_are_wrong_by_themselves(task):
+    """A trace without noise has none; of a noisy one the errors are where the facts were drawn wrong, and an early one does not mark the later."""
+    rng = np.random.default_rng(0)
+    seen = 0
+    for _ in range(50):
+        problem = task.problem(rng)
+        assert task.errors(problem, task.trace(problem, rng, noisy=False).text) == [False] * (4 if isinstance(task, Multiplication) else 5)
+        found = task.errors(problem, task.trace(problem, rng).text)
+        seen += sum(found) == 1 and not found[-1]
+    assert seen > 5 and task.errors(problem, "nonsense") is None
+
+
+def test_a_probed_example_answers_after_some_lines_and_learns_the_answer_alone():
+    task, rng = Chain(steps=5), np.random.default_rng(0)
+    problems_ = [task.problem(rng) for _ in range(20)]
+    found = examples(task, problems_, 200, 0.3, rng, 0.2, ";A")
+    probed = [e for e in found if ";A" in e.response]
+    assert 20 < len(probed) < 60
+    for example in probed:
+        head, _, answer = example.response.partition(";A")
+        assert example.weights == (0.0,) * (len(head) + 2) + (1.0,) * len(answer) and head.count("\n") <= 5 and not example.prompt.startswith("H")
+    lines = {e.response.partition(";A")[0].count("\n") for e in probed}
+    assert lines == set(range(6))
+    plain = [examples(task, problems_, 30, 0.3, np.random.default_rng(1), 0.0, suffix) for suffix in ("", ";A")]
+    assert plain[0] == plain[1]

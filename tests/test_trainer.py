@@ -19,12 +19,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from loop import parameters, records, settings, steps, trainer_of, without_times, write_config
+from loop import parameters, records, rolled_out, settings, steps, trainer_of, without_times, write_config
 
 from acpo import checkpoint, config
 from acpo import trainer as module
 from acpo.batch import Batch
 from acpo.config import METHODS, ConfigError, value_of
+from acpo.credit import answer_confidence
 from acpo.policy import Policy
 from acpo.run import Run
 from acpo.trainer import Trainer, TrainingError
@@ -37,17 +38,6 @@ MANY = "rollout.prompts=8", "rollout.group_size=8"  # so many that some groups h
 @pytest.fixture(autouse=True)
 def one_thread(deterministic):
     torch.set_num_threads(1)
-
-
-def rolled_out(trainer: Trainer):
-    """The batch of one step, ready for its update, and what came before."""
-    trainer.step_number += 1
-    indices, batch, outcome = trainer._rollout()
-    trainer._score(batch, outcome, indices)
-    trainer._segment(batch)
-    attribution = trainer._attribute(batch, outcome, indices)
-    advantages, weights = trainer._credit(batch, outcome, attribution)
-    return batch, outcome, attribution, advantages, weights
 
 
 # --- the step in its parts ----------------------------------------------------------------------------------------------------------
@@ -238,7 +228,7 @@ def test_the_switch_takes_the_policy_of_its_moment_as_reference(tmp_path, warmed
 def test_confidence_is_that_of_the_answer(tmp_path, warmed):
     trainer = trainer_of(tmp_path, weights=warmed)
     batch, *_ = rolled_out(trainer)
-    confidence = trainer._confidence(batch)
+    confidence = answer_confidence(batch.token["rollout_logp"], batch.segments)
     ends, terminal = batch.segments.token_offsets.tolist(), batch.segments.terminal.tolist()
     assert any(terminal)
     for b, last in enumerate(batch.segments.sequence_offsets.tolist()[1:]):
@@ -450,6 +440,40 @@ def test_methods_run_with_their_settings(tmp_path, warmed, method, source, monke
     else:
         assert all(isinstance(d, float) and 0 < d < 14 * 32 for d in denominators)
     assert any(not torch.equal(warmed[n], p) for n, p in trainer.policy.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        ("attribution.source=hindsight,probe,tree,head", "credit.scope=own"),
+        ("attribution.source=entropy", "credit.form=weights", "credit.scope=all"),
+        ("attribution.source=tree", "attribution.keys=numbers", "segmenter.fixed=3", "credit.token=entropy"),
+        ("attribution.source=none", "credit.form=branch"),
+        ("attribution.source=hindsight", "credit.form=ratio", "credit.scope=all"),
+        ("attribution.control=shuffled", "entropy.controller=step", "stages.confidence_form=product"),
+        ("attribution.control=position", "entropy.covariance=always", "entropy.covariance_share=0.05"),
+        ("attribution.control=random", "credit.mask=filler"),
+    ],
+    ids=lambda own: own[0].partition("=")[2] + "-" + own[-1].partition("=")[2],
+)
+def test_every_source_form_and_control_resumes_to_the_same_numbers(tmp_path, warmed, own):
+    """Four steps, the stage switch among them, against two, a checkpoint, and two more by another trainer."""
+    common = (*MANY, "trainer.steps=4", "stages.switch_share=0.5", "attribution.reliability=0.7", *own)
+    whole, broken = trainer_of(tmp_path / "a", *common, weights=warmed), trainer_of(tmp_path / "b", *common, weights=warmed)
+    first, second = steps(whole, 4), steps(broken, 2)
+    broken._save("step-2")
+    again = trainer_of(tmp_path / "b", *common)
+    again._resume()
+    second += steps(again, 2)
+    assert [without_times(m) for m in first] == [without_times(m) for m in second]
+    assert all(torch.equal(parameters(whole)[n], p) for n, p in again.policy.named_parameters())
+    plain = trainer_of(
+        tmp_path / "c", *common, "attribution.source=none", "credit.form=none", "credit.mask=none", "credit.token=none", weights=warmed
+    )
+    steps(plain, 1)
+    one = trainer_of(tmp_path / "d", *common, weights=warmed)
+    steps(one, 1)
+    assert any(not torch.equal(parameters(one)[n], p) for n, p in plain.policy.named_parameters()), "it does something"
 
 
 def test_denominators_add_up_to_their_means(tmp_path, warmed):

@@ -93,7 +93,9 @@ def test_canonical_keys_forget_words_and_filler():
     assert found.path[0][0] == found.path[0][1] == found.path[2][0]
     assert found.path[0][2] != found.path[2][1], "42 is not 4 and 2"
     assert found.path[0][2] != found.path[3][1], "where a step ends matters"
-    assert found.state[0][2] == found.state[2][0][:0] + found.state[0][2] and found.state[0][0] == found.state[0][1]
+    assert found.state[0][0] == found.state[0][1] != found.state[0][2], "a step that changes nothing leaves the state"
+    both = canonical_prefixes([["1\n", "7\n"], ["2\n", "7\n"], ["7\n"]])
+    assert both.state[0][1] == both.state[1][1] != both.state[2][0] and both.path[0][1] != both.path[1][1], "one state, two ways, one place"
     assert found.path[1][0] != found.path[0][0], "the step's own number is a number"
 
 

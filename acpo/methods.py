@@ -1,8 +1,29 @@
-"""What `acpo compare` can hold against each other: every arm is a few settings of one loop, never a fork of it."""
+"""The methods, and the arms that `acpo compare` can hold against each other: each is a few settings of one loop, never a fork of it."""
 
 from __future__ import annotations
 
 from typing import Any
+
+# What makes a method: everything that is not named here (clip range, batch, learning rate) is the same for all of them.
+_OUTCOME_ONLY = {
+    "attribution.source": "none", "credit.form": "none", "credit.mask": "none", "entropy.controller": "none", "curriculum.sampler": "uniform",
+    "curriculum.dynamic_sampling": False, "stages.two": False, "loss.ratio": "token", "loss.denominator": "tokens",
+}  # fmt: skip
+METHODS: dict[str, dict[str, Any]] = {
+    "acpo": {
+        "attribution.source": "hindsight,tree", "credit.form": "additive", "credit.scope": "own", "credit.advantage": "grpo",
+        "credit.mask": "unchanged", "entropy.controller": "target", "curriculum.sampler": "thompson", "curriculum.dynamic_sampling": False,
+        "stages.two": True, "loss.ratio": "token", "loss.denominator": "tokens",
+    },
+    "grpo": {**_OUTCOME_ONLY, "credit.advantage": "grpo"},
+    "rloo": {**_OUTCOME_ONLY, "credit.advantage": "rloo"},
+    "dr_grpo": {**_OUTCOME_ONLY, "credit.advantage": "centred", "loss.denominator": "constant"},
+    "dapo": {**_OUTCOME_ONLY, "credit.advantage": "grpo", "curriculum.dynamic_sampling": True},
+    "gspo": {
+        **_OUTCOME_ONLY, "credit.advantage": "grpo", "loss.ratio": "sequence", "loss.denominator": "sequences",
+        "loss.clip_low": 3e-4, "loss.clip_high": 4e-4,
+    },
+}  # fmt: skip
 
 # The outcome-level baselines are METHODS of the configuration. The forms of others are written in our loop from their published formulas.
 _ACPO: dict[str, Any] = {"method": "acpo"}
@@ -28,6 +49,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "acpo-no-curriculum": {**_ACPO, "curriculum.sampler": "uniform"},
     "acpo-no-stage2": {**_ACPO, "stages.two": False},
     "acpo-no-confidence": {**_ACPO, "stages.confidence": 0.0},
+    "acpo-naive-confidence": {**_ACPO, "stages.confidence_form": "product"},
+    "acpo-token-factor": {**_ACPO, "credit.token": "entropy"},
     # controls: the same with an attribution that says nothing
     "acpo-shuffled": {**_ACPO, "attribution.control": "shuffled"},
     "acpo-position": {**_ACPO, "attribution.control": "position"},

@@ -1,0 +1,77 @@
+"""The packed probe against separate forwards, its candidates, and its evidence."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from loop import rolled_out, trainer_of
+
+from acpo.probe import MAX_BOUNDARIES, chosen_boundaries, group_candidates, pack_branches, posterior_evidence, targets
+
+
+@pytest.fixture(autouse=True)
+def one_thread(deterministic):
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("suffix", [[7, 3], []], ids=["suffix", "no suffix"])
+def test_packed_branches_are_separate_forwards(tmp_path, warmed, suffix):
+    """Two rollouts of different length in one padded batch, three boundaries, candidates of different length."""
+    policy = trainer_of(tmp_path, weights=warmed).policy
+    rollouts = [([2, 5, 6], torch.tensor([8, 9, 10, 11, 12]), [0, 2, 5]), ([4, 4], torch.tensor([9, 8, 7]), [1, 2, 3])]
+    candidates = [[6], [5, 4, 3], [5, 9]]
+    packed = [pack_branches(prompt, response, ends, suffix, candidates) for prompt, response, ends in rollouts]
+    found = policy.branch_logp(packed, [targets(p, suffix, candidates) for p in packed], 0.7)
+    for (prompt, response, ends), logp in zip(rollouts, found, strict=True):
+        wanted = []
+        for end in ends:
+            for answer in candidates:
+                before = [*prompt, *response[:end].tolist(), *suffix]
+                hidden = policy.hidden([before], [torch.tensor(answer)])
+                wanted.append(policy.score(hidden, torch.tensor(answer), 0.7).logp.sum())
+        torch.testing.assert_close(logp, torch.stack(wanted).detach(), rtol=1e-5, atol=1e-5)
+
+
+@given(st.integers(1, 200))
+def test_boundaries_are_few_spread_and_end_at_the_last(count):
+    found = chosen_boundaries(count)
+    assert found == sorted(set(found)) and len(found) == min(count, MAX_BOUNDARIES) and found[-1] == count - 1
+    steps = [b - a for a, b in zip([-1, *found], found, strict=False)]
+    assert max(steps) - min(steps) <= 1
+
+
+def test_candidates_are_the_right_answer_and_the_frequent_ones():
+    answers = [[1], [2], [2], [3], [], [4], [5], [3], [3]]
+    assert group_candidates([1], answers) == [[1], [3], [2], [4]]
+    assert group_candidates([9, 9], [[9, 9]] * 4) == [[9, 9]], "nothing to tell apart"
+
+
+def test_posterior_by_hand():
+    logp = torch.tensor([[0.2, 0.2, 0.6], [0.5, 0.25, 0.25], [0.01, 0.01, 0.02]]).log()
+    wanted = [math.log(0.5 / 0.5) - math.log(0.2 / 0.8), math.log(0.01 / 0.03) - math.log(0.2 / 0.8)]
+    assert posterior_evidence(logp).tolist() == pytest.approx(wanted, abs=1e-6)
+    torch.testing.assert_close(posterior_evidence(logp + 3.0), posterior_evidence(logp))
+
+
+def test_the_probe_in_the_loop(tmp_path, warmed):
+    """The answers of a group are its candidates; its price is counted; what it says is what separate forwards say."""
+    settings = "attribution.source=probe", "credit.scope=all", "credit.mask=none", "attribution.probe_suffix=A", "rollout.group_size=8"
+    trainer = trainer_of(tmp_path, *settings, weights=warmed)
+    batch, _, attribution, _, _ = rolled_out(trainer)
+    assert attribution.rows.any() and trainer.counters["tokens/forward_extra"] == trainer.attributors.extra_tokens > 0
+    problem = {tuple(trainer._prompt(p.prompt)): p for p in trainer.train_problems}
+    evidence = trainer.attributors._probe(batch, attribution.rows, [trainer._encode(problem[tuple(p)].answer) for p in batch.prompts])
+    b = int(attribution.rows.nonzero()[0])
+    first, last = batch.segments.sequence_offsets[b], batch.segments.sequence_offsets[b + 1] - 1
+    right, values = trainer._encode(problem[tuple(batch.prompts[b])].answer), []
+    texts = trainer.tokenizer.batch_decode(batch.responses()[b // 8 * 8 : b // 8 * 8 + 8], skip_special_tokens=True)
+    others = group_candidates(right, [trainer._encode(t.rpartition("\nA")[2]) for t in texts])
+    for end in (0, int(batch.segments.token_offsets[last + 1] - batch.segments.token_offsets[first])):
+        prompt = [*batch.prompts[b], *batch.responses()[b][:end].tolist(), *trainer._encode("A")]
+        logp = [trainer.policy.score(trainer.policy.hidden([prompt], [torch.tensor(a)]), torch.tensor(a), 1.0).logp.sum().item() for a in others]
+        values.append(logp[0] - math.log(sum(map(math.exp, logp[1:]))))
+    assert evidence.evidence[last].item() == pytest.approx(values[1] - values[0], abs=1e-4)
