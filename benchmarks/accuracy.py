@@ -221,6 +221,9 @@ def errors(worker: str) -> dict:
                         raise
                     absent[f"{name}, {what}"] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
                     continue
+                finally:
+                    if _cpu.available:
+                        _cpu._C.restrict_cpu_isa("")  # also what linear_isa left for the backward
                 for quantity, value in measured.items():
                     out[kind].setdefault(what, {}).setdefault(quantity, {})[name] = value
     return out
