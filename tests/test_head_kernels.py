@@ -113,13 +113,7 @@ def test_hindsight_against_the_reference(size, dtype, cpu_isa):
     for distance, settings in ((1.0, {}), (0.03, dict(softcap=5.0, temperature=torch.rand(size[0]) + 0.5, mask=torch.rand(size[0]) < 0.8))):
         other = (hidden + distance * torch.randn(size[0], size[2])).to(dtype)
         run = lambda kind, impl: linear_hindsight_information(  # noqa: E731
-            hidden.to(kind),
-            other.to(kind),
-            weight.to(kind),
-            ids,
-            bias=bias.to(kind),
-            **settings,
-            impl=impl,  # noqa: B023
+            hidden.to(kind), other.to(kind), weight.to(kind), ids, bias=bias.to(kind), **settings, impl=impl  # noqa: B023
         )
         right(HindsightInformation._fields, run(dtype, None), run(torch.float32, "reference"), run(torch.float64, "reference"), dtype)
 
