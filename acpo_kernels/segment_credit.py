@@ -35,7 +35,7 @@ def segment_credit(
 
     so that the rollout keeps exactly the credit sum_t A_b = A_b T, the sign never flips, and (with e and r as above)
     (1 - r e)/(1 + r e) <= w_k <= (1 + r e)/(1 - r e). The terminal segment takes the mean w~ of the others; a rollout with
-    fewer than two other segments has w = 1. On the CPU the sums are compensated and w is rounded once, to nearest, so that
+    fewer than two other segments has w = 1. The C++ kernel sums in double (compensated for float64) and rounds w once, so that
     |sum_t w - T| <= 2^-24 T for float32 results: half a unit of each weight. form="additive" is shaping and works where
     A_b = 0 as well:
 

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from ragged import LENGTHS, TERMINAL, assert_right, hierarchies, segments_of, sequences, tokens
 
-from acpo_kernels import segment_credit
+from acpo_kernels import _cpu, segment_credit
 
 FORMS = ("weights", "additive")
 IMPLS = (None, "reference")
@@ -216,6 +216,7 @@ def test_weights_conserve_keep_the_sign_and_stay_bounded(case, bound, reliabilit
         torch.testing.assert_close(got[inside].sum(), given_[inside].sum(), rtol=rounding, atol=0)
 
 
+@pytest.mark.skipif(not _cpu.available, reason="a property of the C++ kernel, and built without it")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_sum_of_the_weights_is_the_number_of_tokens_to_one_rounding_of_each_weight(dtype, masked):

@@ -158,8 +158,9 @@ def test_the_number_of_threads_changes_no_bit(reduce, level, masked):
     for threads in (2, 5):
         for x, y in zip(forward_backward(threads), one, strict=True):
             assert torch.equal(x, y)
-    exact = segment_reduce(values.double(), segments, reduce=reduce, level=level, mask=mask, impl="reference")
-    torch.testing.assert_close(one[0].double(), exact, rtol=2**-24, atol=1e-11)  # added up in double, rounded once
+    if _cpu.available:  # which adds up in double and rounds once; PyTorch adds float32
+        exact = segment_reduce(values.double(), segments, reduce=reduce, level=level, mask=mask, impl="reference")
+        torch.testing.assert_close(one[0].double(), exact, rtol=2**-24, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
