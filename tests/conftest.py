@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 settings.register_profile(
-    "acpo", deadline=None, derandomize=True, max_examples=4 if INTERPRETED else 25, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    "acpo", deadline=None, derandomize=True, max_examples=2 if INTERPRETED else 25, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("acpo")
 
