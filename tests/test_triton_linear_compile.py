@@ -82,8 +82,9 @@ def linear(which: str, element: str, architecture: int, extras: bool = False) ->
 KERNELS = ("forward", "gradient", "hidden", "weight", "hindsight")
 EVERY = [(w, e, a, False) for w in KERNELS for e in ELEMENTS for a in ARCHITECTURES]
 EVERY += [(w, "bf16", a, True) for w in ("forward", "gradient", "hindsight") for a in ARCHITECTURES]
-# A second each: by default bfloat16 everywhere and the others where they differ most; `pytest -m every_target` compiles the rest.
-USUAL = [c for c in EVERY if (c[1] == "bf16" and (not c[3] or c[2] == 90)) or (c[2] == 90 and c[0] in ("forward", "weight"))]
+# A second each: by default bfloat16 on sm_90, and on the others the two with the most registers; `pytest -m every_target` compiles the rest.
+USUAL = [c for c in EVERY if c[1] == "bf16" and not c[3] and (c[2] == 90 or c[0] in ("forward", "gradient"))]
+USUAL += [("forward", "fp32", 90, False), ("gradient", "bf16", 90, True)]
 CASES = [pytest.param(*c, id=" ".join(map(str, c)), marks=() if c in USUAL else pytest.mark.every_target) for c in EVERY]
 
 
