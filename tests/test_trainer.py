@@ -458,7 +458,7 @@ def test_methods_run_with_their_settings(tmp_path, warmed, method, source, monke
 )
 def test_every_source_form_and_control_resumes_to_the_same_numbers(tmp_path, warmed, own):
     """Four steps, the stage switch among them, against two, a checkpoint, and two more by another trainer."""
-    common = (*MANY, "trainer.steps=4", "stages.switch_share=0.5", "attribution.reliability=0.7", *own)
+    common = ("rollout.group_size=8", "trainer.steps=4", "stages.switch_share=0.5", "attribution.reliability=0.7", *own)
     whole, broken = trainer_of(tmp_path / "a", *common, weights=warmed), trainer_of(tmp_path / "b", *common, weights=warmed)
     first, second = steps(whole, 4), steps(broken, 2)
     broken._save("step-2")
