@@ -68,7 +68,6 @@ void head_backward(const Head& head, float* logits, const HeadStatistics& saved,
     return;
   }
   count_work({logits == nullptr ? head.count : 0, out.hidden != nullptr ? head.count : 0, out.weight != nullptr ? head.count : 0});
-  if (out.weight != nullptr && !out.add) advise_huge(out.weight, head.vocab * head.width * size_of(out.weight_dtype));
 #if defined(__x86_64__)
   if (Logits::with_tiles(head)) return tiles_backward(head, logits, saved, out, threads);
 #endif
