@@ -2,10 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
 
+#include "hindsight_information.h"
 #include "isa.h"
 #include "logprob_entropy.h"
 #include "segmenter.h"
@@ -56,6 +58,17 @@ void bind_logprob_entropy(py::module_& m) {
                                        pointer<void>(gradient), threads);
       },
       no_gil);
+}
+
+void bind_hindsight_information(py::module_& m) {
+  m.def(
+      "hindsight_information",
+      [](const acpo::LogitRows& policy, const acpo::LogitRows& hindsight, const std::array<uintptr_t, 6>& results, int threads) {
+        const acpo::HindsightResults out{pointer<void>(results[0]), pointer<void>(results[1]), pointer<void>(results[2]),
+                                         pointer<void>(results[3]), pointer<void>(results[4]), pointer<void>(results[5])};
+        return acpo::hindsight_information(policy, hindsight, out, threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
 }
 
 acpo::PackedIds packed(uintptr_t ids, bool wide, uintptr_t offsets, int64_t sequences) {
@@ -115,5 +128,6 @@ void bind_segmenter(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The CPU kernels and the segmenter of acpo_kernels.";
   bind_logprob_entropy(m);
+  bind_hindsight_information(m);
   bind_segmenter(m);
 }
