@@ -42,6 +42,21 @@ def logprob_entropy_forward(
     return _C.logprob_entropy_forward(rows, _C.RowStatistics(*map(_address, results)), torch.get_num_threads()) < 0
 
 
+def hindsight_information(
+    logits: Tensor,
+    hindsight_logits: Tensor,
+    ids: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    mask: Tensor | None,
+    results: tuple[Tensor, ...],
+) -> bool:
+    """Fills the six results; False, and nothing filled, where an active id lies outside the vocabulary."""
+    rows, _keep = _logit_rows(logits, ids, temperature, temperatures, mask)
+    hindsight, _keep_too = _logit_rows(hindsight_logits, ids, temperature, temperatures, mask)
+    return _C.hindsight_information(rows, hindsight, list(map(_address, results)), torch.get_num_threads()) < 0
+
+
 def logprob_entropy_backward(
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
@@ -51,13 +66,14 @@ def logprob_entropy_backward(
     temperature: float,
     temperatures: Tensor | None,
     mask: Tensor | None,
-    gradient: Tensor,
+    gradient: Tensor | None,
 ) -> None:
+    """Fills the contiguous gradient; with None the gradient takes the place of the logits."""
     rows, _keep = _logit_rows(logits, ids, temperature, temperatures, mask)
     saved = [s.contiguous() for s in statistics]
     incoming = [None if g is None else g.to(saved[0].dtype).contiguous() for g in (grad_logp, grad_entropy)]
     _C.logprob_entropy_backward(
-        rows, _C.RowStatistics(0, *map(_address, saved)), *map(_address, incoming), gradient.data_ptr(), torch.get_num_threads()
+        rows, _C.RowStatistics(0, *map(_address, saved)), *map(_address, incoming), _address(gradient), torch.get_num_threads()
     )
 
 

@@ -28,7 +28,8 @@ def define(
 ) -> Callable:
     """Defines `NAMESPACE::name` from its schema `name(arguments) -> results` and returns its callable overload.
 
-    An operation without `backward` is not differentiable: gradients that reach it raise instead of being dropped.
+    An operation without `backward` is not differentiable: gradients that reach it raise instead of being dropped. One that writes
+    into an argument (`Tensor(a!)`) is called below autograd, from a backward, and has none.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -36,6 +37,8 @@ def define(
     _LIBRARY.impl(name, _without_autocast(cuda, "cuda"), "CUDA")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    if "!)" in schema:
+        return getattr(getattr(torch.ops, NAMESPACE), name).default
     if backward is None:
 
         def backward(ctx, *grads):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
-from . import _torch, reference
+from . import _cpu, _torch, reference
 from ._library import define, number_or_tensor, triton
 from ._results import HindsightInformation
 
@@ -51,6 +51,11 @@ def hindsight_information(
 
 
 def _forward_cpu(logits, hindsight_logits, ids, temperature, temperatures, mask):
+    if _cpu.available:
+        results = _fake(logits, hindsight_logits, ids)
+        number = 1.0 if temperature is None else temperature
+        if _cpu.hindsight_information(logits, hindsight_logits, ids, number, temperatures, mask, results):
+            return results
     check.ids_in_range(ids, reference.active_rows(ids, mask), logits.shape[-1])
     return _torch.hindsight_information(logits, hindsight_logits, ids, temperature, temperatures, mask)
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from . import _checks as check
 from . import _cpu, _library, reference
+from ._layout import writable_in_place
 from ._results import LogprobEntropy
 
 
 def logprob_entropy(
-    logits: Tensor, ids: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None, impl: str | None = None
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    inplace_backward: bool = False,
+    impl: str | None = None,
 ) -> LogprobEntropy:
     """Log-probability of ids and entropy under softmax(logits / temperature), with gradients through both.
 
@@ -33,10 +41,16 @@ def logprob_entropy(
         the row is not read. -inf logits contribute nothing; if ids names one, logp is -inf with finite gradients. A row that is
         all -inf, or holds NaN or +inf, gives NaN in that row alone. temperature gets no gradient; its values are positive.
         A row's results are bitwise the same alone and in any batch. Second derivatives raise.
+    Memory
+        Four numbers a row beside the gradient. inplace_backward=True saves the gradient as well: after the backward the STORAGE OF
+        LOGITS HOLDS IT, at the strides of logits. Nothing else may need the logits by then: autograd raises for another operation that
+        saved them, and for a second backward through this one. torch.compile plans its own buffers: there, and with
+        impl="reference", the values are the same and the logits are left alone.
     Errors
         TypeError for what is not a tensor or a number; ValueError for another dtype, shape or device, for V = 0, for a
         temperature that is not positive and finite, and on CPU for an active id outside [0, V). On CUDA nothing is read back:
-        such a row is NaN.
+        such a row is NaN. With inplace_backward, ValueError for logits that are a leaf (its grad would be the logits themselves), whose
+        rows overlap, or whose layout would be copied; RuntimeError for a second backward or a backward with create_graph.
     Source
         logp = -softplus(logsumexp_{j != ids} z_j - z_ids) and its gradient (1 - p by expm1) are the log-sum-exp of
         Blanchard, Higham, Higham (2021), "Accurately computing the log-sum-exp and softmax functions", eq. 3.5; dentropy/dz_j
@@ -44,20 +58,34 @@ def logprob_entropy(
     """
     check.implementation(impl)
     check.rows(logits, ids, temperature, mask)
+    if not isinstance(inplace_backward, bool):
+        raise TypeError(f"inplace_backward must be a bool, got {type(inplace_backward).__name__}")
+    if inplace_backward:
+        _check_inplace(logits)
     if impl == "reference":
         if ids.device.type == "cpu":
             check.ids_in_range(ids, reference.active_rows(ids, mask), logits.shape[-1])
         return reference.logprob_entropy(logits, ids, temperature=temperature, mask=mask)
     number, tensor = (1.0, temperature.detach()) if isinstance(temperature, Tensor) else (float(temperature), None)
-    logp, entropy, _, _ = _forward_op(logits, ids, number, tensor, mask)
+    logp, entropy, _, _ = _forward_op(logits, ids, number, tensor, mask, inplace_backward)
     return LogprobEntropy(logp, entropy)
+
+
+def _check_inplace(logits: Tensor) -> None:
+    if not writable_in_place(logits):
+        raise ValueError(
+            "inplace_backward needs logits whose rows do not overlap, at up to two leading strides and a contiguous last dimension, got shape"
+            f" {tuple(logits.shape)} with strides {logits.stride()}"
+        )
+    if torch.is_grad_enabled() and logits.requires_grad and logits.is_leaf:
+        raise ValueError("inplace_backward needs logits that an operation computed, got a leaf: its grad would be the logits themselves")
 
 
 # The four results of the operation are logp, entropy, and for its backward the maximum of the logits (before the temperature)
 # and the centred logsumexp l. Every implementation gives and takes the same four.
 
 
-def _cpu_forward(logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, mask: Tensor | None):
+def _cpu_forward(logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, mask: Tensor | None, inplace_backward=False):
     if not _cpu.available:
         check.ids_in_range(ids, reference.active_rows(ids, mask), logits.shape[-1])
         return _torch_forward(logits, ids, temperature, temperatures, mask)
@@ -76,7 +104,7 @@ def _cpu_backward(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsum
     return gradient
 
 
-def _cuda_forward(logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, mask: Tensor | None):
+def _cuda_forward(logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, mask: Tensor | None, inplace_backward=False):
     if logits.dtype == torch.float64:
         inside = (ids >= 0) & (ids < logits.shape[-1])
         results = _torch_forward(logits, torch.where(inside | (ids == reference.IGNORED), ids, 0), temperature, temperatures, mask)
@@ -97,6 +125,32 @@ def _cuda_backward(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsu
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     kernels.backward(grad_logp, grad_entropy, logits, ids, statistics, temperature, temperatures, mask, gradient)
     return gradient
+
+
+def _cpu_backward_inplace(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsumexp, temperature, temperatures, mask):
+    _written(logits)
+    if not _cpu.available:
+        logits.copy_(_torch_backward(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsumexp, temperature, temperatures, mask))
+    else:
+        statistics = (entropy, maximum, logsumexp)
+        _cpu.logprob_entropy_backward(grad_logp, grad_entropy, logits, ids, statistics, temperature, temperatures, mask, None)
+
+
+def _cuda_backward_inplace(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsumexp, temperature, temperatures, mask):
+    _written(logits)
+    statistics = (entropy, maximum, logsumexp)
+    if logits.dtype == torch.float64:
+        logits.copy_(_torch_backward(grad_logp, grad_entropy, logits, ids, *statistics, temperature, temperatures, mask))
+    else:
+        from ._triton import logprob_entropy as kernels
+
+        kernels.backward(grad_logp, grad_entropy, logits, ids, statistics, temperature, temperatures, mask, logits)
+
+
+def _written(logits: Tensor) -> None:
+    if not writable_in_place(logits):
+        raise ValueError(f"logits of shape {tuple(logits.shape)} with strides {logits.stride()} cannot hold their own gradient")
+    torch.autograd.graph.increment_version(logits)  # what else has saved them raises
 
 
 def _torch_forward(logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, mask: Tensor | None):
@@ -123,7 +177,7 @@ def _torch_backward(grad_logp, grad_entropy, logits, ids, entropy, maximum, logs
     return gradient.to(logits.dtype).contiguous()
 
 
-def _fake_forward(logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, mask: Tensor | None):
+def _fake_forward(logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, mask: Tensor | None, inplace_backward=False):
     dtype = reference.working_dtype(logits.dtype)
     return tuple(torch.empty(logits.shape[:-1], dtype=dtype, device=logits.device) for _ in range(4))
 
@@ -133,7 +187,8 @@ def _fake_backward(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsu
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    logits, ids, ctx.temperature, temperatures, mask = inputs
+    logits, ids, ctx.temperature, temperatures, mask, *last = inputs
+    ctx.inplace, ctx.number_of_inputs = last == [True], len(inputs)
     _, entropy, maximum, logsumexp = output
     ctx.save_for_backward(logits, ids, entropy, maximum, logsumexp, temperatures, mask)
     ctx.mark_non_differentiable(maximum, logsumexp)
@@ -144,14 +199,20 @@ def _backward(ctx, grad_logp, grad_entropy, _grad_maximum, _grad_logsumexp):
     logits, ids, entropy, maximum, logsumexp, temperatures, mask = ctx.saved_tensors
     gradient = None
     if ctx.needs_input_grad[0] and not (grad_logp is None and grad_entropy is None):
-        gradient = _backward_op(
-            grad_logp, grad_entropy, logits, ids, entropy, maximum, logsumexp, ctx.temperature, temperatures, mask
-        )  # fmt: skip
-    return gradient, None, None, None, None
+        arguments = (grad_logp, grad_entropy, logits, ids, entropy, maximum, logsumexp, ctx.temperature, temperatures, mask)
+        if not ctx.inplace or is_fake(logits):  # a trace: the compiled graph's buffers are the compiler's to plan
+            gradient = _backward_op(*arguments)
+        elif torch.is_grad_enabled():
+            raise RuntimeError("logprob_entropy with inplace_backward has no second derivative: create_graph needs the logits that it overwrites")
+        else:
+            _backward_inplace_op(*arguments)
+            gradient = logits.detach()
+    return gradient, *(None,) * (ctx.number_of_inputs - 1)
 
 
 _forward_op = _library.define(
-    "logprob_entropy(Tensor logits, Tensor ids, float temperature, Tensor? temperatures, Tensor? mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    "logprob_entropy(Tensor logits, Tensor ids, float temperature, Tensor? temperatures, Tensor? mask,"
+    " bool inplace_backward=False) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_cpu_forward,
     cuda=_cuda_forward,
     fake=_fake_forward,
@@ -164,4 +225,11 @@ _backward_op = _library.define(
     cpu=_cpu_backward,
     cuda=_cuda_backward,
     fake=_fake_backward,
+)
+_backward_inplace_op = _library.define(
+    "logprob_entropy_backward_(Tensor? grad_logp, Tensor? grad_entropy, Tensor(a!) logits, Tensor ids, Tensor entropy, Tensor maximum,"
+    " Tensor logsumexp, float temperature, Tensor? temperatures, Tensor? mask) -> ()",
+    cpu=_cpu_backward_inplace,
+    cuda=_cuda_backward_inplace,
+    fake=lambda *arguments: None,
 )

@@ -3,5 +3,5 @@
 #include "logprob_entropy_row.h"
 
 namespace acpo {
-const RowKernels logprob_entropy_avx512 = row_kernels;
+const RowKernels logprob_entropy_avx512 = kernels;
 }

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "head.h"
+#include "hindsight_information.h"
 #include "isa.h"
 #include "linear_policy_loss.h"
 #include "logprob_entropy.h"
@@ -109,6 +110,17 @@ void bind_head(py::module_& m) {
         return std::array{work.logits, work.hidden, work.weight};
       },
       "For tests: rows multiplied so far for logits, the gradient of hidden, the gradient of weight.");
+}
+
+void bind_hindsight_information(py::module_& m) {
+  m.def(
+      "hindsight_information",
+      [](const acpo::LogitRows& policy, const acpo::LogitRows& hindsight, const std::array<uintptr_t, 6>& results, int threads) {
+        const acpo::HindsightResults out{pointer<void>(results[0]), pointer<void>(results[1]), pointer<void>(results[2]),
+                                         pointer<void>(results[3]), pointer<void>(results[4]), pointer<void>(results[5])};
+        return acpo::hindsight_information(policy, hindsight, out, threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
 }
 
 acpo::PackedIds packed(uintptr_t ids, bool wide, uintptr_t offsets, int64_t sequences) {
@@ -242,6 +254,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The CPU kernels and the segmenter of acpo_kernels.";
   bind_logprob_entropy(m);
   bind_head(m);
+  bind_hindsight_information(m);
   bind_segmenter(m);
   bind_segments(m);
   bind_policy_loss(m);

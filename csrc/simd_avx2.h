@@ -63,13 +63,20 @@ struct Simd {
   static mask not_less(vec a, vec b) { return _mm256_cmp_ps(a, b, _CMP_NLT_UQ); }  // a >= b, or one is NaN
   static mask equal(vec a, vec b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
   static mask and_not(mask a, mask b) { return _mm256_andnot_ps(b, a); }
+  static bool any_greater(vec a, vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
+  static mask either(mask a, mask b) { return _mm256_or_ps(a, b); }
   static int count(mask m) { return __builtin_popcount(_mm256_movemask_ps(m)); }
   static vec keep(mask m, vec x) { return _mm256_and_ps(m, x); }  // 0 elsewhere
+  static vec add_where(mask m, vec a, vec b) { return _mm256_add_ps(a, keep(m, b)); }  // a elsewhere
+  static vec fma_where(mask m, vec a, vec b, vec c) { return _mm256_blendv_ps(c, fma(a, b, c), m); }  // c elsewhere
+  static vec fma_unless(mask m, vec a, vec b, vec c) { return _mm256_blendv_ps(fma(a, b, c), c, m); }
+  static vec at_least(vec x, vec low) { return _mm256_max_ps(low, x); }  // a NaN in x stays
   // p 2^n, with n in the low bits of t = n + 1.5 2^23
-  static vec keep_scale(mask m, vec p, vec t, vec /*n*/) {
+  static vec scale(vec p, vec t, vec /*n*/) {
     const __m256i e = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
-    return _mm256_and_ps(m, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), e)));
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), e));
   }
+  static vec keep_scale(mask m, vec p, vec t, vec n) { return _mm256_and_ps(m, scale(p, t, n)); }
 };
 
 }  // namespace

@@ -59,8 +59,15 @@ struct Simd {
   static mask not_less(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }  // a >= b, or one is NaN
   static mask equal(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
   static mask and_not(mask a, mask b) { return a & static_cast<mask>(~b); }
+  static bool any_greater(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
+  static mask either(mask a, mask b) { return a | b; }
   static int count(mask m) { return __builtin_popcount(m); }
   static vec keep(mask m, vec x) { return _mm512_maskz_mov_ps(m, x); }  // 0 elsewhere
+  static vec add_where(mask m, vec a, vec b) { return _mm512_mask_add_ps(a, m, a, b); }  // a elsewhere
+  static vec fma_where(mask m, vec a, vec b, vec c) { return _mm512_mask3_fmadd_ps(a, b, c, m); }  // c elsewhere
+  static vec fma_unless(mask m, vec a, vec b, vec c) { return fma_where(static_cast<mask>(~m), a, b, c); }
+  static vec at_least(vec x, vec low) { return _mm512_max_ps(low, x); }  // a NaN in x stays
+  static vec scale(vec p, vec /*t*/, vec n) { return _mm512_scalef_ps(p, n); }
   static vec keep_scale(mask m, vec p, vec /*t*/, vec n) { return _mm512_maskz_scalef_ps(m, p, n); }
 };
 

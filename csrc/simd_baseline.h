@@ -58,14 +58,21 @@ struct Simd {
   static mask not_less(vec a, vec b) { return ~(a < b); }  // a >= b, or one is NaN
   static mask equal(vec a, vec b) { return a == b; }
   static mask and_not(mask a, mask b) { return a & ~b; }
+  static bool any_greater(vec a, vec b) { return count(a > b) != 0; }
+  static mask either(mask a, mask b) { return a | b; }
   static int count(mask m) { return -(m[0] + m[1] + m[2] + m[3]); }
   static vec keep(mask m, vec x) { return reinterpret_cast<vec>(m & reinterpret_cast<mask>(x)); }  // 0 elsewhere
+  static vec add_where(mask m, vec a, vec b) { return a + keep(m, b); }  // a elsewhere
+  static vec fma_where(mask m, vec a, vec b, vec c) { return m ? a * b + c : c; }  // c elsewhere
+  static vec fma_unless(mask m, vec a, vec b, vec c) { return m ? c : a * b + c; }
+  static vec at_least(vec x, vec low) { return x < low ? low : x; }  // a NaN in x stays
   // p 2^n, with n in the low bits of t = n + 1.5 2^23
-  static vec keep_scale(mask m, vec p, vec t, vec /*n*/) {
+  static vec scale(vec p, vec t, vec /*n*/) {
     typedef uint32_t bits __attribute__((vector_size(16)));
     const bits e = reinterpret_cast<bits>(t) << 23;
-    return keep(m, reinterpret_cast<vec>(reinterpret_cast<bits>(p) + e));
+    return reinterpret_cast<vec>(reinterpret_cast<bits>(p) + e);
   }
+  static vec keep_scale(mask m, vec p, vec t, vec n) { return keep(m, scale(p, t, n)); }
 };
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include "threads.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <algorithm>
@@ -82,6 +83,22 @@ class Pool {
   int workers_ = 0, wanted_ = 0, busy_ = 0;
 };
 
+// torch's own OpenMP runtime, of this very process, through the entry that GCC, Intel's and LLVM's runtimes have in common.
+// Its workers still spin on their cores when torch's last operation is over: a pool of our own would have to share those
+// cores with them, and ran a 1 ms kernel at the speed of one thread. Null where torch has none (macOS), and in a forked
+// child, whose copy of the runtime waits for threads that it does not have.
+using OmpParallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int watch_forks = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+
+OmpParallel torch_openmp() {
+  static const OmpParallel found = [] {
+    void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);  // a handle on it reaches the libraries it was linked with
+    return torch == nullptr ? nullptr : reinterpret_cast<OmpParallel>(dlsym(torch, "GOMP_parallel"));
+  }();
+  return forked.load(std::memory_order_relaxed) ? nullptr : found;
+}
+
 // Leaked on purpose: at exit, and in a forked child whose copy has no threads behind it, there is nothing to join.
 std::atomic<Pool*> pool{nullptr};
 std::once_flag pool_once;
@@ -102,7 +119,12 @@ void parallel_for(int64_t count, int64_t grain, int threads, const std::function
   const int64_t ranges = (count + grain - 1) / grain;
   const int helpers = static_cast<int>(std::min<int64_t>(ranges, threads)) - 1;
   Job job{count, grain, &body};
-  if (helpers > 0) {
+  if (helpers <= 0) {
+    job.work();
+  } else if (const OmpParallel openmp = torch_openmp()) {
+    // Always with all of `threads`: a team of another size makes the runtime end threads and start them again.
+    openmp([](void* data) { static_cast<Job*>(data)->work(); }, &job, static_cast<unsigned>(threads), 0);
+  } else {
     Pool& p = the_pool();
     std::unique_lock<std::mutex> lock(p.in_use, std::try_to_lock);
     if (lock.owns_lock()) {
@@ -110,8 +132,6 @@ void parallel_for(int64_t count, int64_t grain, int threads, const std::function
     } else {
       job.work();
     }
-  } else {
-    job.work();
   }
   if (job.error) std::rethrow_exception(job.error);
 }

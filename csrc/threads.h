@@ -1,5 +1,5 @@
-// A small pool of worker threads of our own: torch's OpenMP runtime is not ours to link against, and a second OpenMP
-// runtime in one process oversubscribes the cores.
+// Threads for the CPU kernels: those of torch's OpenMP runtime where the process has one (found at run time: it is not ours to
+// link against, and a second runtime oversubscribes the cores), else a small pool of worker threads of our own.
 #pragma once
 
 #include <cstdint>

@@ -183,6 +183,14 @@ def test_bad_row_is_nan_and_no_other(run, v, value):
         assert torch.equal(a[[0, 2]], g)
 
 
+def test_nan_of_any_payload(run):
+    logits, ids, grads = case(3, 2000)
+    logits.view(torch.int32)[0, 700] = 0x7FC00001
+    logits.view(torch.int32)[2, 1990] = -1
+    for result in run(logits, ids, **grads):
+        assert result[[0, 2]].isnan().all() and result[1].isfinite().all()
+
+
 @pytest.mark.parametrize("v", [2, 4097] if INTERPRETED else [2, 9, 4097, 151_936])
 def test_confident_tokens(run, v):
     logits = torch.zeros(4, v)
@@ -450,6 +458,134 @@ def test_cuda_compiles_once_for_every_number_of_rows():
     assert len(counts) == 1
 
 
+# Backward: memory, and the gradient in the place of the logits
+
+
+@torch_only
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=str)
+def test_gradient_in_the_place_of_the_logits(run, dtype):
+    """The same bits as the gradient in a buffer of its own, at the strides of the logits, and nothing beside the rows is written."""
+    values, ids, _ = case(3 * 5, 4500, dtype)
+    ids, grads = ids.view(3, 5).clone(), [torch.randn(3, 5) for _ in range(2)]
+    ids[0, 2], values[4], values[7, 3], grads[0][2, 2], grads[1][2, 2] = -100, NAN, -INF, 0.0, 0.0
+    mask = torch.rand(3, 5) < 0.9
+    wide = torch.zeros(3, 7, 4600, dtype=dtype)
+    for shape in ("compact", "rows inside wider rows", "other order"):
+        if shape == "compact":
+            base = view = values.clone().view(3, 5, 4500)
+        elif shape == "other order":
+            base = values.view(3, 5, 4500).transpose(0, 1).contiguous()
+            view = base.transpose(0, 1)
+        else:
+            base = wide
+            view = wide[:, 1:6, 50:4550].copy_(values.view(3, 5, 4500))
+        base, outside = base.to(run.device), base.clone().to(run.device)
+        view = torch.as_strided(base, view.shape, view.stride(), view.storage_offset())
+        plain = view.clone().requires_grad_()
+        move = lambda t: t.to(run.device)  # noqa: E731
+        incoming = [move(g).to(torch.float64 if dtype == torch.float64 else torch.float32) for g in grads]
+        wanted_results = logprob_entropy(plain, move(ids), temperature=0.7, mask=move(mask))
+        (wanted,) = torch.autograd.grad(list(wanted_results), plain, incoming)
+        alias = Holder.apply(view.detach().requires_grad_(), view)
+        results = logprob_entropy(alias, move(ids), temperature=0.7, mask=move(mask), inplace_backward=True)
+        version = view._version
+        (gradient,) = torch.autograd.grad(list(results), alias, incoming)
+        assert view._version > version
+        assert gradient.data_ptr() == view.data_ptr() and gradient.stride() == view.stride()
+        for a, b in zip((*results, gradient), (*wanted_results, wanted), strict=True):
+            assert torch.equal(a.nan_to_num(nan=7e4), b.nan_to_num(nan=7e4)), shape
+        torch.as_strided(base, view.shape, view.stride(), view.storage_offset()).zero_()
+        torch.as_strided(outside, view.shape, view.stride(), view.storage_offset()).zero_()
+        assert torch.equal(base, outside), "something beside the rows was written"
+
+
+class Holder(torch.autograd.Function):
+    """An operation whose result lies in a given tensor, as that of a matrix product into a buffer."""
+
+    @staticmethod
+    def forward(ctx, leaf, result):
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+@torch_only
+def test_gradient_in_place_reaches_the_head(run):
+    hidden, weight = torch.randn(6, 8, device=run.device), torch.randn(300, 8, device=run.device)
+    ids = torch.randint(0, 300, (6,), device=run.device)
+    gradients = []
+    for inplace in (False, True):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logp, entropy = logprob_entropy(h @ w.T, ids, inplace_backward=inplace)
+        (logp.sum() + 0.3 * entropy.sum()).backward()
+        gradients.append((h.grad, w.grad))
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+@torch_only
+def test_who_else_needs_the_overwritten_logits_hears_of_it(run):
+    leaf = torch.randn(4, 50, device=run.device, requires_grad=True)
+    ids = torch.zeros(4, dtype=torch.int64, device=run.device)
+    logits = leaf.exp()  # saves its result
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logprob_entropy(logits, ids, inplace_backward=True).logp.sum().backward()
+    logits = leaf * 2.0
+    logp, entropy = logprob_entropy(logits, ids, inplace_backward=True)
+    logp.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        entropy.sum().backward()
+    logp = logprob_entropy(leaf * 2.0, ids, inplace_backward=True).logp
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(logp.sum(), leaf, create_graph=True)
+
+
+@torch_only
+def test_which_logits_cannot_hold_their_gradient():
+    ids = torch.zeros(4, dtype=torch.int64)
+    leaf = torch.randn(4, 9, requires_grad=True)
+    with pytest.raises(ValueError, match="got a leaf"):
+        logprob_entropy(leaf, ids, inplace_backward=True)
+    with torch.no_grad():
+        logprob_entropy(leaf, ids, inplace_backward=True)  # no backward comes
+    logits = leaf * 2.0
+    for bad in (logits[:1].expand(4, 9), torch.as_strided(logits, (4, 9), (5, 1)), logits[:, ::2], torch.zeros(9, 4).T):
+        with pytest.raises(ValueError, match="rows do not overlap"):
+            logprob_entropy(bad, ids, inplace_backward=True)
+    with pytest.raises(ValueError, match="rows do not overlap"):
+        logprob_entropy(torch.as_strided(logits, (2, 2, 9), (9, 4, 1)), ids.view(2, 2), inplace_backward=True)
+    logprob_entropy(torch.zeros(2, 5, 9).transpose(0, 1)[:4, 0], ids, inplace_backward=True)
+    with pytest.raises(TypeError, match="inplace_backward must be a bool, got int"):
+        logprob_entropy(logits, ids, inplace_backward=1)
+
+
+@torch_only
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read the Linux way")
+def test_no_buffer_of_the_size_of_the_logits_but_the_gradient():
+    """The peak resident memory of a process: 97 MB of logits, a gradient of as much, or none."""
+    code = """
+import re, torch
+from acpo_kernels import logprob_entropy
+peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+def step(n, v, inplace):
+    leaf = torch.ones(n, 1, requires_grad=True)
+    logits = leaf.expand(n, v).clone()
+    before = peak()
+    logp, entropy = logprob_entropy(logits, torch.arange(n), inplace_backward=inplace)
+    torch.autograd.grad(logp.sum() + entropy.sum(), logits)
+    return (peak() - before) / (4 * n * v)
+step(4, 50, True), step(4, 50, False)
+print(step(160, 151_936, True), step(160, 151_936, False))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    inplace, beside = map(float, run.stdout.split())
+    assert inplace < 0.05
+    assert 0.9 < beside < 1.05
+
+
+
 # 5. Registration
 
 
@@ -467,15 +603,19 @@ def test_registration():
         _, entropy, maximum, logsumexp = forward(z, picked, 1.0, temperatures, mask)
         g = grads["grad_logp"].view(picked.shape)
         torch.library.opcheck(backward, (g, None, z, picked, entropy, maximum, logsumexp, 1.0, temperatures, mask))
+        inplace = torch.ops.acpo_kernels.logprob_entropy_backward_.default
+        torch.library.opcheck(inplace, (g, None, z.clone(), picked, entropy, maximum, logsumexp, 1.0, temperatures, mask))
+    torch.library.opcheck(forward, ((logits.detach().requires_grad_() * 2.0), ids, 1.0, None, None, True))
 
 
 @torch_only
-def test_torch_compile_traces_one_graph():
+@pytest.mark.parametrize("inplace", [False, True])
+def test_torch_compile_traces_one_graph(inplace):
     logits, ids, _ = case(6, 20)
 
     @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
     def loss(z, ids):
-        logp, entropy = logprob_entropy(z * 2.0, ids, temperature=0.7)
+        logp, entropy = logprob_entropy(z * 2.0, ids, temperature=0.7, inplace_backward=inplace)
         return (logp + 0.1 * entropy).sum()
 
     for n in (6, 5):
