@@ -1,4 +1,4 @@
-"""The implementations of operations that have no compiled kernel yet: the reference's forward, and its gradient in closed form.
+"""The operations in PyTorch, for float64 and for an installation without the extension: the reference's forward, its gradient in closed form.
 
 They take what the dispatcher passes (tensors and numbers, never a Segments object) and run on any device. A matrix product is
 done in row tiles of a fixed size, the last one padded, so that a row's result does not depend on the rows beside it and no
