@@ -558,7 +558,6 @@ print(step(160, 151_936, True), step(160, 151_936, False))
     assert 0.9 < beside < 1.05
 
 
-
 # 5. Registration
 
 
