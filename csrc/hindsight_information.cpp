@@ -54,7 +54,9 @@ PairResult pair_f64(const double* x, const double* y, int64_t vocab, int64_t tar
       information += (a - b) + b * d;
     }
   }
-  return {p.logp, q.logp, p.entropy, q.logp - p.logp, only_p ? INFINITE : kl < 0.0 ? 0.0 : kl, only_q ? INFINITE : information < 0.0 ? 0.0 : information};
+  kl = only_p ? INFINITE : kl < 0.0 ? 0.0 : kl;
+  information = only_q ? INFINITE : information < 0.0 ? 0.0 : information;
+  return {p.logp, q.logp, p.entropy, q.logp - p.logp, kl, information};
 }
 
 PairResult pair(const LogitRows& policy, const LogitRows& hindsight, int64_t r, const PairKernels& kernels) {

@@ -10,9 +10,10 @@
 // centre is set when a maximum rises (the tokens that hold the mass) BEFORE that group's terms are summed, and where k^2 exceeds the
 // divergence so far; the sums then move with it, exactly, by the same algebra (moved_divergence).
 //
-// Where |D| < 1/4 a term is e D^2 (a(D^2) +- D b(D^2)), relative error 1.4e-6; elsewhere it is left to four sums, with R = exp(-c):
+// Where |D| < 1 a term is e D^2 (a(D^2) +- D b(D^2)), relative error 1.1e-7; elsewhere nothing much cancels, and it is left
+// to four sums, with R = exp(-c):
 //   sum e_p h(D) = R sum e_q - sum e_p - sum e_p D,   sum e_q h(-D) = sum e_p / R - sum e_q + sum e_q D
-// The price of a pair of vectors: 2 x 15 for the sums of row_sums.h, and 15 for these: 45 instructions, 24 cycles.
+// The price of a pair of vectors: 2 x 15 for the sums of row_sums.h, and 21 for these: 51 instructions, 27.5 cycles.
 //
 // Everything is the mirror image of itself: streams that change places give the same bits with the divergences changed over.
 #pragma once
@@ -23,7 +24,7 @@
 namespace acpo {
 namespace {
 
-constexpr float NEAR = 0.0625f;  // D^2 below which the series is used
+constexpr float NEAR = 1.0f;  // D^2 below which the series is used
 
 // Of at most a group, in float32.
 struct Terms {
@@ -32,8 +33,10 @@ struct Terms {
   void clear() { near_p = near_q = far_p = far_q = far_pd = far_qd = Simd::set(0.0f); }
 
   void add(vec e_p, vec e_q, vec d, vec d2, mask far) {
-    const vec a = Simd::fma(d2, Simd::set(0x1.560b7p-5f), Simd::set(0x1.ffffd2p-2f));
-    const vec b = Simd::mul(d, Simd::fma(d2, Simd::set(0x1.1133b8p-7f), Simd::set(0x1.55557cp-3f)));
+    const vec a2 = Simd::fma(d2, Simd::set(0x1.a2c5e4p-16f), Simd::set(0x1.6c272cp-10f));
+    const vec a = Simd::fma(d2, Simd::fma(d2, a2, Simd::set(0x1.555504p-5f)), Simd::set(0.5f));
+    const vec b2 = Simd::fma(d2, Simd::set(0x1.aa419ep-13f), Simd::set(0x1.10fce8p-7f));
+    const vec b = Simd::mul(d, Simd::fma(d2, b2, Simd::set(0x1.55557cp-3f)));
     near_p = Simd::fma_unless(far, Simd::mul(e_p, d2), Simd::add(a, b), near_p);
     near_q = Simd::fma_unless(far, Simd::mul(e_q, d2), Simd::sub(a, b), near_q);
     far_p = Simd::add_where(far, far_p, e_p);
@@ -66,7 +69,8 @@ struct PairWalk {
 
   // To the maxima of now, from top_p and top_q; the masses are those before.
   void move(double mass_p, double mass_q, float top_p, float top_q, double to, const Exp& exp_of) {
-    const double rise_p = (static_cast<double>(p.row.top) - top_p) * exp_of.per_t, rise_q = (static_cast<double>(q.row.top) - top_q) * exp_of.per_t;
+    const double rise_p = (static_cast<double>(p.row.top) - top_p) * exp_of.per_t;
+    const double rise_q = (static_cast<double>(q.row.top) - top_q) * exp_of.per_t;
     kl = moved_divergence(kl, mass_p, mass_q, rise_p, rise_q, centre, to);
     information = moved_divergence(information, mass_q, mass_p, rise_q, rise_p, -centre, -to);
     centre = to;
@@ -77,7 +81,8 @@ struct PairWalk {
   // Any number of elements of streams that have begun; -inf is taken for nothing, exactly.
   template <class T>
   __attribute__((noinline)) void add_slowly(const T* x, const T* y, int64_t n, const Exp& exp_of) {
-    const vec low_p = Simd::set(exp_of.floor(p.row.top)), low_q = Simd::set(exp_of.floor(q.row.top)), per_t = Simd::set(static_cast<float>(exp_of.per_t));
+    const vec low_p = Simd::set(exp_of.floor(p.row.top)), low_q = Simd::set(exp_of.floor(q.row.top));
+    const vec per_t = Simd::set(static_cast<float>(exp_of.per_t));
     const vec c = Simd::set(static_cast<float>(centre)), zero = Simd::set(0.0f), dead = Simd::set(-INF), lowest = Simd::set(-MAX);
     Terms terms;
     terms.clear();
@@ -158,7 +163,8 @@ void scan_pair(const void* policy, const void* hindsight, int64_t vocab, double 
   const Exp exp_of(temperature);
   PairWalk walk;
   for (int64_t i = 0; i < vocab; i += GROUP) {
-    const bool whole = vocab - i >= GROUP, p_keeps = whole && walk.p.keeps_maximum(x + i, exp_of), q_keeps = whole && walk.q.keeps_maximum(y + i, exp_of);
+    const bool whole = vocab - i >= GROUP;
+    const bool p_keeps = whole && walk.p.keeps_maximum(x + i, exp_of), q_keeps = whole && walk.q.keeps_maximum(y + i, exp_of);
     const int64_t n = whole ? GROUP : vocab - i;
     if (p_keeps && q_keeps) {
       walk.add_group(x + i, y + i, exp_of);

@@ -36,7 +36,8 @@ struct RowStatistics {
 // Returns -1, or, having written nothing, the first row that counts and whose id is outside [0, V).
 int64_t logprob_entropy_forward(const LogitRows& rows, const RowStatistics& out, int threads);
 
-// gradient: contiguous [N, V] of the logits' dtype, or null: then it takes the place of the logits, each element after it was read. grad_logp and grad_entropy: the dtype of the results, or null for zeros.
+// gradient: contiguous [N, V] of the logits' dtype, or null: then it takes the place of the logits, each after it was read.
+// grad_logp and grad_entropy: the dtype of the results, or null for zeros.
 // Rows that do not count, or whose incoming gradients are both 0, become 0 without their logits being read.
 // saved.logp is not used.
 void logprob_entropy_backward(const LogitRows& rows, const RowStatistics& saved, const void* grad_logp,

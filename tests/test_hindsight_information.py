@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+from contract import assert_within_budget
 from hypothesis import given
 from hypothesis import strategies as st
 from ragged import assert_right
+from streams import NAMES, streams
 
-from acpo_kernels import HindsightInformation, hindsight_information, logprob_entropy
+from acpo_kernels import HindsightInformation, _cpu, hindsight_information, logprob_entropy
 
 IMPLS = (None, "reference")
 
@@ -88,6 +90,69 @@ def test_against_the_reference(vocab, dtype, closeness, device):
     for name, x, y, z in zip(HindsightInformation._fields, actual, working, exact, strict=True):
         assert x.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert_right(name, x, y, z)
+
+
+@pytest.mark.parametrize(("vocab", "dtype"), [(5, torch.float32), (700, torch.float16), (9001, torch.float32), (9001, torch.bfloat16)])
+@pytest.mark.parametrize("name", NAMES)
+def test_hard_streams_on_every_instruction_set(cpu_isa, name, vocab, dtype):
+    logits, hindsight, ids, temperature = streams(name, vocab)
+    logits, hindsight = logits.to(dtype), hindsight.to(dtype)
+    for a, b in ((logits, hindsight), (hindsight, logits)):
+        actual = hindsight_information(a, b, ids, temperature=temperature)
+        working = hindsight_information(a.float(), b.float(), ids, temperature=temperature, impl="reference")
+        exact = hindsight_information(a.double(), b.double(), ids, temperature=temperature, impl="reference")
+        for field, x, y, z in zip(HindsightInformation._fields, actual, working, exact, strict=True):
+            assert_within_budget(x, y, z, f"{name}: {field}")
+        own = logprob_entropy(a, ids, temperature=temperature)
+        assert torch.equal(actual.logp, own.logp) and torch.equal(actual.entropy, own.entropy)
+        turned = hindsight_information(b, a, ids, temperature=temperature)
+        assert torch.equal(turned.kl, actual.information) and torch.equal(turned.information, actual.kl)
+
+
+def test_large_vocabulary_on_every_instruction_set(cpu_isa):
+    logits, hindsight, ids, _ = streams("close", 151_936)
+    exact = hindsight_information(logits.double(), hindsight.double(), ids, impl="reference")
+    working = hindsight_information(logits, hindsight, ids, impl="reference")
+    for field, x, y, z in zip(HindsightInformation._fields, hindsight_information(logits, hindsight, ids), working, exact, strict=True):
+        assert_within_budget(x, y, z, field)
+
+
+@pytest.mark.parametrize(("closeness", "rtol"), [(0.1, 3e-6), (1e-2, 1e-5), (1e-3, 2e-4)])
+@pytest.mark.parametrize("vocab", [300, 20_000])
+def test_divergences_of_close_streams_keep_their_digits(cpu_isa, closeness, rtol, vocab):
+    """Relative to the divergence itself, which is about closeness^2 / 2: where the float32 reference has 1e-7 absolute."""
+    torch.manual_seed(1)
+    logits = torch.randn(4, vocab) * 3
+    hindsight, ids = logits + closeness * torch.randn(4, vocab), torch.randint(vocab, (4,))
+    actual = hindsight_information(logits, hindsight, ids)
+    exact = hindsight_information(logits.double(), hindsight.double(), ids, impl="reference")
+    for name in ("kl", "information"):
+        torch.testing.assert_close(getattr(actual, name).double(), getattr(exact, name), rtol=rtol, atol=0)
+    same = hindsight_information(logits, logits.clone(), ids)
+    assert not same.kl.any() and not same.information.any() and not same.log_ratio.any()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_broken_element_deep_in_a_row(cpu_isa, bad):
+    """Past the first groups, where the vectors take no notice of it."""
+    logits, hindsight, ids, _ = streams("close", 9001)
+    clean = hindsight_information(logits, hindsight, ids)
+    for stream, kept in ((0, "hindsight_logp"), (1, "logp")):
+        pair = [logits.clone(), hindsight.clone()]
+        pair[stream][1, 6000] = bad
+        result = hindsight_information(*pair, ids)
+        assert_bitwise([x[::2] for x in result], [x[::2] for x in clean])
+        for name in ("log_ratio", "kl", "information", *(("logp", "entropy") if stream == 0 else ("hindsight_logp",))):
+            assert getattr(result, name)[1].isnan(), name
+        assert getattr(result, kept)[1] == getattr(clean, kept)[1]
+
+
+def test_without_the_extension(monkeypatch):
+    logits, hindsight, ids, temperature = streams("temperatures", 60)
+    compiled = hindsight_information(logits, hindsight, ids, temperature=temperature)
+    monkeypatch.setattr(_cpu, "available", False)
+    for x, y in zip(hindsight_information(logits, hindsight, ids, temperature=temperature), compiled, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
 def test_logits_rounded_to_bf16_fail_the_budget():
@@ -291,9 +356,9 @@ def test_opcheck(device):
     compact = [torch.randn(5, 9, device=device) for _ in range(2)]
     permuted = [torch.randn(9, 5, device=device).T for _ in range(2)]
     op = torch.ops.acpo_kernels.hindsight_information.default
-    for streams in (compact, permuted):
-        torch.library.opcheck(op, (*streams, ids, 1.0, None, None))
-        torch.library.opcheck(op, (*streams, ids, None, temperatures, mask))
+    for pair in (compact, permuted):
+        torch.library.opcheck(op, (*pair, ids, 1.0, None, None))
+        torch.library.opcheck(op, (*pair, ids, None, temperatures, mask))
     torch.library.opcheck(op, (*[x[:1] for x in compact], ids[:1], None, temperatures[:1], mask[:1]))
     torch.library.opcheck(op, (*[x.bfloat16().reshape(1, 5, 9) for x in compact], ids[None], 0.7, None, None))
 
