@@ -668,6 +668,25 @@ def test_instruction_set_from_the_environment():
 
 
 @torch_only
+@pytest.mark.skipif(not _cpu.available or not hasattr(os, "fork"), reason="the threads of the C++ extension, in a forked process")
+def test_a_forked_child_has_threads_of_its_own():
+    """Not those of torch's OpenMP runtime, whose copy in the child waits for threads that stayed behind."""
+    code = """
+import os, torch
+from acpo_kernels import logprob_entropy
+torch.set_num_threads(2)
+logits, ids = torch.randn(16, 40_000), torch.zeros(16, dtype=torch.int64)
+wanted = logprob_entropy(logits, ids).entropy.numpy().tobytes()
+child = os.fork()
+if child == 0:
+    os._exit(0 if logprob_entropy(logits, ids).entropy.numpy().tobytes() == wanted else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert logprob_entropy(logits, ids).entropy.numpy().tobytes() == wanted
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@torch_only
 def test_without_the_extension(monkeypatch):
     """ACPO_NO_EXT=1: the PyTorch formulas, under the same contract."""
     monkeypatch.setattr(_cpu, "available", False)
