@@ -22,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -167,40 +168,43 @@ def here(worker: str) -> tuple[dict[str, dict[str, Callable]], dict[str, str]]:
     linear: dict[str, Callable] = {}
     absent: dict[str, str] = {}
 
-    def peer(make: Callable, name: str, into: dict, wrap: Callable = lambda f: f) -> None:
+    def peer(family: ModuleType, device: torch.device, name: str, into: dict, wrap: Callable = lambda f: f) -> None:
+        make = family.logprob_entropy if into is logits else family.linear_logprob_entropy
         try:
-            into |= {f"{provider}{name}": wrap(function) for provider, function in make().items()}
+            into |= {f"{provider}{name}": wrap(function) for provider, function in make(device).items()}
         except peers.Absent as why:
-            absent[f"{make.__module__.rsplit('.', 1)[-1]}{name}"] = str(why)
+            absent[f"{family.__name__.rsplit('.', 1)[-1]}{name}"] = str(why)
 
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     if worker == "compiled":
-        for isa in ("avx512", "avx2", "baseline") if _cpu.available else ():
+        for isa in ("amx", "avx512", "avx2", "baseline") if _cpu.available else ():
             try:
                 _cpu._C.restrict_cpu_isa(isa)
             except ValueError as missing:
                 absent[f"{OURS}, {isa}"] = str(missing)
                 continue
             _cpu._C.restrict_cpu_isa("")
-            logits[f"{OURS}, {isa}"], linear[f"{OURS}, {isa}"] = compiled_isa(isa), linear_isa(isa)
+            linear[f"{OURS}, {isa}"] = linear_isa(isa)
+            if isa != "amx":  # the level has products alone
+                logits[f"{OURS}, {isa}"] = compiled_isa(isa)
         logits["reference, float32"] = by_autograd(lambda z, ids: reference.logprob_entropy(z.float(), ids))
         linear["reference, float32"] = lambda h, w, ids: reference.linear_logprob_entropy(h.float(), w.float(), ids)
         from .peers import cut_cross_entropy, liger, plain, trl
 
         for family in (plain, trl):
-            peer(lambda family=family: family.logprob_entropy(cpu), "", logits, by_autograd)
+            peer(family, cpu, "", logits, by_autograd)
         for family in (plain, trl, liger, cut_cross_entropy):
-            peer(lambda family=family: family.linear_logprob_entropy(cpu), "", linear)
+            peer(family, cpu, "", linear)
     elif worker == "interpreter":
         ours = implementations.Implementation("interpreter")
         logits[f"{OURS}, Triton"] = lambda z, ids, a, b: ours(z, ids, grad_logp=a, grad_entropy=b)
         from .peers import trl
 
-        peer(lambda: trl.logprob_entropy(cuda), " Triton", logits, by_autograd)
+        peer(trl, cuda, " Triton", logits, by_autograd)
     else:
         from .peers import verl
 
-        peer(lambda: verl.linear_logprob_entropy(cpu), " Triton", linear)
+        peer(verl, cpu, " Triton", linear)
     return {"logits": logits, "linear": linear}, absent
 
 
