@@ -114,7 +114,10 @@ void solve_limited(const Problem& p, int64_t price, int64_t max_segments, int64_
   const bool raised = high.price > price;  // if not, a way with few enough is as good as any at the price as it was
   price = high.price;
   std::swap(s.fewest, s.from);
-  solve_counting(p, price, s, s.most, -1);  // leaves the same values
+  // Where the fewest segments are all that may be spent, the search ended with this very price: the values are there, and whatever
+  // is among the fewest can be spent.
+  const bool exactly = high.count == max_segments;
+  if (!exactly) solve_counting(p, price, s, s.most, -1);  // leaves the same values
   // Backwards from the end, always the latest start of a segment from which the segments left can be spent.
   const size_t first = ends.size();
   int64_t left = max_segments;
@@ -123,7 +126,7 @@ void solve_limited(const Problem& p, int64_t price, int64_t max_segments, int64_
     --left;
     const int64_t wanted = s.value[e] - p.gain(e, price);
     int64_t b = e - p.min_tokens;
-    while (s.value[b] != wanted || s.fewest[b] > left || (raised && s.most[b] < left)) --b;
+    while (s.value[b] != wanted || s.fewest[b] > left || (raised && !exactly && s.most[b] < left)) --b;
     e = b;
   }
   std::reverse(ends.begin() + first, ends.end());

@@ -1,6 +1,7 @@
 #include "segmenter.h"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <functional>
@@ -28,25 +29,31 @@ float floating(int32_t score) { return static_cast<float>(score) / (1 << kScoreB
 // About 64 ranges a thread: sequences differ in length.
 int64_t grain(int64_t sequences, int threads) { return std::max<int64_t>(1, sequences / (int64_t{64} * std::max(threads, 1))); }
 
-// Both look for the place only where there is one: without it the loop runs at the speed of memory.
+// The first value outside its range, or -1. The place is looked for only where there is one: without it the loop runs at the speed of
+// memory, on every thread.
+template <class T, class Outside>
+int64_t first_outside(const T* values, int64_t count, int threads, Outside outside) {
+  std::atomic<bool> found{false};
+  parallel_for(count, int64_t{1} << 16, threads, [&](int64_t begin, int64_t end) {
+    bool any = false;
+    for (int64_t t = begin; t < end; ++t) any |= outside(values[t]);
+    if (any) found.store(true, std::memory_order_relaxed);
+  });
+  return found ? std::find_if(values, values + count, outside) - values : -1;
+}
+
 template <class Id>
-void check_ids(const Id* ids, int64_t count, int64_t vocab_size) {
-  using Unsigned = std::make_unsigned_t<Id>;
-  const auto outside = [&](Id id) { return static_cast<Unsigned>(id) >= static_cast<Unsigned>(vocab_size); };  // negative: very large
-  bool any = false;
-  for (int64_t t = 0; t < count; ++t) any |= outside(ids[t]);
-  if (!any) return;
-  const int64_t t = std::find_if(ids, ids + count, outside) - ids;
+void check_ids(const Id* ids, int64_t count, int64_t vocab_size, int threads) {
+  using Unsigned = std::make_unsigned_t<Id>;  // in which a negative id is very large
+  const int64_t t = first_outside(ids, count, threads, [&](Id id) { return static_cast<Unsigned>(id) >= static_cast<Unsigned>(vocab_size); });
+  if (t < 0) return;
   throw std::invalid_argument("ids must lie in [0, vocab_size) with vocab_size = " + std::to_string(vocab_size) + ", got " +
                               std::to_string(ids[t]) + " at index " + std::to_string(t));
 }
 
-void check_values(const char* name, const float* values, int64_t count, float low, float high, const char* wanted) {
-  const auto outside = [&](float x) { return !(x >= low && x <= high); };
-  bool any = false;
-  for (int64_t t = 0; t < count; ++t) any |= outside(values[t]);
-  if (!any) return;
-  const int64_t t = std::find_if(values, values + count, outside) - values;
+void check_values(const char* name, const float* values, int64_t count, float low, float high, const char* wanted, int threads) {
+  const int64_t t = first_outside(values, count, threads, [&](float x) { return !(x >= low && x <= high); });
+  if (t < 0) return;
   throw std::invalid_argument(std::string(name) + " must be " + wanted + ", got " + std::to_string(values[t]) + " at index " + std::to_string(t));
 }
 
@@ -85,16 +92,16 @@ Segmenter::Segmenter(Automaton automaton, Limits limits, int64_t target_tokens, 
   }
 }
 
-void Segmenter::check(const PackedIds& batch) const {
+void Segmenter::check(const PackedIds& batch, int threads) const {
   for (int64_t b = 0; b < batch.sequences; ++b) {
     if (batch.offsets[b + 1] - batch.offsets[b] > INT32_MAX / 2) {
       throw std::invalid_argument("cu_seqlens: a sequence must be shorter than 2^30 tokens");
     }
   }
   if (batch.wide) {
-    check_ids(static_cast<const int64_t*>(batch.ids), batch.tokens(), automaton_.vocab_size());
+    check_ids(static_cast<const int64_t*>(batch.ids), batch.tokens(), automaton_.vocab_size(), threads);
   } else {
-    check_ids(static_cast<const int32_t*>(batch.ids), batch.tokens(), automaton_.vocab_size());
+    check_ids(static_cast<const int32_t*>(batch.ids), batch.tokens(), automaton_.vocab_size(), threads);
   }
 }
 
@@ -105,7 +112,7 @@ Marks Segmenter::scan(const PackedIds& batch, int64_t b, uint8_t* rules) const {
 }
 
 void Segmenter::read(const PackedIds& batch, int threads, float* out, int64_t* answer_start) const {
-  check(batch);
+  check(batch, threads);
   parallel_for(batch.sequences, grain(batch.sequences, threads), threads, [&](int64_t first, int64_t last) {
     std::vector<uint8_t> rules;
     for (int64_t b = first; b < last; ++b) {
@@ -121,10 +128,10 @@ void Segmenter::read(const PackedIds& batch, int threads, float* out, int64_t* a
 }
 
 std::vector<Cut> Segmenter::cut(const PackedIds& batch, const Evidence& evidence, bool explain, int threads) const {
-  check(batch);
+  check(batch, threads);
   const float largest = std::numeric_limits<float>::max();
-  if (evidence.entropy) check_values("entropy", evidence.entropy, batch.tokens(), -largest, largest, "finite");
-  if (evidence.scores) check_values("scores", evidence.scores, batch.tokens(), 0, kMaxScore, "in [0, 64]");
+  if (evidence.entropy) check_values("entropy", evidence.entropy, batch.tokens(), -largest, largest, "finite", threads);
+  if (evidence.scores) check_values("scores", evidence.scores, batch.tokens(), 0, kMaxScore, "in [0, 64]", threads);
   std::vector<Cut> cuts(batch.sequences);
   parallel_for(batch.sequences, grain(batch.sequences, threads), threads, [&](int64_t first, int64_t last) {
     Scratch scratch;

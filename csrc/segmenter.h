@@ -46,7 +46,7 @@ class Segmenter {
 
  private:
   struct Scratch;
-  void check(const PackedIds& batch) const;
+  void check(const PackedIds& batch, int threads) const;
   Marks scan(const PackedIds& batch, int64_t b, uint8_t* rules) const;
   const RuleScores& score_rules(const Marks& marks) const { return rule_scores_[marks.monologue]; }
   int64_t answer(const Marks& marks, int64_t count, const uint8_t* rules) const;
