@@ -105,6 +105,17 @@ limits_ = st.tuples(st.integers(1, 5), st.integers(0, 6), st.integers(1, 6), st.
 )
 
 
+@pytest.mark.parametrize("most", [2, 3, 4])
+@pytest.mark.parametrize("scores", [[8.0] * 11, [3.0, 8.0] * 5, [8.0, 0.0, 8.0] * 3], ids=["equal", "alternating", "gaps"])
+def test_partition_of_equal_scores_under_the_count(scores, most):
+    """Every cut more is worth the same: at the price that leaves `most` segments, ways with fewer are as good, and the count decides."""
+    for low in (1, 2, 3):
+        for high in range(max(low, -(-len(scores) // most)), len(scores) + 1):
+            segmenter = Segmenter(BYTES, min_tokens=low, max_tokens=high, max_segments=most, target_tokens=1)
+            cut = segmenter(*one([97] * len(scores)), scores=torch.tensor(scores))
+            assert cut.token_offsets.tolist()[1:] == brute_force(scores, (low, high, most, 1))[0], (low, high)
+
+
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_partition_equals_brute_force(data):
