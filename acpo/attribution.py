@@ -161,10 +161,10 @@ class Calibrator:
         if not self.batches:
             return
         logit, seen, y, independent = np.concatenate(self.batches, 1)
-        one = np.ones_like(logit)
-        self.with_evidence = logistic_fit(np.stack([one, logit, seen], 1), y, independent, np.array([0.0, 1.0, 1.0]))
+        features = np.stack([np.ones_like(logit), logit, seen])
+        self.with_evidence = logistic_fit(features, y, independent, np.array([0.0, 1.0, 1.0]))
         self.with_evidence[2] = max(0.0, self.with_evidence[2])
-        self.before = logistic_fit(np.stack([one, logit], 1), y, independent, np.array([0.0, 1.0]))
+        self.before = logistic_fit(features[:2], y, independent, np.array([0.0, 1.0]))
 
     def both_outcomes(self) -> bool:
         """Whether the batches that the next prediction rests on hold both outcomes: without that, skill cannot be told from luck."""
@@ -180,13 +180,13 @@ class Calibrator:
 
 
 def logistic_fit(features: np.ndarray, y: np.ndarray, weight: np.ndarray, prior: np.ndarray) -> list[float]:
-    """Weighted logistic regression by Newton's method under the penalty |w - prior|^2 / 2. In numpy: for a few hundred rows torch's
-    threads cost more than the arithmetic."""
+    """Weighted logistic regression of features [k,n] by Newton's method under the penalty |w - prior|^2 / 2. In numpy: for a few hundred rows
+    torch's threads cost more than the arithmetic."""
     w = prior.copy()
     for _ in range(50):
-        p = 1.0 / (1.0 + np.exp(-np.clip(features @ w, -500.0, 500.0)))
-        gradient = features.T @ (weight * (p - y)) + (w - prior)
-        hessian = features.T @ (features * (weight * p * (1 - p))[:, None]) + np.eye(len(w))
+        p = 1.0 / (1.0 + np.exp(-np.clip(w @ features, -500.0, 500.0)))
+        gradient = features @ (weight * (p - y)) + (w - prior)
+        hessian = (features * (weight * p * (1 - p))) @ features.T + np.eye(len(w))
         step = np.clip(np.linalg.solve(hessian, gradient), -1.0, 1.0)
         w -= step
         if np.abs(step).max() < 1e-9:

@@ -187,24 +187,28 @@ class Trainer:
 
     @torch.no_grad()
     def _score(self, batch: Batch, outcome: Tensor, indices: np.ndarray) -> None:
-        """old_logp and entropy of every token; on the rollouts that the attribution looks at the hindsight stream as well: one more
-        forward, on those rows alone. The micro-batches and the first two values do not depend on which rows those are."""
+        """old_logp and entropy of every token; on the rollouts that the attribution looks at the hindsight stream as well: one more forward, on
+        those rows alone, whose pass over the head gives their old_logp and entropy too. On the CPU these are `score`'s to the bit, so that which
+        rows are looked at changes neither; the CUDA kernels cut the head into other tiles and agree to the rounding of float32."""
         temperature, size = self.config.rollout.temperature, self.config.rollout.group_size
         rows = batch.sequence["hindsight"] = self.attributors.looks("hindsight", outcome)
         looked_at = set(rows.nonzero().flatten().tolist())
         for part in batch.micro_batches(list(range(len(batch))), self.config.trainer.micro_batch_tokens):
             hidden = self.policy.hidden([batch.prompts[b] for b in part], batch.responses(part))
-            logp, entropy = self.policy.score(hidden, torch.cat(batch.responses(part)), temperature)
-            batch.put(part, old_logp=logp, entropy=entropy, **({"hidden": hidden} if self.attributors.head is not None else {}))
-            chosen = [b for b in part if b in looked_at]
+            if self.attributors.head is not None:
+                batch.put(part, hidden=hidden)
+            plain = dict(zip(part, hidden.split([batch.lengths[b] for b in part]), strict=True))
+            chosen, others = [b for b in part if b in looked_at], [b for b in part if b not in looked_at]
+            if others:
+                logp, entropy = self.policy.score(torch.cat([plain[b] for b in others]), torch.cat(batch.responses(others)), temperature)
+                batch.put(others, old_logp=logp, entropy=entropy)
             if chosen:
                 prompts = [self._hinted(self.train_problems[indices[b // size]]) for b in chosen]
                 with self.clock("hindsight"):  # the one extra forward
                     hinted = self.policy.hidden(prompts, batch.responses(chosen))
-                plain = torch.cat([h for b, h in zip(part, hidden.split([batch.lengths[b] for b in part]), strict=True) if b in looked_at])
                 with self.clock("information"):
-                    result = self.policy.hindsight(plain, hinted, torch.cat(batch.responses(chosen)), temperature)
-                batch.put(chosen, log_ratio=result.log_ratio, kl=result.kl)
+                    both = self.policy.hindsight(torch.cat([plain[b] for b in chosen]), hinted, torch.cat(batch.responses(chosen)), temperature)
+                batch.put(chosen, old_logp=both.logp, entropy=both.entropy, log_ratio=both.log_ratio, kl=both.kl)
                 self.counters["tokens/forward_extra"] += sum(map(len, prompts)) + sum(batch.lengths[b] for b in chosen)
 
     def _segment(self, batch: Batch, reading: Reading | None = None) -> None:

@@ -1,32 +1,44 @@
-"""What ACPO adds to a GRPO step: both methods in turn on one policy, one seed, uniform problems and a learning rate of nothing, so that both
-see the same rollouts. The seconds are the trainer's own (`time/*` of its metrics), the lower quartile over the steps.
+"""One step of the whole loop: ACPO, GRPO of the same loop, and TRL's GRPOTrainer, in turn on one policy and the same rollouts.
 
-The tiny random policy is right nowhere, so every group is without variance and the hindsight forward reads EVERY rollout: the most
-that it costs. Policy: configs/gsm8k.yaml with policy.from_config=tiny; problems and Qwen2's tokenizer (V = 151,936) from
-../shared/data where they are, else the twenty problems of tests/fixtures and bytes.
+All three begin with the same weights and learn at a rate of nothing, so every step of all three sees the rollouts that ours sampled; outcomes
+are dealt, not verified, so that the groups are what the row says: `mixed`, half of each group right (hindsight reads one right and one wrong
+rollout of each); `equal`, nobody right (hindsight reads every rollout: the most that it costs, in a batch that teaches GRPO nothing, and whose
+rows without a gradient our loss skips). Seconds are the trainer's own (`time/*` of its metrics), lower quartile over the steps; what no part holds
+(metrics, controllers) is `rest`. Rollouts and optimiser are the same work for ACPO and GRPO and are pooled.
+
+The policy is a random Qwen2, of width 64 on the CPU and of the size of Qwen2.5-0.5B on a GPU; problems and Qwen2's tokenizer (V = 151,936) from
+../shared/data where they are, else the twenty problems of tests/fixtures and bytes. TRL samples nothing here, and its clipping is in no part.
 """
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 
-from acpo import config
+from acpo import config, policy, verify
+from acpo.attribution import MIN_BOUNDARIES
 from acpo.run import Run
 from acpo.trainer import Trainer
 
 from .common import quartile
+from .peers import trl
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
-PARTS = {  # part: what it is, and whether GRPO has it too
-    "rollout": "sampling and verifying", "score": "scoring forward: log-prob, entropy", "segment": "segmentation",
-    "hindsight": "hindsight forward (the extra one)", "information": "information kernel", "attribute": "calibrator, values, reliability",
-    "credit": "token advantages, bonus weights", "update": "loss and backward", "optimizer": "clipping and AdamW",
+PARTS = {
+    "rollout": "sampling and verifying", "score": "scoring forward: log-prob, entropy", "hindsight": "hindsight forward, the body (the extra one)",
+    "information": "information kernel: both streams through the head, their log-prob and entropy", "segment": "segmentation",
+    "attribute": "calibrator, tree, values, reliability", "credit": "token advantages, bonus weights", "update": "loss and backward",
+    "optimizer": "clipping and AdamW", "rest": "metrics, controllers",
 }  # fmt: skip
+SAME = ("rollout", "optimizer")  # in ACPO and GRPO
 # (prompts, rollouts a prompt, tokens a rollout, measured steps)
-SHAPES = {"small": (1, 2, 16, 2), "default": (2, 4, 96, 6), "large": (8, 8, 256, 6)}
+SHAPES = {"small": (2, 2, 16, 2), "default": (4, 4, 32, 5), "large": (8, 8, 256, 4)}
+TRL_STEPS = 2  # measured; on the CPU one takes as long as ten of ours
 
 
 def trainer(method: str, folder: Path, device: torch.device, shapes: str) -> Trainer:
@@ -38,32 +50,84 @@ def trainer(method: str, folder: Path, device: torch.device, shapes: str) -> Tra
     settings = config.load(ROOT / "configs" / "gsm8k.yaml", [
         f"method={method}", f"run_dir={folder / method}", f"problems.path={problems}", f"policy.tokenizer={tokenizer}", "problems.held_out=4",
         "policy.from_config=tiny", f"policy.device={device.type}", f"rollout.prompts={prompts}", f"rollout.group_size={group}",
-        f"rollout.max_new_tokens={tokens}", "curriculum.sampler=uniform", "optimizer.learning_rate=1e-12",
-        f"trainer.threads={torch.get_num_threads()}",
+        f"policy.dtype={'bfloat16' if device.type == 'cuda' else 'float32'}", f"rollout.max_new_tokens={tokens}", "curriculum.sampler=uniform",
+        "optimizer.learning_rate=1e-12", f"trainer.threads={torch.get_num_threads()}", "trainer.keep_rollouts=false",
     ])  # fmt: skip
-    return Trainer(settings, Run(settings))
+    one = Trainer(settings, Run(settings))
+    for attributor in one.attributors.by_name.values():  # past the first steps, in which hindsight reads everything to be measured at all
+        attributor.reliability.boundaries = MIN_BOUNDARIES
+    return one
 
 
-def test_step(run, device, shapes, tmp_path):
-    prompts, group, tokens, count = SHAPES[shapes]
-    trainers = {method: trainer(method, tmp_path, device, shapes) for method in ("acpo", "grpo")}
-    records: dict[str, list[dict]] = {method: [] for method in trainers}
-    for step in range(count + 1):
-        for method, one in trainers.items():
-            one.step_number += 1
-            metrics = one.step()
-            if step:  # the first one warms up
-                records[method].append(metrics)
-    for a, b in zip(*records.values(), strict=True):  # the same rollouts: else the table compares nothing
-        assert a["completions/mean_length"] == b["completions/mean_length"] and a["reward"] == b["reward"]
-    seconds = {method: {part: quartile([r.get(f"time/{part}", 0.0) for r in rows]) for part in PARTS} for method, rows in records.items()}
-    vocab = trainers["acpo"].policy.vocab_size
-    shape = {"rollouts": prompts * group, "tokens": tokens, "V": vocab}
+def step(one: Trainer) -> dict[str, float]:
+    before = one.counters["tokens/generated"]
+    begin = time.perf_counter()
+    one.step_number += 1
+    metrics = one.step()
+    metrics["time/rest"] = time.perf_counter() - begin - metrics["step_time"]
+    read = float(one.taken.sequence["hindsight"].repeat_interleave(torch.tensor(one.taken.lengths, device=one.policy.device)).float().mean())
+    return metrics | {"read": read, "generated": one.counters["tokens/generated"] - before, "old_logp": one.taken.token["old_logp"]}
+
+
+def keep_batches(one: Trainer) -> None:
+    """one.taken is the batch of the last step."""
+    rollout = one._rollout
+
+    def kept():
+        indices, one.taken, outcome = rollout()
+        return indices, one.taken, outcome
+
+    one._rollout = kept
+
+
+@pytest.mark.parametrize("outcomes", ["mixed", "equal"])
+def test_step(run, device, shapes, tmp_path, monkeypatch, outcomes):
+    prompts, group, _, count = SHAPES[shapes]
+    dealt = np.tile(np.arange(group) < (group // 2 if outcomes == "mixed" else 0), prompts).astype(np.float64)
+    monkeypatch.setattr(verify, "rewards", lambda problems, *_: dealt.copy())
+    if device.type == "cuda" and shapes != "small":
+        monkeypatch.setitem(policy.SIZES, "tiny", (896, 4864, 24, 14))
+    ours = {method: trainer(method, tmp_path, device, shapes) for method in ("acpo", "grpo")}
+    records: dict[str, list[dict]] = {"acpo": [], "grpo": [], "trl": []}
+    for one in ours.values():
+        keep_batches(one)
+
+    def turn() -> tuple[list[list[int]], list[list[int]], list[float]]:
+        for method, one in ours.items():
+            records[method].append(step(one))
+        batch = ours["grpo"].taken
+        return batch.prompts, [ids.tolist() for ids in batch.responses()], dealt.tolist()
+
+    refusal = "compared where the groups are mixed"
+    if outcomes == "mixed":
+        try:
+            records["trl"] = trl.grpo_steps(ours["grpo"], turn, min(TRL_STEPS, count) + 1)
+        except Exception as error:  # absent, or a refusal: ours is measured all the same, and an error of ours comes again below
+            refusal = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    while len(records["grpo"]) <= count:
+        turn()
+    records = {method: rows[1:] for method, rows in records.items()}  # the first one warms up
+    for a, b in zip(records["acpo"], records["grpo"], strict=True):  # the same rollouts: else the table compares nothing
+        assert a["generated"] == b["generated"] and a["entropy"] == pytest.approx(b["entropy"], rel=1e-3)
+    off = [(a["old_logp"] - b["old_logp"]).abs().mean().item() for a, b in zip(records["trl"], records["grpo"], strict=False)]
+    if off and not max(off) < (1e-4 if device.type == "cpu" else 2e-2):
+        records["trl"], refusal = [], f"scored log-probs that are {max(off):.1e} from ours on average"
+    seconds = {method: {part: quartile([r.get(f"time/{part}", 0.0) for r in rows]) for part in PARTS} for method, rows in records.items() if rows}
+    for part in SAME:
+        both = quartile([r[f"time/{part}"] for method in ours for r in records[method]])
+        for method in ours:
+            seconds[method][part] = both
+    if records["trl"]:
+        seconds["trl"] = {part: value for part, value in seconds["trl"].items() if value}
+    shape = {"B": prompts * group, "N": int(records["grpo"][0]["generated"]), "V": ours["acpo"].policy.vocab_size}
+    common = {
+        "op": "step", "shape": shape, "outcomes": outcomes, "dtype": ours["acpo"].config.policy.dtype, "device": device.type,
+        "threads": torch.get_num_threads(), "read": float(np.mean([r["read"] for r in records["acpo"]])), "correct": True,
+    }  # fmt: skip
     rows = [
-        {
-            "op": "step", "mode": method, "shape": shape, "dtype": "float32", "device": device.type, "threads": torch.get_num_threads(),
-            "kind": "part", "provider": part, "note": note, "correct": True, "part_seconds": seconds[method][part], "rounds": count,
-        }
-        for method in seconds for part, note in PARTS.items()
+        {**common, "mode": method, "kind": "part", "provider": part, "note": PARTS[part], "part_seconds": value, "rounds": len(records[method])}
+        for method in seconds for part, value in seconds[method].items()
     ]  # fmt: skip
+    if "trl" not in seconds:
+        rows.append({**common, "mode": "trl", "kind": "absent", "provider": "TRL GRPOTrainer", "why": refusal})
     run.record(rows, [r["step_time"] - r["time/rollout"] for r in records["acpo"]])

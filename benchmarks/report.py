@@ -27,11 +27,13 @@ def table(rows: list[dict]) -> str:
     parts = [row for row in rows if row["kind"] == "part"]
     rows = [row for row in rows if row["kind"] != "part"]
     bad = refused(rows)
-    lines = step_table(parts) if parts else []
-    if not rows:
-        return "\n".join(lines)
-    lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows if "seconds" in row and row not in bad]
+    lines = [
+        line for outcomes in dict.fromkeys(row["outcomes"] for row in parts) for line in step_table([r for r in parts if r["outcomes"] == outcomes])
+    ]
+    timed = [row for row in rows if "seconds" in row and row not in bad]
+    if timed:
+        lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+        lines += ["| " + " | ".join(_cells(row)) + " |" for row in timed]
     absent = {row["provider"]: row["why"] for row in rows if row["kind"] == "absent"}
     lines += [""] + [f"absent: {name}: {why}" for name, why in absent.items()]
     lines += [f"refused: {name(row)}: {row.get('why') or 'its result was not checked'}" for row in bad]
@@ -47,26 +49,49 @@ def table(rows: list[dict]) -> str:
 
 
 def step_table(parts: list[dict]) -> list[str]:
-    """One ACPO step beside one GRPO step, part by part, and what the rest of ACPO costs beside its extra forward."""
-    acpo, grpo = ({row["provider"]: row["part_seconds"] for row in parts if row["mode"] == mode} for mode in ("acpo", "grpo"))
+    """One ACPO step beside one GRPO step (and TRL's), part by part, and what ACPO adds, in percent of the GRPO step."""
+    found: dict[str, dict[str, float]] = {}
+    for row in parts:
+        found.setdefault(row["mode"], {})[row["provider"]] = row["part_seconds"]
     notes = {row["provider"]: row["note"] for row in parts}
-    total = sum(acpo.values())
-    update = total - acpo["rollout"]
+    acpo, grpo, trl = found["acpo"], found["grpo"], found.get("trl", {})
+    whole, updating = sum(grpo.values()), sum(grpo.values()) - grpo["rollout"]
+    first = parts[0]
     lines = [
-        f"One step, {_shape(parts[0])}, {parts[0]['threads']} threads, lower quartile of {parts[0]['rounds']} steps:", "",
-        "| part | | ACPO | GRPO | of the ACPO step | without rollouts |", "|---|---|---|---|---|---|",
+        f"One step, {first['outcomes']} groups, {_shape(first)}, {first['dtype']}, {first['threads']} threads, lower quartile of {first['rounds']} "
+        f"steps; hindsight reads {100 * first['read']:.0f} % of the tokens:", "",
+        f"| part | | GRPO | ACPO | {'TRL GRPO | ' if trl else ''}ACPO adds, of the GRPO step | without rollouts |",
+        "|---|---|---|---|" + "---|" * (3 if trl else 2),
     ]  # fmt: skip
-    for part, seconds in acpo.items():
-        without = "" if part == "rollout" else f"{100 * seconds / update:.1f} %"
-        other = time_text(grpo[part]) if grpo[part] else "0"
-        lines.append(f"| {part} | {notes[part]} | {time_text(seconds)} | {other} | {100 * seconds / total:.1f} % | {without} |")
-    added = sum(acpo[part] - grpo[part] for part in ("segment", "information", "attribute", "credit"))
+
+    def line(part: str, note: str, *times: float) -> str:
+        added = times[1] - times[0]
+        cells = [part, note, *(time_text(t) if t else "" for t in times), *(f"{100 * added / x:.2f} %" for x in (whole, updating))]
+        return "| " + " | ".join(cells) + " |"
+
+    methods = (grpo, acpo, trl) if trl else (grpo, acpo)
+    lines += [line(part, notes[part], *(m.get(part, 0.0) for m in methods)) for part in acpo]
+    lines.append(line("sum", "", *(sum(m.values()) for m in methods)))
+
+    forward = first["read"] * grpo["score"]
+    information = sum(acpo[part] for part in ("score", "hindsight", "information")) - grpo["score"] - forward
+    rest = information + sum(acpo[part] - grpo[part] for part in ("segment", "attribute", "credit", "rest"))
     lines += ["", (
-        f"What ACPO adds except the extra forward (segment, information, attribute, credit): {time_text(max(added, 0.0))}, "
-        f"{100 * added / total:.1f} % of the step, {100 * added / update:.1f} % without rollouts; the extra forward: "
-        f"{100 * acpo['hindsight'] / total:.1f} % and {100 * acpo['hindsight'] / update:.1f} %."
-    ), ""]  # fmt: skip
-    return lines
+        f"The extra forward, body and head, at the price of the scoring forward a token: {_signed(forward)}, {100 * forward / whole:.1f} % of the "
+        f"GRPO step, {100 * forward / updating:.1f} % without rollouts. All else that ACPO adds before the loss: {_signed(rest)}, "
+        f"{100 * rest / whole:.1f} % and {100 * rest / updating:.1f} %; of it the information kernel, beyond that forward, {_signed(information)}."
+    )]  # fmt: skip
+    if trl:
+        theirs, rounds = sum(trl.values()), next(row["rounds"] for row in parts if row["mode"] == "trl")
+        lines.append(
+            f"TRL on the same rollouts: {time_text(theirs)} without them ({rounds} steps), {theirs / sum(grpo.get(part, 0.0) for part in trl):.2f}x "
+            f"GRPO's same parts, {theirs / (sum(acpo.values()) - acpo['rollout']):.2f}x the whole ACPO step without rollouts."
+        )
+    return [*lines, ""]
+
+
+def _signed(seconds: float) -> str:
+    return f"{'-' if seconds < 0 else ''}{time_text(abs(seconds))}"
 
 
 def name(row: dict) -> str:

@@ -110,6 +110,22 @@ def test_hindsight_acts_on_groups_without_variance_and_is_measured_on_the_others
     assert torch.equal(batch.sequence["hindsight"], attribution.rows), "nothing to measure: nothing more to look at"
 
 
+def test_which_rollouts_hindsight_looks_at_changes_no_score(tmp_path, warmed):
+    """Their old_logp and entropy come from the pass over the head that reads both streams: to the bit those of the plain one."""
+    trainer = trainer_of(tmp_path, "attribution.source=hindsight", *MANY, weights=warmed)
+    trainer.step_number += 1
+    indices, batch, outcome = trainer._rollout()
+    found = {}
+    for name, looks in (("none", torch.zeros(64)), ("some", torch.arange(64) % 3 == 0), ("all", torch.ones(64))):
+        trainer.attributors.looks = lambda *_, looks=looks: looks.bool()
+        trainer._score(batch, outcome, indices)
+        found[name] = batch.token["old_logp"].clone(), batch.token["entropy"].clone()
+        assert (batch.token.get("kl", torch.zeros(1)) != 0).any() == looks.any()
+        batch.token = {name: value for name, value in batch.token.items() if name in ("ids", "rollout_logp")}
+    for name in ("some", "all"):
+        assert all(torch.equal(x, y) for x, y in zip(found["none"], found[name], strict=True)), name
+
+
 def problem_of(trainer, batch, b):
     return next(p for p in trainer.train_problems if trainer._prompt(p.prompt) == batch.prompts[b])
 

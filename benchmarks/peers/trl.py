@@ -33,3 +33,78 @@ def linear_logprob_entropy(device):
         return function.apply(hidden, weight, None, ids, temperature, 32768, None, 1.0, ("entropy",))[:2]
 
     return {"TRL chunked": chunked}
+
+
+def grpo_steps(ours, turn, count: int) -> list[dict[str, float]]:
+    """The seconds of each of `count` steps of TRL's GRPOTrainer on a copy of our trainer's policy, and the log-probs that it scored. A step is what
+    ours is: one scoring pass, then an optimiser step a minibatch, with the settings of ours. turn() -> (prompt ids, response ids, outcomes) is
+    called in each for its rollouts, and is no part of its seconds."""
+    import contextlib
+    import copy
+    import io
+    import time
+
+    require("trl", INSTALL)
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    config, device = ours.config, ours.policy.device
+    size, parts = config.rollout.prompts * config.rollout.group_size, config.loss.minibatches
+    found, given = [], {}
+
+    def rollouts(prompts, trainer):
+        begin = time.perf_counter()
+        given["prompts"], given["responses"], given["outcomes"] = turn()
+        given["seconds"] = time.perf_counter() - begin
+        return {"prompt_ids": given["prompts"], "completion_ids": given["responses"], "logprobs": None}
+
+    class Timed(GRPOTrainer):
+        def now(self) -> float:
+            if device.type == "cuda":
+                import torch
+
+                torch.cuda.synchronize()
+            return time.perf_counter()
+
+        def _generate_and_score_completions(self, inputs):
+            begin = self.now()
+            out = super()._generate_and_score_completions(inputs)
+            old_logp = out["old_per_token_logps"][out["completion_mask"].bool()]
+            found.append({"time/score": self.now() - begin - given["seconds"], "time/update": 0.0, "time/optimizer": 0.0, "old_logp": old_logp})
+            return out
+
+        def training_step(self, *arguments):
+            scored, begin = len(found), self.now()
+            loss = super().training_step(*arguments)
+            taken = self.now() - begin
+            if len(found) > scored:
+                taken -= found[-1]["time/score"] + given["seconds"]
+            found[-1]["time/update"] += taken
+            return loss
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        settings = GRPOConfig(
+            output_dir=str(ours.run.directory / "trl"), per_device_train_batch_size=size // parts, steps_per_generation=parts,
+            gradient_accumulation_steps=1, num_generations=config.rollout.group_size, max_completion_length=config.rollout.max_new_tokens,
+            max_steps=count * parts, learning_rate=config.optimizer.learning_rate, max_grad_norm=config.optimizer.max_grad_norm,
+            weight_decay=config.optimizer.weight_decay, temperature=config.rollout.temperature, beta=0.0, loss_type="bnpo",
+            epsilon=config.loss.clip_low, epsilon_high=config.loss.clip_high, bf16=config.policy.dtype == "bfloat16",
+            use_cpu=device.type == "cpu", gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no",
+            disable_tqdm=True, dataloader_pin_memory=False, seed=config.seed,
+        )  # fmt: skip
+        trainer = Timed(
+            model=copy.deepcopy(ours.policy.model), args=settings, processing_class=ours.tokenizer, rollout_func=rollouts,
+            reward_funcs=lambda completions, **_: given["outcomes"], train_dataset=Dataset.from_dict({"prompt": ["?"] * config.rollout.prompts}),
+        )  # fmt: skip
+        optimizer = trainer.create_optimizer()
+        take = optimizer.step
+
+        def timed_step(*arguments, **keywords):
+            begin = trainer.now()
+            result = take(*arguments, **keywords)
+            found[-1]["time/optimizer"] += trainer.now() - begin
+            return result
+
+        optimizer.step = timed_step
+        trainer.train()
+    return found
