@@ -83,9 +83,10 @@ def step_table(parts: list[dict]) -> list[str]:
     )]  # fmt: skip
     if trl:
         theirs, rounds = sum(trl.values()), next(row["rounds"] for row in parts if row["mode"] == "trl")
+        same = sum(grpo.get(part, 0.0) for part in trl)
         lines.append(
-            f"TRL on the same rollouts: {time_text(theirs)} without them ({rounds} steps), {theirs / sum(grpo.get(part, 0.0) for part in trl):.2f}x "
-            f"GRPO's same parts, {theirs / (sum(acpo.values()) - acpo['rollout']):.2f}x the whole ACPO step without rollouts."
+            f"TRL on the same rollouts, without them: {time_text(theirs)} ({rounds} measured), {theirs / same:.2f}x GRPO's same parts, "
+            f"{theirs / (sum(acpo.values()) - acpo['rollout']):.2f}x the whole ACPO step."
         )
     return [*lines, ""]
 
