@@ -335,4 +335,4 @@ def answer_copies(responses: list[Tensor], spellings: list[list[list[int]]]) -> 
                 for at in hits:
                     mask[at : at + n] = False
         masks.append(mask)
-    return torch.cat(masks).to(responses[0].device)
+    return torch.cat(masks).to(responses[0].device) if masks else torch.ones(0, dtype=torch.bool)
