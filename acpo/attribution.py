@@ -84,13 +84,14 @@ def tree_evidence(prefixes: Prefixes, rewards: Tensor, group_size: int, segments
     return Evidence((torch.logit(value, low) - torch.logit(base, low)).to(rewards.dtype), None, rows, changed=changed)
 
 
-def entropy_evidence(entropy: Tensor, rewards: Tensor, group_size: int, segments: Segments, rows: Tensor) -> Evidence:
+def entropy_evidence(entropy: Tensor, rewards: Tensor, group_size: int, segments: Segments, rows: Tensor, mask: Tensor | None = None) -> Evidence:
     """The upper bound of what a step can tell about the outcome, min(mean H_k / H_ref, h_b(mean outcome of the others) / log 2), H_ref the
     batch's mean: where learning is possible. It has no sign and no skill to measure: an ablation."""
     low = 0.5 / group_size
     base = leave_one_out(rewards, group_size).double().clamp(low, 1.0 - low)
-    mean = segment_reduce(torch.nan_to_num(entropy), segments, reduce="mean").double()
-    bound = torch.minimum(mean / entropy.double().mean().clamp(min=1e-6), binary_entropy(base)[segments.segment_sequence_ids()] / math.log(2.0))
+    mean = segment_reduce(torch.nan_to_num(entropy), segments, reduce="mean", mask=mask).double()
+    reference = (entropy if mask is None else entropy[mask]).double().mean()
+    bound = torch.minimum(mean / reference.clamp(min=1e-6), binary_entropy(base)[segments.segment_sequence_ids()] / math.log(2.0))
     return Evidence(bound, None, rows, unsigned=True)
 
 
@@ -334,4 +335,4 @@ def answer_copies(responses: list[Tensor], spellings: list[list[list[int]]]) -> 
                 for at in hits:
                     mask[at : at + n] = False
         masks.append(mask)
-    return torch.cat(masks).to(responses[0].device)
+    return torch.cat(masks).to(responses[0].device) if masks else torch.ones(0, dtype=torch.bool)

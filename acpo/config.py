@@ -245,6 +245,22 @@ def from_layers(*layers: tuple[str, dict[str, Any]]) -> Config:
     for i, (where, layer) in enumerate(layers):
         _apply(config, layer, where, expand=not any("method" in later for _, later in layers[i + 1 :]))
     _check(config)
+    _check_run(config)
+    return config
+
+
+METHOD = ("segmenter", "attribution", "credit", "entropy", "curriculum", "stages")
+
+
+def method_settings(layer: dict[str, Any], where: str) -> Config:
+    """The method's settings, for a loop that is not ours: nested or dotted ones of METHOD over the defaults. The rest is that loop's."""
+    flat = flatten(layer)
+    for key in flat:
+        if key in keys() and key.partition(".")[0] not in METHOD:
+            raise ConfigError(f"{where}: {key!r} belongs to our own loop; wanted settings of {', '.join(METHOD)}")
+    config = Config()
+    _apply(config, flat, where)
+    _check(config)
     return config
 
 
@@ -409,6 +425,10 @@ def _check(config: Config) -> None:
         raise ConfigError("credit.scope must be 'own' or 'all' with 'tree' in attribution.source: where all outcomes are equal its values are too")
     if config.loss.minibatches > config.rollout.prompts * config.rollout.group_size:
         raise ConfigError(f"loss.minibatches must be at most the rollouts of a step, {config.rollout.prompts * config.rollout.group_size}")
+
+
+def _check_run(config: Config) -> None:
+    """What our own loop needs besides."""
     if bool(config.problems.task) == bool(config.problems.path):
         raise ConfigError("one of problems.task and problems.path must be given, got " + ("both" if config.problems.task else "neither"))
     if bool(config.policy.path) == bool(config.policy.from_config):

@@ -8,7 +8,6 @@ from torch import Tensor
 from acpo_kernels import SegmentCredit, Segments, segment_credit, segment_reduce
 
 from .attribution import Attribution, zero_variance
-from .batch import Batch
 from .config import CreditConfig
 from .tree import branch_differences
 
@@ -28,9 +27,9 @@ def outcome_advantages(rewards: Tensor, group_size: int, kind: str) -> Tensor:
     return centred.flatten()
 
 
-def answer_confidence(rollout_logp: Tensor, segments: Segments) -> Tensor:
+def answer_confidence(rollout_logp: Tensor, segments: Segments, mask: Tensor | None = None) -> Tensor:
     """exp(mean log-prob of the answer span under the policy that sampled), 0 for a rollout without an answer, [B]."""
-    mean = segment_reduce(rollout_logp, segments, reduce="mean")
+    mean = segment_reduce(rollout_logp, segments, reduce="mean", mask=mask)
     terminal = segments.is_terminal()
     out = torch.zeros(segments.num_sequences, device=mean.device)
     out[segments.segment_sequence_ids()[terminal]] = mean[terminal].exp()
@@ -49,26 +48,31 @@ def keep_side(advantages: Tensor, plain: Tensor) -> Tensor:
     return torch.where(plain > 0, advantages.clamp(min=0.0), torch.where(plain < 0, advantages.clamp(max=0.0), advantages))
 
 
-def token_advantages(advantages: Tensor, attribution: Attribution | None, segments: Segments, config: CreditConfig) -> SegmentCredit:
-    """The credit form of the configuration, on the rollouts that the attribution looked at. Reliability 0 is the outcome advantage, bitwise.
+def token_advantages(
+    advantages: Tensor, attribution: Attribution | None, segments: Segments, config: CreditConfig, mask: Tensor | None = None
+) -> SegmentCredit:
+    """The credit form of the configuration, on the rollouts that the attribution looked at. Reliability 0 is the outcome advantage, bitwise. Tokens
+    that the policy did not write (mask [N] False) get 0 and count in no length.
 
     additive: A_i + reliability score_k.  weights: A_i w_k, bounded conserving weights from phi.  Any other form: A_i. With mask="unchanged" a
     segment that left the state as it was keeps (1 - reliability) of its advantage, and nothing takes its place: the others' stays as it is.
     """
     if attribution is None:
         zero = torch.zeros(segments.num_segments, device=advantages.device)
-        return segment_credit(zero, segments, advantages, form="additive", reliability=0.0, scale=1.0)
+        return segment_credit(zero, segments, advantages, mask=mask, form="additive", reliability=0.0, scale=1.0)
     sequence, ordinary = segments.segment_sequence_ids(), ~segments.is_terminal()
     reliability = attribution.reliability.to(advantages.dtype)
     if config.form == "weights":
         use = (attribution.rows[sequence] & ordinary).to(advantages.dtype)
         scores = attribution.phi.to(advantages.dtype)
         scale = (scores.abs() * use).sum() / use.sum().clamp(min=1.0) + 1e-6
-        out = segment_credit(scores, segments, advantages, form="weights", bound=config.bound, gain=config.gain, reliability=reliability, scale=scale)
+        out = segment_credit(
+            scores, segments, advantages, mask=mask, form="weights", bound=config.bound, gain=config.gain, reliability=reliability, scale=scale
+        )
     else:
         strength = reliability if config.form == "additive" else torch.zeros_like(reliability)
         scores = attribution.score.to(advantages.dtype)
-        out = segment_credit(scores, segments, advantages, form="additive", gain=1.0, reliability=strength, scale=1.0)
+        out = segment_credit(scores, segments, advantages, mask=mask, form="additive", gain=1.0, reliability=strength, scale=1.0)
     if config.mask != "unchanged":
         return out
     keep = 1.0 - reliability[sequence] * (~attribution.changed & ordinary)
@@ -81,28 +85,41 @@ def bounded_ratio(advantages: Tensor, log_ratio: Tensor, bound: float) -> Tensor
     return advantages * weight.clamp(1.0 - bound, 1.0 + bound)
 
 
-def token_factor(entropy: Tensor, segments: Segments) -> Tensor:
+def token_factor(entropy: Tensor, segments: Segments, mask: Tensor | None = None) -> Tensor:
     """u_t = clip(H_t / mean H of the segment, 1/2, 3/2) over its mean in the segment, [N]: inside a step more credit where the policy had a choice.
     Within [1/3, 3], and the segment keeps its credit."""
-    mean = segment_reduce(entropy, segments, reduce="mean")[segments.segment_ids()]
+    mean = segment_reduce(entropy, segments, reduce="mean", mask=mask)[segments.segment_ids()]
     raw = torch.where(mean > 0, (entropy / mean.clamp(min=1e-12)).clamp(0.5, 1.5), 1.0)
-    return raw / segment_reduce(raw, segments, reduce="mean")[segments.segment_ids()]
+    whole = segment_reduce(raw, segments, reduce="mean", mask=mask)[segments.segment_ids()]
+    return raw / whole if mask is None else torch.where(mask, raw / whole, 0.0)
 
 
 def assign(
-    batch: Batch, advantages: Tensor, outcome: Tensor, attribution: Attribution | None, group_size: int, config: CreditConfig, filler: Tensor | None
-) -> Tensor:
-    """Writes batch.token["advantages"] from the rollouts' advantages [B] and returns the segments' weights [S]. filler holds the ids of tokens
-    that are known to mean nothing (synthetic tasks), for the oracle mask."""
-    segments = batch.segments
-    tokens, weights = token_advantages(advantages, attribution, segments, config)
+    advantages: Tensor,
+    outcome: Tensor,
+    attribution: Attribution | None,
+    segments: Segments,
+    group_size: int,
+    config: CreditConfig,
+    *,
+    ids: Tensor,
+    log_ratio: Tensor | None = None,
+    entropy: Tensor | None = None,
+    filler: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> SegmentCredit:
+    """Token advantages [N] and segment weights [S] from the rollouts' advantages and outcomes [B], the whole credit form of the configuration.
+
+    ids [N] are the packed tokens, log_ratio [N] those of the hindsight stream (form "ratio"), entropy [N] the policy's (the token factor), filler
+    the ids of tokens that are known to mean nothing (synthetic tasks, the oracle mask), mask [N] the tokens that the policy wrote (None: all).
+    """
+    tokens, weights = token_advantages(advantages, attribution, segments, config, mask)
     if config.form == "branch":  # TEMPO
-        tokens = tokens + branch_differences(batch.responses(), outcome, group_size)
+        tokens = tokens + branch_differences(list(ids.split(segments.cu_seqlens.diff().tolist())), outcome, group_size)
     elif config.form == "ratio":
-        tokens = bounded_ratio(advantages[segments.sequence_ids()], batch.token["log_ratio"], config.bound)
+        tokens = bounded_ratio(advantages[segments.sequence_ids()], log_ratio, config.bound)
     if config.token == "entropy":
-        tokens = tokens * token_factor(batch.token["entropy"], segments)
+        tokens = tokens * token_factor(entropy, segments, mask)
     if config.mask == "filler" and filler is not None:
-        tokens = torch.where(torch.isin(batch.token["ids"], filler), 0.0, tokens)
-    batch.token["advantages"] = tokens
-    return weights
+        tokens = torch.where(torch.isin(ids, filler), 0.0, tokens)
+    return SegmentCredit(tokens if mask is None else torch.where(mask, tokens, 0.0), weights)

@@ -70,8 +70,9 @@ class EntropyController:
         if self.short >= PATIENCE and self.config.covariance == "fallback":
             self.covariance = True
 
-    def token_weights(self, segments: Segments, attribution: Attribution | None) -> Tensor | None:
-        """weight g_k a token [N]: g = h_b(Vhat_{k-1}) / log 2 drawn towards 1 by the reliability, 0 on the answer, mean one. None without a bonus."""
+    def token_weights(self, segments: Segments, attribution: Attribution | None, mask: Tensor | None = None) -> Tensor | None:
+        """weight g_k a token [N]: g = h_b(Vhat_{k-1}) / log 2 drawn towards 1 by the reliability, 0 on the answer and where mask [N] is False, mean
+        one over the rest. None without a bonus."""
         if self.weight == 0.0 or (self.config.controller == "step" and not self.below):
             return None
         gate = torch.ones(segments.num_segments, dtype=torch.float64, device=segments.device)
@@ -80,7 +81,9 @@ class EntropyController:
             gate = gate + reliability * (binary_entropy(attribution.previous) / math.log(2.0) - 1.0)
         gate = torch.where(segments.is_terminal(), 0.0, gate)
         tokens = gate[segments.segment_ids()]
-        return (self.weight * tokens / tokens.mean().clamp(min=1e-6)).to(torch.float32)
+        mean = tokens.mean() if mask is None else tokens[mask].mean()
+        tokens = self.weight * tokens / mean.clamp(min=1e-6)
+        return (tokens if mask is None else torch.where(mask, tokens, 0.0)).to(torch.float32)
 
     def state(self) -> dict:
         return {name: getattr(self, name) for name in ("weight", "batches", "first", "running", "short", "covariance", "below")}

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+HINT = "The answer is {answer}.\n{prompt}"  # the prompt of the hindsight stream
+
 
 class ProblemError(ValueError):
     """A problem file that cannot be used: the message names the file, the line and the field."""
@@ -27,11 +29,16 @@ class Problem:
     answer: str
     cell: str = ""  # difficulty cell: problems of one cell share a curriculum posterior; empty: the problem is its own cell
     luck: float = 1.0
-    hint: str = "The answer is {answer}.\n{prompt}"
+    hint: str = HINT
     data: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
 
     def hinted_prompt(self, answer: str) -> str:
-        return self.hint.replace("{answer}", answer).replace("{prompt}", self.prompt)
+        return filled(self.hint, prompt=self.prompt, answer=answer)
+
+
+def filled(template: str, **values: str) -> str:
+    """The template with each {name} replaced by its value, whatever stands in the values."""
+    return re.sub("|".join(re.escape(f"{{{name}}}") for name in values), lambda found: values[found[0][1:-1]], template)
 
 
 def load(

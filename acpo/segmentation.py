@@ -1,13 +1,33 @@
-"""Where the answer of a synthetic task begins, and the ablation that cuts rollouts into pieces of one length."""
+"""From when on a token forks, where the answer of a synthetic task begins, and the ablation that cuts rollouts into pieces of one length."""
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from acpo_kernels import Segments
+
+DECAY = 0.9
+MOST = 1 << 24  # torch.quantile takes no more
+
+
+@dataclass
+class ForkThreshold:
+    """The entropy at or above which a token forks: the running mean of the batches' quantile 1 - share, so that where one rollout is cut does not
+    depend on the others of its batch."""
+
+    share: float
+    value: float | None = None
+
+    def update(self, entropy: Tensor) -> float | None:
+        """Takes the token entropies of a batch, [N]; an empty one changes nothing."""
+        if entropy.numel():
+            quantile = float(torch.quantile(entropy[:MOST], 1 - self.share))
+            self.value = quantile if self.value is None else DECAY * self.value + (1 - DECAY) * quantile
+        return self.value
 
 
 def answer_starts(responses: list[Tensor], tokenizer) -> Tensor:

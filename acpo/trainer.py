@@ -41,7 +41,7 @@ from .probe import suffix_of
 from .problems import Problem
 from .rollout.local import LocalEngine
 from .run import Run
-from .segmentation import answer_starts, fixed_length
+from .segmentation import ForkThreshold, answer_starts, fixed_length
 from .sources import load_problems
 from .stages import Stages
 from .warmup import examples
@@ -76,7 +76,7 @@ class Trainer:
         self.curriculum = Curriculum(self.train_problems, config.curriculum)
         self.stages = Stages(config.stages, config.trainer.steps)
         self.reference: Policy | None = None
-        self.fork_threshold: float | None = None
+        self.forks = ForkThreshold(config.segmenter.forking_share)
         self.counters = {"tokens/generated": 0, "tokens/forward_extra": 0, "seconds": 0.0}
         self.clock = Clock(self.policy.device)
         self.warmup_step = self.step_number = 0
@@ -214,10 +214,7 @@ class Trainer:
     def _segment(self, batch: Batch, reading: Reading | None = None) -> None:
         """Reasoning steps from token ids, the behaviour policy's entropy and, for the synthetic tasks, the place of the answer line."""
         entropy = batch.token["entropy"]
-        if self.config.segmenter.entropy and entropy.numel():
-            quantile = float(torch.quantile(entropy[: 1 << 24], 1 - self.config.segmenter.forking_share))
-            self.fork_threshold = quantile if self.fork_threshold is None else 0.9 * self.fork_threshold + 0.1 * quantile
-        forks = {"entropy": entropy, "entropy_threshold": self.fork_threshold} if self.config.segmenter.entropy else {}
+        forks = {"entropy": entropy, "entropy_threshold": self.forks.update(entropy)} if self.config.segmenter.entropy else {}
         start = answer_starts(batch.responses(), self.tokenizer) if self.config.problems.task else None
         segments = self.segmenter(batch.token["ids"], batch.segments.cu_seqlens, answer_start=start, scores=reading, **forks).to(self.policy.device)
         batch.segments = fixed_length(segments, self.config.segmenter.fixed) if self.config.segmenter.fixed else segments
@@ -249,7 +246,10 @@ class Trainer:
             batch.sequence["confidence"] = confidence
             rewards = credit.confident_rewards(outcome, confidence, size, config.stages.confidence, config.stages.confidence_form)
             advantages = credit.keep_side(credit.outcome_advantages(rewards, size, config.credit.advantage), plain)
-        weights = credit.assign(batch, advantages, outcome, attribution, size, config.credit, self.filler)
+        batch.token["advantages"], weights = credit.assign(
+            advantages, outcome, attribution, segments, size, config.credit, ids=batch.token["ids"], log_ratio=batch.token.get("log_ratio"),
+            entropy=batch.token["entropy"], filler=self.filler,
+        )  # fmt: skip
         bonus = self.entropy.token_weights(segments, attribution)
         if bonus is not None:
             batch.token["entropy_weight"] = bonus
@@ -439,7 +439,7 @@ class Trainer:
             tensors["reference"] = dict(self.reference.named_parameters())
         state = {
             "files": sorted(tensors), "warmup_step": self.warmup_step, "step": self.step_number, "numpy": self.rng.bit_generator.state,
-            "counters": self.counters, "fork_threshold": self.fork_threshold, "attributors": self.attributors.state(),
+            "counters": self.counters, "fork_threshold": self.forks.value, "attributors": self.attributors.state(),
             "entropy": self.entropy.state(), "curriculum": self.curriculum.state(), "stages": self.stages.state(),
             "config": to_dict(self.config),
         }  # fmt: skip
@@ -463,7 +463,7 @@ class Trainer:
         torch.set_rng_state(tensors["random"]["torch"])
         self.generator.set_state(tensors["random"]["generator"])
         self.rng.bit_generator.state = state["numpy"]
-        self.counters, self.fork_threshold = state["counters"], state["fork_threshold"]
+        self.counters, self.forks.value = state["counters"], state["fork_threshold"]
         self.attributors.load(state["attributors"])
         if self.attributors.head is not None:
             self.attributors.head.load(tensors["head"])

@@ -7,6 +7,7 @@ canonical form `numbers` takes a step for the numbers that stand in it.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -27,6 +28,15 @@ class Prefixes:
     path: list[list[bytes]]
     state: list[list[bytes]]
     changed: list[list[bool]]
+
+
+def prefixes_of(ids: Tensor, segments: Segments, keys: str, tokenizer) -> Prefixes:
+    """Prefixes of packed ids [N] by the kind of key that the configuration names: "tokens", or "numbers", read from each step's text."""
+    if keys == "tokens":
+        return exact_prefixes(list(ids.split(segments.cu_seqlens.diff().tolist())), segments)
+    steps = ids.cpu().split(segments.lengths.tolist())
+    texts = tokenizer.batch_decode([step.tolist() for step in steps], skip_special_tokens=True)
+    return canonical_prefixes([texts[a:b] for a, b in itertools.pairwise(segments.sequence_offsets.tolist())])
 
 
 def exact_prefixes(responses: list[Tensor], segments: Segments) -> Prefixes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -204,3 +205,27 @@ def test_configurations_of_the_repository_load(path):
     more = [] if path.stem == "arithmetic" else ["problems.path=x.jsonl", "policy.path=y"]
     for method in METHODS:
         assert load(path, [*more, f"method={method}"]).method == method
+
+
+# --- the method's settings in another framework's loop -------------------------------------------------------------------------------
+
+
+def test_method_settings_nested_or_dotted():
+    found = config.method_settings({"credit": {"form": "weights"}, "entropy.weight": "2e-3"}, "here")
+    assert found.credit.form == "weights" and found.entropy.weight == 2e-3 and found.attribution == config.Config().attribution
+    assert config.method_settings({}, "here") == config.Config()
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ({"credit.from": "weights"}, "here: unknown setting 'credit.from'; the nearest is 'credit.form'"),
+        ({"credit": {"form": "weight"}}, "here: credit.form must be one of"),
+        ({"attribution.source": "trees"}, "attribution.source must be 'none' or some of"),
+        ({"trainer.steps": 3}, "here: 'trainer.steps' belongs to our own loop; wanted settings of segmenter, attribution"),
+        ({"method": "grpo"}, "here: 'method' belongs to our own loop"),
+    ],
+)
+def test_method_settings_that_cannot_be(layer, message):
+    with pytest.raises(config.ConfigError, match=re.escape(message)):
+        config.method_settings(layer, "here")

@@ -13,7 +13,16 @@ from ragged import hierarchies, segments_of
 from acpo.attribution import Attribution, zero_variance
 from acpo.batch import Batch
 from acpo.config import CreditConfig
-from acpo.credit import assign, bounded_ratio, confident_rewards, keep_side, outcome_advantages, token_advantages, token_factor
+from acpo.credit import (
+    answer_confidence,
+    assign,
+    bounded_ratio,
+    confident_rewards,
+    keep_side,
+    outcome_advantages,
+    token_advantages,
+    token_factor,
+)
 from acpo.tree import branch_differences
 from acpo_kernels import segment_reduce
 
@@ -191,20 +200,22 @@ def test_the_bounded_ratio_by_hand():
     torch.testing.assert_close(found, torch.tensor([math.exp(0.1), -math.exp(-0.1), 2.4, -2.0]))
 
 
-def test_assign_writes_the_form_and_masks_what_is_known_to_be_filler():
+def test_assign_gives_the_form_and_masks_what_is_known_to_be_filler():
     ids = [torch.tensor(x) for x in ([5, 9, 6], [5, 9, 7], [4], [5, 8, 9, 9])]
     batch = Batch.from_responses([[1]] * 4, ids)
     outcome = torch.tensor([1.0, 0, 0, 1])
     advantages = outcome_advantages(outcome, 4, "grpo")
     plain = advantages[batch.segments.sequence_ids()]
-    weights = assign(batch, advantages, outcome, None, 4, CreditConfig(form="branch", mask="none"), None)
-    torch.testing.assert_close(batch.token["advantages"], plain + branch_differences(ids, outcome, 4))
+    packed = batch.token["ids"]
+    tokens, weights = assign(advantages, outcome, None, batch.segments, 4, CreditConfig(form="branch", mask="none"), ids=packed)
+    torch.testing.assert_close(tokens, plain + branch_differences(ids, outcome, 4))
     assert (weights == 1).all()
     filler = torch.tensor([9])
-    assign(batch, advantages, outcome, None, 4, CreditConfig(form="none", mask="filler"), filler)
-    torch.testing.assert_close(batch.token["advantages"], torch.where(batch.token["ids"] == 9, 0.0, plain))
-    assign(batch, advantages, outcome, None, 4, CreditConfig(form="none", mask="filler"), None)
-    assert torch.equal(batch.token["advantages"], plain), "a task that knows of no filler"
+    config = CreditConfig(form="none", mask="filler")
+    tokens, _ = assign(advantages, outcome, None, batch.segments, 4, config, ids=packed, filler=filler)
+    torch.testing.assert_close(tokens, torch.where(packed == 9, 0.0, plain))
+    tokens, _ = assign(advantages, outcome, None, batch.segments, 4, config, ids=packed)
+    assert torch.equal(tokens, plain), "a task that knows of no filler"
 
 
 @given(hierarchies())
@@ -227,3 +238,45 @@ def test_the_naive_confidence_pays_certainty_alone():
     found = confident_rewards(outcome, confidence, 2, 0.3, "product")
     assert found.tolist() == [1.0, 1.0, 0.0, 0.0, 1.0, 1.0], "no group with both outcomes"
     torch.testing.assert_close(confident_rewards(outcome, confidence, 6, 0.3, "product"), torch.tensor([0.9, 0.2, 0.0, 0.0, 0.9, 0.2]))
+
+
+# --- tokens that the policy did not write ---------------------------------------------------------------------------------------------
+
+
+def test_tokens_of_a_tool_carry_no_advantage_and_no_mass():
+    segments = segments_of(((2, 3), (2, 2)))
+    mask = torch.tensor([True, True, False, False, True, True, True, True, True])
+    attribution = attribution_of(segments, 1.0)
+    advantages, outcome = torch.tensor([1.0, -1.0]), torch.tensor([1.0, 0.0])
+    config = CreditConfig(form="weights", mask="none", token="entropy")
+    entropy = torch.tensor([0.1, 0.3, 9.0, 9.0, 0.2, 0.2, 0.2, 0.2, 0.2])
+    tokens, _ = assign(advantages, outcome, attribution, segments, 2, config, ids=torch.arange(9), entropy=entropy, mask=mask)
+    assert (tokens[~mask] == 0).all() and (tokens[mask] != 0).all()
+    torch.testing.assert_close(tokens[:5].sum(), torch.tensor(3.0)), "its three tokens share the credit of three"
+    torch.testing.assert_close(tokens[1] / tokens[0], torch.tensor(3.0)), "the mean entropy of the step is that of its own two tokens"
+    none, _ = assign(advantages, outcome, None, segments, 2, config, ids=torch.arange(9), entropy=torch.ones(9), mask=mask)
+    assert torch.equal(none, advantages[segments.sequence_ids()] * mask)
+
+
+def test_a_mask_that_leaves_nothing_out_changes_nothing():
+    segments = segments_of(LENGTHS)
+    everything = torch.ones(segments.num_tokens, dtype=torch.bool)
+    advantages = outcome_advantages(OUTCOME, SIZE, "grpo")
+    logp = -torch.rand(segments.num_tokens)
+    for form in ("additive", "weights"):
+        both = [
+            assign(
+                advantages,
+                OUTCOME,
+                attribution_of(segments, 0.6),
+                segments,
+                SIZE,
+                CreditConfig(form=form),
+                ids=torch.zeros(segments.num_tokens),
+                mask=m,
+            )
+            for m in (None, everything)
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+    terminal = segments_of(LENGTHS, (True,) * 8)
+    assert torch.equal(answer_confidence(logp, terminal), answer_confidence(logp, terminal, everything))

@@ -179,3 +179,18 @@ def test_the_entropy_source_has_the_sign_of_the_outcome_and_no_values():
     mean = entropy.double().mean()
     bound = torch.minimum(entropy[:2].double() / mean, binary_entropy(torch.tensor(0.125, dtype=torch.float64)) / math.log(2))
     assert (found.phi[0] - found.phi[1]).item() == pytest.approx((bound[0] - bound[1]).item())
+
+
+def test_tokens_of_a_tool_take_no_bonus_and_count_in_no_mean():
+    segments = segments_of(((2, 2),))
+    mask = torch.tensor([True, False, True, True])
+    controller = EntropyController(EntropyConfig(weight=2e-3))
+    weights = controller.token_weights(segments, None, mask)
+    torch.testing.assert_close(weights, torch.tensor([2e-3, 0.0, 2e-3, 2e-3]))
+    assert torch.equal(controller.token_weights(segments, None, torch.ones(4, dtype=torch.bool)), controller.token_weights(segments, None))
+    rows = torch.ones(2, dtype=torch.bool)
+    outcome = torch.tensor([1.0, 0.0])
+    entropy = torch.tensor([1.0, 50.0, 0.5, 0.5, 0.3])
+    found = entropy_evidence(entropy, outcome, 2, segments_of(((2, 2), (1,))), rows, torch.tensor([True, False, True, True, True]))
+    without = entropy_evidence(entropy[[0, 2, 3, 4]], outcome, 2, segments_of(((1, 2), (1,))), rows)
+    torch.testing.assert_close(found.evidence, without.evidence)

@@ -84,6 +84,7 @@ def test_hinted_prompt(tmp_path):
     (problem,) = load(path, hint="[{answer}] {prompt}")
     assert problem.hinted_prompt("9") == "[9] with {answer} in it", "braces of the problem are its own"
     assert Problem("x", "p", "a").hinted_prompt("3") == "The answer is 3.\np"
+    assert problem.hinted_prompt("{prompt}") == "[{prompt}] with {answer} in it", "and so are the answer's"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Steps of one length: every token once, answers whole, nothing longer than asked."""
+"""Steps of one length: every token once, answers whole, nothing longer than asked; and from when on a token forks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ragged import hierarchies, segments_of
 
-from acpo.segmentation import fixed_length
+from acpo.segmentation import ForkThreshold, fixed_length
 
 
 def test_by_hand():
@@ -26,3 +26,11 @@ def test_properties(hierarchy, tokens):
     assert (found.lengths[~found.is_terminal()] <= tokens).all()
     answers = [s.lengths[s.is_terminal()].tolist() for s in (segments, found)]
     assert answers[0] == answers[1]
+
+
+def test_the_fork_threshold_is_the_running_mean_of_the_quantile():
+    forks = ForkThreshold(0.25)
+    assert forks.update(torch.zeros(0)) is None
+    assert forks.update(torch.arange(5.0)) == 3.0
+    assert abs(forks.update(torch.arange(5.0) + 10) - (0.9 * 3.0 + 0.1 * 13.0)) < 1e-6
+    assert forks.update(torch.zeros(0)) == forks.value, "an empty batch changes nothing"

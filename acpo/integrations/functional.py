@@ -1,0 +1,380 @@
+"""Step-level credit for any training loop: padded (B,T) tensors in, (B,T) advantages out.
+
+`StepCredit` is one generation batch of the method (segment, attribute, credit, and the weights of the entropy bonus) with its state between
+batches, made of the same modules as our own loop. It runs on the host, where the segmenter does and where every rank of a distributed run comes to
+the same numbers; results are on the device of `ids`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acpo_kernels import Segmenter, Segments, pack, unpack
+
+from .. import credit
+from ..attribution import Attribution, Evidence, answer_copies, entropy_evidence, hindsight_evidence, tree_evidence, zero_variance
+from ..config import method_settings
+from ..entropy import EntropyController
+from ..panel import Panel
+from ..problems import HINT, filled
+from ..segmentation import ForkThreshold
+from ..stages import Stages
+from ..tree import prefixes_of, sharing
+
+# What the loop itself has to do for it stays off until it is asked for.
+LOOPS_OWN = {"entropy.controller": "none", "stages.two": False, "curriculum.sampler": "uniform"}
+SUCCESS_DECAY = 0.9
+
+
+@dataclass
+class Credited:
+    """What a batch was given, in the caller's order of rows.
+
+    advantages [B,T], 0 where the policy did not write; entropy_weight [B,T] of the bonus sum_t w_t H_t / (all written tokens), None without one;
+    step [B,T] numbers each rollout's reasoning steps from 0, -1 at padding; stage under which it was credited; metrics by name.
+    """
+
+    advantages: Tensor
+    entropy_weight: Tensor | None
+    step: Tensor
+    stage: int
+    metrics: dict[str, float]
+
+
+class StepCredit:
+    """Credit for the rollouts of one loop.
+
+    settings are those of the method in our configuration files (segmenter, attribution, credit, entropy, stages), nested or dotted. The entropy
+    bonus and the second stage need the loop's help and are off by default; total_steps is how long training goes on, which both then need.
+    tokenizer is a Hugging Face fast tokenizer, vocab_size the model's. Errors: ConfigError (a ValueError) for settings, ValueError for the rest.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        *,
+        group_size: int,
+        vocab_size: int | None = None,
+        settings: Mapping[str, Any] | None = None,
+        total_steps: int | None = None,
+        where: str = "settings",
+    ):
+        if not isinstance(group_size, int) or group_size < 2:
+            raise ValueError(f"group_size must be an integer of at least 2, the rollouts of one prompt, got {group_size!r}")
+        self.settings = config = method_settings({**LOOPS_OWN, **dict(settings or {})}, where)
+        names = [] if config.attribution.source == "none" else config.attribution.source.split(",")
+        for name in ("probe", "head"):
+            if name in names:
+                raise ValueError(f"{where}: attribution.source {name!r} needs the policy itself and is our own loop's; leave it out, got {names}")
+        if config.entropy.covariance == "always":
+            raise ValueError(f"{where}: entropy.covariance = 'always' is our own loop's; wanted 'fallback' or 'never', which both leave it off here")
+        if config.segmenter.fixed or config.attribution.control != "none" or config.credit.mask == "filler":
+            raise ValueError(f"{where}: segmenter.fixed, attribution.control and credit.mask = 'filler' are experiments of our own loop")
+        if total_steps is None and (config.stages.two or config.entropy.controller in ("target", "step")):
+            raise ValueError(f"{where}: total_steps must be given with stages.two or entropy.controller = {config.entropy.controller!r}")
+        self.tokenizer, self.group_size, self.total_steps = tokenizer, group_size, total_steps
+        self.segmenter = Segmenter.from_tokenizer(
+            tokenizer, vocab_size=vocab_size, min_tokens=config.segmenter.min_tokens, max_tokens=config.segmenter.max_tokens,
+            max_segments=config.segmenter.max_segments, target_tokens=config.segmenter.target_tokens,
+        )  # fmt: skip
+        self.panel = Panel(config.attribution, config.credit, group_size)
+        self.forks = ForkThreshold(config.segmenter.forking_share)
+        self.entropy = EntropyController(config.entropy)
+        self.stages = Stages(config.stages, total_steps or 0)
+        self.success: float | None = None  # running mean outcome: what is known of a problem that nobody kept a record of
+        self.batches = 0
+
+    # --- what the loop has to bring -----------------------------------------------------------------------------------------------
+
+    @property
+    def stage(self) -> int:
+        """1, or 2 from the batch after the switch on: then the loop keeps near a snapshot of the policy taken at the switch."""
+        return self.stages.stage
+
+    @property
+    def needs_entropy(self) -> bool:
+        config = self.settings
+        return config.entropy.controller != "none" or config.credit.token == "entropy" or "entropy" in self.panel.by_name
+
+    @property
+    def needs_hindsight(self) -> bool:
+        return "hindsight" in self.panel.by_name
+
+    @property
+    def needs_logp(self) -> bool:
+        """Whether the next batch needs the log-probs of the policy that sampled it: for the confidence of stage 2."""
+        return self.stage == 2 and self.settings.stages.confidence > 0
+
+    def looks(self, outcome: Tensor, *, groups: Sequence[Hashable] | None = None) -> Tensor:
+        """Which rollouts [B] the next batch's hindsight stream is wanted for: log_ratio and kl of the others are not read."""
+        order = self._order(groups, len(outcome))
+        filled, scored = _outcome(outcome, order)
+        out = torch.empty(len(order), dtype=torch.bool)
+        out[order] = self.panel.looks("hindsight", filled, scored)
+        return out.to(outcome.device)
+
+    # --- the batch ----------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        outcome: Tensor,
+        *,
+        advantages: Tensor | None = None,
+        normalise: Callable[[Tensor], Tensor] | None = None,
+        groups: Sequence[Hashable] | None = None,
+        written: Tensor | None = None,
+        entropy: Tensor | None = None,
+        log_ratio: Tensor | None = None,
+        kl: Tensor | None = None,
+        logp: Tensor | None = None,
+        answers: Sequence[str] | None = None,
+        prior: Tensor | None = None,
+        answer_start: Tensor | None = None,
+        step: int | None = None,
+    ) -> Credited:
+        """Advantages of a batch, and what it teaches the calibrators and controllers.
+
+        Shapes
+            ids, mask, written, entropy, log_ratio, kl, logp [B,T], left- or right-padded; outcome, advantages, prior, answer_start [B]; answers and
+            groups of length B.
+        Units
+            mask: the tokens of the responses, written: those of them that the policy wrote (tool output is not; default: all). outcome: the
+            verifier's R in [0, 1], NaN where there is none. advantages: of the rollouts, default those of credit.advantage. groups: a name for each
+            rollout's prompt (default: group_size neighbours); every group has group_size rollouts. entropy: of the next-token distribution (the fork
+            rule of the segmenter uses it where it is given). log_ratio, kl: of the hindsight stream (`acpo_kernels.hindsight_information`), and
+            answers the reference answers, whose literal copies carry no credit. prior: probability of success known before. step: the training step
+            that this batch is for, from 1 (default: counts the calls). answer_start: the response token at which the final answer begins, -1 for
+            none, where the loop knows it better than the segmenter. In stage 2 logp are the log-probs of the policy that sampled, and normalise
+            makes advantages [B] of rewards [B] where the loop gives its own.
+        Errors
+            ValueError that names the argument.
+        """
+        order = self._order(groups, len(outcome))
+        filled, scored = _outcome(outcome, order)
+        batch = _Packed(ids, mask, written, order)
+        values = {"entropy": entropy, "log_ratio": log_ratio, "kl": kl, "logp": logp}
+        tokens = {name: batch.pack(name, value) for name, value in values.items() if value is not None}
+        self._check(tokens, advantages, normalise, answers, len(order))
+        stage, config, size = self.stage, self.settings, self.group_size
+        segments = self._segments(batch, tokens.get("entropy"), None if answer_start is None else _rows("answer_start", answer_start, order))
+        metrics: dict[str, float] = {}
+        evidence = self._evidence(batch, tokens, segments, filled, scored, answers, order, metrics)
+        known = torch.full_like(filled, 0.5 if self.success is None else self.success) if prior is None else _rows("prior", prior, order)
+        attribution, reliabilities = self.panel.attribute(evidence, filled, known, segments)
+        own = credit.outcome_advantages(filled, size, config.credit.advantage) if advantages is None else _rows("advantages", advantages, order)
+        if stage == 2 and config.stages.confidence > 0:
+            own = self._confident(own, filled, scored, tokens["logp"], segments, batch.written, normalise, order, metrics)
+        assigned, weights = credit.assign(
+            own, filled, attribution, segments, size, config.credit, ids=batch.ids, log_ratio=tokens.get("log_ratio"), entropy=tokens.get("entropy"),
+            mask=batch.written,
+        )  # fmt: skip
+        bonus = self.entropy.token_weights(segments, attribution, batch.written)
+        metrics |= {f"acpo/{name.removeprefix('attribution/')}": value for name, value in reliabilities.items()}
+        metrics |= self._figures(batch, segments, attribution, filled, assigned - own[segments.sequence_ids()], weights)
+        self._learn(filled[scored], tokens.get("entropy"), batch.written, step, metrics)
+        first = segments.sequence_offsets[:-1][segments.sequence_ids()]
+        weight = None if bonus is None else batch.unpack(bonus)
+        return Credited(batch.unpack(assigned), weight, batch.unpack(segments.segment_ids() - first, fill=-1), stage, metrics)
+
+    def _order(self, groups: Sequence[Hashable] | None, count: int) -> Tensor:
+        """Rows so that the rollouts of one prompt stand side by side, [B]."""
+        size = self.group_size
+        if groups is None:
+            if count % size:
+                raise ValueError(f"outcome must hold whole groups of {size} neighbours, or groups must be given, got {count} rollouts")
+            return torch.arange(count)
+        names = groups.tolist() if hasattr(groups, "tolist") else list(groups)
+        if len(names) != count:
+            raise ValueError(f"groups must name the prompt of each of the {count} rollouts, got {len(names)} names")
+        rows: dict[Hashable, list[int]] = {}
+        for row, name in enumerate(names):
+            rows.setdefault(name, []).append(row)
+        for name, own in rows.items():
+            if len(own) != size:
+                raise ValueError(f"groups must hold group_size = {size} rollouts of every prompt, got {len(own)} of {name!r}")
+        return torch.tensor([row for own in rows.values() for row in own], dtype=torch.int64)
+
+    def _check(self, tokens: dict[str, Tensor], advantages, normalise, answers, count: int) -> None:
+        source = self.settings.attribution.source
+        if self.needs_hindsight and not {"log_ratio", "kl"} <= tokens.keys():
+            raise ValueError(f"log_ratio and kl must be given with attribution.source = {source!r} ('tree' alone needs neither), got None")
+        if self.needs_hindsight and self.settings.attribution.mask_answer_copies and answers is None:
+            raise ValueError("answers must be given with the hindsight source while attribution.mask_answer_copies is True, got None")
+        if answers is not None and len(answers) != count:
+            raise ValueError(f"answers must hold one text a rollout, {count}, got {len(answers)}")
+        if self.needs_entropy and "entropy" not in tokens:
+            raise ValueError("entropy must be given with an entropy.controller, credit.token = 'entropy' or the entropy source, got None")
+        if self.needs_logp and "logp" not in tokens:
+            raise ValueError("logp must be given in stage 2 with stages.confidence > 0, got None")
+        if self.needs_logp and advantages is not None and normalise is None:
+            raise ValueError("normalise must be given beside advantages in stage 2 with stages.confidence > 0, got None")
+
+    def _segments(self, batch: _Packed, entropy: Tensor | None, answer_start: Tensor | None) -> Segments:
+        forks: dict[str, Any] = {}
+        if self.settings.segmenter.entropy and entropy is not None:
+            seen = torch.where(batch.written, entropy, 0.0)  # what a tool wrote was not uncertain
+            threshold = self.forks.update(entropy[batch.written])
+            forks = {} if threshold is None else {"entropy": seen, "entropy_threshold": threshold}
+        return self.segmenter(batch.ids, batch.cu_seqlens, answer_start=None if answer_start is None else answer_start.long(), **forks)
+
+    def _evidence(
+        self, batch: _Packed, tokens, segments: Segments, outcome: Tensor, scored: Tensor, answers, order: Tensor, metrics
+    ) -> Callable[[str, Tensor], Evidence]:
+        settings, size = self.settings.attribution, self.group_size
+
+        def of(name: str, base: Tensor) -> Evidence:
+            acts = self.panel.acts(name, outcome, scored)
+            if name == "entropy":
+                return entropy_evidence(tokens["entropy"], outcome, size, segments, acts, batch.written)
+            if name == "hindsight":
+                rows, keep = self.panel.looks(name, outcome, scored), batch.written
+                if settings.mask_answer_copies:
+                    spelled = {text: self._spellings(text) for text in set(answers)}
+                    keep = keep & answer_copies(batch.responses(), [spelled[answers[b]] for b in order.tolist()])
+                log_ratio, kl = tokens["log_ratio"], tokens["kl"]
+                looked_at = rows[segments.sequence_ids()]
+                metrics["acpo/not_finite"] = float((looked_at & ~torch.isfinite(log_ratio + kl)).sum())
+                metrics["acpo/hindsight_rows"] = float(rows.float().mean())
+                log_ratio, kl = (torch.where(looked_at, value, 0.0) for value in (log_ratio, kl))
+                return replace(hindsight_evidence(log_ratio, kl, segments, keep, rows, settings.clamp), acts=acts)
+            prefixes = prefixes_of(batch.ids, segments, settings.keys, self.tokenizer)
+            metrics["acpo/shared"] = sharing(prefixes, segments, size)
+            return tree_evidence(prefixes, outcome, size, segments, settings.kappa, settings.keys == "numbers", acts)
+
+        return of
+
+    def _spellings(self, answer: str) -> list[list[int]]:
+        return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (answer, " " + answer)]
+
+    def _confident(
+        self, plain: Tensor, outcome: Tensor, scored: Tensor, logp: Tensor, segments: Segments, written: Tensor, normalise, order: Tensor, metrics
+    ) -> Tensor:
+        """Advantages of the confidence-weighted rewards of stage 2, on the side of the plain ones."""
+        settings, size = self.settings.stages, self.group_size
+        confidence = credit.answer_confidence(logp, segments, written)
+        metrics["acpo/confidence"] = float(confidence.mean())
+        rewards = credit.confident_rewards(outcome, confidence, size, settings.confidence, settings.confidence_form)
+        whole = scored.view(-1, size).all(1).repeat_interleave(size)
+        rewards = torch.where(scored, torch.where(whole, rewards, outcome), math.nan)
+        if normalise is None:
+            weighted = credit.outcome_advantages(torch.nan_to_num(rewards), size, self.settings.credit.advantage)
+        else:
+            back = torch.empty_like(rewards)
+            back[order] = rewards
+            weighted = _rows("the result of normalise", normalise(back), order)
+        return credit.keep_side(weighted, plain)
+
+    def _learn(self, outcome: Tensor, entropy: Tensor | None, written: Tensor, step: int | None, metrics: dict[str, float]) -> None:
+        self.batches += 1
+        step = self.batches if step is None else step
+        progress = step / self.total_steps if self.total_steps else 0.0
+        mean = float(entropy[written].mean()) if entropy is not None and bool(written.any()) else math.nan
+        metrics |= {"acpo/stage": float(self.stage)}
+        if self.settings.entropy.controller != "none":
+            metrics |= {"acpo/entropy_weight": self.entropy.weight, "acpo/entropy_target": self.entropy.target(progress, self.stage)}
+            self.entropy.update(mean, progress, self.stage)
+        if len(outcome):
+            success = float(outcome.mean())
+            self.success = success if self.success is None else SUCCESS_DECAY * self.success + (1 - SUCCESS_DECAY) * success
+            self.stages.update(step, success)
+
+    def _figures(
+        self, batch: _Packed, segments: Segments, attribution: Attribution | None, outcome: Tensor, shaping: Tensor, weights: Tensor
+    ) -> dict[str, float]:
+        count = max(1, segments.num_sequences)
+        out = {
+            "acpo/segments": segments.num_segments / count,
+            "acpo/segment_length": float(segments.lengths.float().mean()) if segments.num_segments else 0.0,
+            "acpo/answers": float(segments.is_terminal().sum()) / count,
+            "acpo/zero_variance": float(zero_variance(outcome, self.group_size).float().mean()) if len(outcome) else 0.0,
+            "acpo/weight_std": float(weights.std(correction=0)) if len(weights) else 0.0,
+            "acpo/shaping": float(shaping[batch.written].abs().mean()) if bool(batch.written.any()) else 0.0,
+        }
+        if attribution is not None and len(outcome):
+            out["acpo/credited"] = float((attribution.reliability > 0).float().mean())
+        return out
+
+    # --- state --------------------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a batch teaches, as plain numbers and lists (JSON)."""
+        return {
+            "panel": self.panel.state(), "forks": self.forks.value, "entropy": self.entropy.state(), "stages": self.stages.state(),
+            "success": self.success, "batches": self.batches,
+        }  # fmt: skip
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        if state["panel"].keys() != self.panel.by_name.keys():
+            wanted, got = ", ".join(self.panel.by_name) or "none", ", ".join(state["panel"]) or "none"
+            raise ValueError(f"state must be of attribution.source = {wanted!r}, got one of {got!r}")
+        self.panel.load(state["panel"])
+        self.forks.value, self.success, self.batches = state["forks"], state["success"], state["batches"]
+        self.entropy.load(state["entropy"])
+        self.stages.load(state["stages"])
+
+
+class _Packed:
+    """The batch's real tokens, packed on the host in the order of groups."""
+
+    def __init__(self, ids: Tensor, mask: Tensor, written: Tensor | None, order: Tensor):
+        if ids.ndim != 2 or ids.shape[0] != len(order):
+            raise ValueError(f"ids must be [B,T] with B = {len(order)}, the length of outcome, got {tuple(ids.shape)}")
+        self.device, self.shape, self.order = ids.device, ids.shape, order
+        self.mask = self._host("mask", mask).bool()
+        self.ids = pack(self._host("ids", ids), self.mask)
+        inside = torch.ones_like(self.mask) if written is None else self._host("written", written).bool()
+        self.written = pack(inside, self.mask)
+        self.lengths = self.mask.sum(1)
+        self.cu_seqlens = torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0))
+
+    def _host(self, name: str, values: Tensor) -> Tensor:
+        if tuple(values.shape) != tuple(self.shape):
+            raise ValueError(f"{name} must be [B,T] = {tuple(self.shape)} as ids, got {tuple(values.shape)}")
+        return values.detach().cpu()[self.order]
+
+    def pack(self, name: str, values: Tensor) -> Tensor:
+        return pack(self._host(name, values).float(), self.mask)
+
+    def unpack(self, values: Tensor, fill: float = 0) -> Tensor:
+        out = torch.empty(self.shape, dtype=values.dtype)
+        out[self.order] = unpack(values, self.mask, fill)
+        return out.to(self.device)
+
+    def responses(self) -> list[Tensor]:
+        return list(self.ids.split(self.lengths.tolist()))
+
+
+def _outcome(outcome: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Outcomes with 0 in the place of NaN, and which rollouts have one, [B] each."""
+    rows = _rows("outcome", outcome, order)
+    scored = ~torch.isnan(rows)
+    wrong = scored & ((rows < 0) | (rows > 1))
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        raise ValueError(f"outcome must lie in [0, 1], or be NaN where there is none, got {float(rows[at])} for rollout {int(order[at])}")
+    return torch.where(scored, rows, 0.0), scored
+
+
+def _rows(name: str, values: Tensor, order: Tensor) -> Tensor:
+    if tuple(values.shape) != (len(order),):
+        raise ValueError(f"{name} must be [B] = ({len(order)},), got {tuple(values.shape)}")
+    return values.detach().cpu()[order].float()
+
+
+def hinted_prompt(prompt: str | list[dict], answer: str, hint: str = HINT) -> str | list[dict]:
+    """The prompt of the hindsight stream: {prompt} and {answer} of the template filled in, for messages in the last one of the user."""
+    if isinstance(prompt, str):
+        return filled(hint, prompt=prompt, answer=answer)
+    at = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=None)
+    if at is None or not isinstance(prompt[at]["content"], str):
+        raise ValueError("prompt must hold a user message whose content is text, to put the answer in, got " + repr(prompt)[:200])
+    return [*prompt[:at], {**prompt[at], "content": hinted_prompt(prompt[at]["content"], answer, hint)}, *prompt[at + 1 :]]

@@ -1,0 +1,77 @@
+"""The sources that a configuration names: which rollouts each looks at, their calibrators, the pick. What a source sees is its caller's affair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from acpo_kernels import Segments
+
+from .attribution import MIN_BOUNDARIES, Attribution, Attributor, Evidence, leave_one_out, one_of_each, pick, zero_variance
+from .config import AttributionConfig, CreditConfig
+
+
+class Panel:
+    """Rollouts of one problem stand side by side, group_size of them; outcome [B] is the verifier's R in [0, 1].
+
+    scored [B] says which rollouts have an outcome (None: all). A group with one that has none is left out of every source: what it holds in its
+    place counts nowhere.
+    """
+
+    def __init__(self, attribution: AttributionConfig, credit: CreditConfig, group_size: int):
+        fixed = None if attribution.reliability < 0 else attribution.reliability
+        names = [] if attribution.source == "none" else attribution.source.split(",")
+        self.form, self.scope, self.group_size = credit.form, credit.scope, group_size
+        self.by_name = {name: Attributor(fixed, credit.gain, credit.value_gain, attribution.slope) for name in names}
+
+    def acts(self, name: str, outcome: Tensor, scored: Tensor | None = None) -> Tensor:
+        """Which rollouts the source's credit is for, [B]. Scope `own`: the hindsight stream where the outcomes of a group are equal, so that they say
+        nothing themselves; the others where they differ."""
+        if name not in self.by_name:
+            return torch.zeros_like(outcome, dtype=torch.bool)
+        same = zero_variance(outcome, self.group_size)
+        if self.form in ("none", "ratio") or self.scope == "all":
+            acts = torch.ones_like(same)
+        else:
+            acts = same if self.scope == "zero_variance" or name == "hindsight" else ~same
+        return acts & self._whole(acts, scored)
+
+    def looks(self, name: str, outcome: Tensor, scored: Tensor | None = None) -> Tensor:
+        """Which rollouts the source looks at, [B]: those that its credit is for, and where groups with both outcomes are not among them enough of
+        those to measure its skill: all until there is a first measure, then one right and one wrong rollout of each."""
+        acts = self.acts(name, outcome, scored)
+        if name not in self.by_name or self.by_name[name].reliability.fixed is not None:
+            return acts
+        first = self.by_name[name].reliability.boundaries < MIN_BOUNDARIES
+        more = torch.ones_like(acts) if first else one_of_each(outcome, self.group_size)
+        return acts | (more & self._whole(more, scored))
+
+    def _whole(self, like: Tensor, scored: Tensor | None) -> Tensor:
+        """Rollouts of groups that have all their outcomes, [B]."""
+        if scored is None:
+            return torch.ones_like(like)
+        return scored.view(-1, self.group_size).all(1).repeat_interleave(self.group_size)
+
+    def attribute(
+        self, evidence: Callable[[str, Tensor], Evidence], outcome: Tensor, prior: Tensor, segments: Segments
+    ) -> tuple[Attribution | None, dict[str, float]]:
+        """evidence(name, base) is asked of each source in turn; prior [B] is the probability of success known before the problem was tried again.
+        Also the reliabilities."""
+        found, metrics = [], {}
+        for name, attributor in self.by_name.items():
+            # In a group without variance the others' outcomes are this outcome: what is known before the steps is the prior.
+            same = zero_variance(outcome, self.group_size)
+            base = torch.where(same, prior.to(outcome.dtype), leave_one_out(outcome, self.group_size))
+            seen = evidence(name, base)
+            metrics[f"attribution/reliability/{name}"] = attributor.reliability.value  # of earlier batches: what gates this one
+            found.append(attributor(seen, outcome, base, segments, self.group_size))
+        return (pick(found, segments) if found else None), metrics
+
+    def state(self) -> dict:
+        return {name: attributor.state() for name, attributor in self.by_name.items()}
+
+    def load(self, state: dict) -> None:
+        for name, attributor in self.by_name.items():
+            attributor.load(state[name])
