@@ -26,8 +26,8 @@ from .config import Config
 from .head import Head, boundary_rows
 from .policy import Policy
 from .probe import Packed, chosen_boundaries, group_candidates, pack_branches, posterior_evidence, suffix_of, targets
-from .problems import extract_answer
 from .tree import Prefixes, canonical_prefixes, exact_prefixes, sharing
+from .verify.answers import extract_answer
 
 
 class Attributors:
@@ -47,18 +47,18 @@ class Attributors:
         if name not in self.by_name or self.by_name[name].reliability.fixed is not None:
             return acts
         first = self.by_name[name].reliability.boundaries < MIN_BOUNDARIES
-        return acts | (torch.ones_like(acts) if first else one_of_each(outcome, self.config.rollout.group_size))
+        return acts | (~outcome.isnan() if first else one_of_each(outcome, self.config.rollout.group_size))
 
     def acts(self, name: str, outcome: Tensor) -> Tensor:
-        """Which rollouts the source's credit is for, [B]. Scope `own`: the hindsight stream where the outcomes of a group are equal, so that they say
-        nothing themselves; the others where they differ."""
+        """Which rollouts the source's credit is for, [B], none that the verifier left out. Scope `own`: the hindsight stream where the outcomes of a
+        group are equal, so that they say nothing themselves; the others where they differ."""
         if name not in self.by_name:
             return torch.zeros_like(outcome, dtype=torch.bool)
-        same = zero_variance(outcome, self.config.rollout.group_size)
+        same, known = zero_variance(outcome, self.config.rollout.group_size), ~outcome.isnan()
         scope = self.config.credit.scope
         if self.config.credit.form in ("none", "ratio") or scope == "all":
-            return torch.ones_like(same)
-        return same if scope == "zero_variance" or name == "hindsight" else ~same
+            return known
+        return known & (same if scope == "zero_variance" or name == "hindsight" else ~same)
 
     def __call__(
         self, batch: Batch, outcome: Tensor, prior: Tensor, keep: Tensor | None, answers: list[list[int]]
