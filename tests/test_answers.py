@@ -61,8 +61,8 @@ def test_extract_answer(how, text, answer):
     ("text", "boxes"),
     [
         (r"$\boxed{2} \text{ and } \boxed{3}$.", r"\boxed{2} \text{ and } \boxed{3}"), (r"\boxed{1}, \boxed{\frac{1}{2}} or \boxed{3}", None),
-        (r"\boxed{3}. No wait, \boxed{4}", r"\boxed{4}"), (r"\boxed{3}" + " " * 61 + r"\boxed{4}", r"\boxed{4}"), ("none", None),
-        (r"\(\boxed{1}\) and \(\boxed{-2}\)", r"\boxed{1}\) and \(\boxed{-2}"), (r"\boxed{1 and \boxed{2}", r"\boxed{2}"),
+        (r"\boxed{3}. No wait, \boxed{4}", "4"), (r"\boxed{3}" + " " * 61 + r"\boxed{4}", "4"), ("none", None),
+        (r"\(\boxed{1}\) and \(\boxed{-2}\)", r"\boxed{1}\) and \(\boxed{-2}"), (r"\boxed{1 and \boxed{2}", "2"),
     ],
 )  # fmt: skip
 def test_boxes_of_one_answer(text, boxes):

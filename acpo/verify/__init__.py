@@ -120,8 +120,7 @@ class Verifier:
         if answer is not None and (self.kind == "exact" or same(answer, problem.answer)):
             return Verdict(float(same(answer, problem.answer)), "judged")
         if answer is not None:
-            whole = last_boxes(text) if answer == last_boxed(text) else None
-            return boxed(problem.answer), whole or boxed(answer)
+            return boxed(problem.answer), boxed(last_boxes(text) if answer == last_boxed(text) else answer)
         if self.kind == "exact" or self.config.extract not in ("auto", "text"):
             return Verdict(0.0, "unparseable")
         return boxed(problem.answer), text if self.config.extract == "text" else text[-TAIL:]

@@ -28,14 +28,14 @@ def last_boxed(text: str) -> str | None:
 
 
 def last_boxes(text: str) -> str | None:
-    r"""The last \boxed{...} with those that stand before it as parts of the same answer, `\boxed{2} \text{ and } \boxed{3}`; None without any."""
+    r"""The content of the last \boxed{...}; where others before it are parts of the same answer, all of them: `\boxed{2} \text{ and } \boxed{3}`."""
     found = _box(text, len(text))
     if found is None:
         return None
     start, end = found
     while (before := _box(text, start)) is not None and start - before[1] <= _GAP and _BETWEEN.fullmatch(text, before[1], start):
         start = before[0]
-    return text[start:end]
+    return text[start:end] if start < found[0] else text[start + len("\\boxed{") : end - 1]
 
 
 def last_tag(text: str) -> str | None:
