@@ -76,3 +76,19 @@ def starts_a_process(response, problem):
 
 
 not_callable = 3
+
+
+def mostly(response, problem):
+    """Leaves out a third of the rollouts of the synthetic tasks, by their text."""
+    if sum(response.encode()) % 3 == 0:
+        return None
+    return response.rpartition("A")[2] == problem.answer
+
+
+def nothing(response, problem):
+    return None
+
+
+def late(response, problem):
+    time.sleep(60 if sum(response.encode()) % 3 == 0 else 0)
+    return response.rpartition("A")[2] == problem.answer

@@ -185,7 +185,8 @@ class Verifier:
 
 def boxed(answer: str) -> str:
     r"""An answer as math-verify reads it: in \boxed{}, unless it brings an environment of its own."""
-    own = "\\boxed" in answer or "$" in answer.replace("\\$", "") or "\\(" in answer or "\\[" in answer
+    text = answer.replace("\\$", "").strip()
+    own = text.startswith(("$", "\\(", "\\[")) or text.endswith("$") or "\\boxed" in text
     return answer if own else f"\\boxed{{{answer}}}"
 
 
