@@ -101,22 +101,34 @@ def binary_entropy(p: Tensor) -> Tensor:
 
 
 def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
-    """Mean outcome of the other rollouts of the group, [B]."""
+    """Mean outcome of the other rollouts of the group, [B]. NaN, here and below, is an outcome that the verifier left out: it takes no part."""
     groups = rewards.view(-1, group_size)
-    return ((groups.sum(1, keepdim=True) - groups) / (group_size - 1)).flatten()
+    known = ~groups.isnan()
+    others = (known.sum(1, keepdim=True) - known.long()).clamp(min=1)
+    return ((groups.nansum(1, keepdim=True) - groups.nan_to_num()) / others).flatten()
 
 
 def zero_variance(outcome: Tensor, group_size: int) -> Tensor:
     """Which rollouts belong to a group whose outcomes are all equal, [B]."""
     groups = outcome.view(-1, group_size)
-    return (groups == groups[:, :1]).all(1).repeat_interleave(group_size)
+    least, most = groups.nan_to_num(nan=math.inf).amin(1), groups.nan_to_num(nan=-math.inf).amax(1)
+    return (least >= most).repeat_interleave(group_size)
+
+
+def group_std(outcome: Tensor, group_size: int) -> Tensor:
+    """Standard deviation of the outcomes of each group (divided by their number), 0 where there are none, [groups]."""
+    groups = outcome.view(-1, group_size)
+    known = (~groups.isnan()).sum(1).clamp(min=1)
+    centred = (groups - groups.nanmean(1, keepdim=True)).nan_to_num()
+    return (centred.square().sum(1) / known).sqrt()
 
 
 def one_of_each(outcome: Tensor, group_size: int) -> Tensor:
     """The first rollout above and the first below (or at) the mean of its group, in groups whose outcomes differ, [B]."""
     groups = outcome.view(-1, group_size)
-    above = groups > groups.mean(1, keepdim=True)
-    first = (above & (above.cumsum(1) == 1)) | (~above & ((~above).cumsum(1) == 1))
+    mean = groups.nanmean(1, keepdim=True)
+    above, below = groups > mean, groups <= mean
+    first = (above & (above.cumsum(1) == 1)) | (below & (below.cumsum(1) == 1))
     return first.flatten() & ~zero_variance(outcome, group_size)
 
 
@@ -245,6 +257,8 @@ class Attributor:
     def __call__(self, evidence: Evidence, outcome: Tensor, base: Tensor, segments: Segments, group_size: int) -> Attribution:
         """base [B] is the probability of success known before the steps; outcome [B] the verifier's R in [0, 1]."""
         low = 0.5 / group_size
+        same, spread = zero_variance(outcome, group_size), group_std(outcome.double(), group_size).clamp(min=0.25).repeat_interleave(group_size)
+        outcome = outcome.nan_to_num()  # what the verifier left out is in no source's rows
         sequence = segments.segment_sequence_ids()
         terminal = segments.is_terminal()
         if evidence.unsigned:
@@ -262,7 +276,6 @@ class Attributor:
 
         order = torch.arange(segments.num_segments, device=sequence.device) - segments.sequence_offsets[:-1][sequence]
         ordinary = torch.zeros(segments.num_sequences, dtype=torch.int64, device=sequence.device).index_add(0, sequence, (~terminal).long())
-        same = zero_variance(outcome, group_size)
         later = seen & ~terminal & ~same[sequence] & (2 * (order + 1) > ordinary[sequence])
         at = sequence[later]
         if self.calibrator.both_outcomes():
@@ -276,7 +289,6 @@ class Attributor:
         use = acts[sequence] & ~terminal
         phi = values - before
         if evidence.shaping is None:
-            spread = outcome.double().view(-1, group_size).std(1, correction=0).clamp(min=0.25).repeat_interleave(group_size)
             score = self.value_gain * phi / spread[sequence]
         else:
             score = self.shaping_gain * standardised(evidence.shaping, use, sequence // group_size).clamp(-3.0, 3.0)

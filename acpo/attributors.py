@@ -14,8 +14,8 @@ from .head import Head, boundary_rows
 from .panel import Panel
 from .policy import Policy
 from .probe import Packed, chosen_boundaries, group_candidates, pack_branches, posterior_evidence, suffix_of, targets
-from .problems import extract_answer
 from .tree import prefixes_of, sharing
+from .verify.answers import extract_answer
 
 
 class Attributors(Panel):

@@ -11,7 +11,8 @@ from pathlib import Path
 EXAMPLES = """examples:
   acpo train configs/arithmetic.yaml                      warm-up, both stages, evaluation, report
   acpo train configs/arithmetic.yaml method=grpo seed=1   the baseline of the same loop
-  acpo eval runs/arithmetic-acpo-0 --samples 8            greedy accuracy and pass@8 of the newest checkpoint
+  acpo eval runs/arithmetic-acpo-0 --samples 8            accuracy, pass@8 and majority@8 of the newest checkpoint, held-out problems
+  acpo eval --model FOLDER --preset math500 --path math500.jsonl   the same of any model, on a known data set
   acpo compare configs/compare/t2.yaml --jobs 2           arms x paired seeds from one warm start: table, figure, report
   acpo report runs/arithmetic-acpo-0 runs/arithmetic-grpo-0 --out curves.png
 """
@@ -26,9 +27,13 @@ def main(arguments: list[str] | None = None) -> int:
     train = verbs.add_parser("train", help="train a policy; the same command continues a run that was broken off")
     train.add_argument("config", help="a YAML file")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file, e.g. trainer.steps=50")
-    evaluate = verbs.add_parser("eval", help="evaluate the newest checkpoint of a run on its held-out problems")
-    evaluate.add_argument("run", help="a run directory")
-    evaluate.add_argument("--samples", type=int, default=8, help="sampled rollouts a problem for pass@k; 0: greedy alone (default 8)")
+    evaluate = verbs.add_parser("eval", help="evaluate the newest checkpoint of a run, or a model, on its held-out problems or on others")
+    evaluate.add_argument("run", nargs="*", metavar="RUN key=value", help="a run directory (or --model), and settings over its own")
+    evaluate.add_argument("--model", default="", help="a folder with a causal language model and its tokenizer, instead of a run")
+    evaluate.add_argument("--preset", default="", help="aime, amc, math500 or gsm8k: sets fields, prompt, extraction, verifier and length")
+    evaluate.add_argument("--path", default="", help="the problems, as problems.path; all of them are asked")
+    evaluate.add_argument("--samples", type=int, default=8, help="sampled rollouts a problem for pass@k and majority@k; 0: greedy alone (default 8)")
+    evaluate.add_argument("--k", default="", help="the k of pass@k and majority@k, separated by commas (default: 1 and --samples)")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     report = verbs.add_parser("report", help="draw the curves of one or more runs")
     report.add_argument("runs", nargs="+", help="run directories; several are overlaid")
@@ -49,13 +54,14 @@ def main(arguments: list[str] | None = None) -> int:
     from .config import ConfigError
     from .problems import ProblemError
     from .trainer import TrainingError
+    from .verify import VerifyError
 
     try:
         return {"train": _train, "eval": _eval, "report": _report, "compare": _compare}[options.verb](options)
     except (ConfigError, ProblemError, ImportError) as error:  # ImportError: something optional is not installed, and says what
         print(f"acpo: {error}", file=sys.stderr)
         return 2
-    except (TrainingError, CheckpointError, RunError) as error:
+    except (TrainingError, CheckpointError, RunError, VerifyError) as error:
         print(f"acpo: {error}", file=sys.stderr)
         return 1
     except OSError as error:
@@ -86,19 +92,90 @@ def _train(options) -> int:
 
 
 def _eval(options) -> int:
-    from . import config
+    from rich.console import Console
+    from rich.progress import Progress
+
     from .run import Run
+    from .sources import read
     from .trainer import Trainer
 
-    directory = Path(options.run)
-    settings = config.load(directory / "config.yaml", [f"run_dir={directory}", f"eval.samples={options.samples}"])
-    trainer = Trainer(settings, Run(settings))
-    result = trainer.evaluate_checkpoint()
+    settings, run, all_of_it = _evaluated(options)
+    ks = _ks(options.k, options.samples)
+    trainer = Trainer(settings, Run(settings), problems=read(settings.problems) if all_of_it else None)
+    console = Console(stderr=True)
+    try:
+        step = {"step": trainer.load_newest()} if run else {}
+        asked = len(trainer.held_out[: settings.eval.max_problems or None])
+        with Progress(console=console, transient=True, disable=options.json or not console.is_terminal) as progress:
+            task = progress.add_task("rollouts", total=asked * (1 + options.samples))
+            found = trainer.evaluate(
+                trainer.held_out, 0, samples=options.samples, ks=ks, intervals=True, advance=lambda n: progress.update(task, advance=n)
+            )
+    finally:
+        trainer.close()
+    about = {**step, "problems": asked, "samples": options.samples, "verifier": trainer.verifier.describe(), **found.verify}
     if options.json:
-        print(json.dumps(result))
+        print(json.dumps({**about, **found.values, "intervals": {k: list(v) for k, v in found.intervals.items()}}))
     else:
-        print("  ".join(f"{name} {value:.4g}" for name, value in result.items()))
+        _print_evaluation(about, found, settings)
     return 0
+
+
+def _evaluated(options):
+    """(settings, run directory or None, whether all of the problems are asked and not only those held out)."""
+    from . import config
+    from .config import ConfigError
+    from .presets import preset
+
+    runs, overrides = [t for t in options.run if "=" not in t or Path(t).is_dir()], [t for t in options.run if "=" in t and not Path(t).is_dir()]
+    if len(runs) > 1 or (runs and options.model):
+        raise ConfigError(f"one run directory or --model must be given, got {' and '.join([*runs, *([options.model] if options.model else [])])}")
+    if options.preset and not (options.path or any(t.startswith("problems.path=") for t in overrides)):
+        raise ConfigError(f"--preset {options.preset} needs --path: the file with the problems")
+    layers = []
+    if runs:
+        layers.append(("RUN", {"run_dir": runs[0]}))
+    if options.model:
+        layers.append(("--model", {"policy.path": options.model}))
+    if options.preset:
+        layers.append(("--preset", preset(options.preset)))
+    other = options.preset or options.path or any(t.startswith("problems.path=") for t in overrides)
+    if other:  # the problems of the run make room
+        path = {"problems.path": options.path} if options.path else {}
+        layers.append(("--path", {"problems.task": "", "warmup.steps": 0, "eval.max_problems": 0, **path}))
+    layers.append(("--samples", {"eval.samples": options.samples}))
+    settings = config.load(Path(runs[0]) / "config.yaml" if runs else None, overrides, *layers)
+    made = settings.problems.task or settings.problems.path.startswith("reasoning_gym:")
+    return settings, runs[0] if runs else None, bool((other or not runs) and not made)
+
+
+def _ks(text: str, samples: int) -> list[int]:
+    from .config import ConfigError
+
+    try:
+        ks = [int(k) for k in text.split(",")] if text else sorted({1, samples} - {0})
+    except ValueError:
+        ks = [0]
+    if any(not 1 <= k <= max(samples, 1) for k in ks):
+        raise ConfigError(f"--k must be numbers from 1 to --samples = {samples}, separated by commas, got {text!r}")
+    return ks
+
+
+def _print_evaluation(about: dict, found, settings) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    where = settings.problems.path or settings.problems.task
+    step = f", step {about['step']}" if "step" in about else ""
+    table = Table("", "share", "95 % interval", title=f"{about['problems']} problems of {where}{step}", title_justify="left")
+    for name, value in found.values.items():
+        low, high = found.intervals[name]
+        table.add_row(name.removeprefix("eval/"), f"{value:.4f}", f"{low:.4f} to {high:.4f}")
+    console = Console()
+    Console(width=None if console.is_terminal else 200).print(table)
+    counted = ", ".join(f"{v} {k.removeprefix('verify/')}" for k, v in found.verify.items() if v and k != "verify/seconds")
+    print(f"accuracy: greedy; the others: {about['samples']} samples a problem at temperature {settings.eval.temperature:g}")
+    print(f"intervals: bootstrap over problems; verifier: {about['verifier']}{'; ' + counted if counted else ''}")
 
 
 def _report(options) -> int:

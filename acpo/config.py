@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -28,15 +29,23 @@ class ConfigError(ValueError):
 @dataclass
 class ProblemsConfig:
     task: Literal["multiplication", "chain", ""] = ""  # a synthetic task; empty: read `path`
-    path: str = ""  # a JSON-lines file
-    question: str = "problem"  # its field with the question
-    answer: str = "answer"  # its field with the answer
+    # A JSON-lines or parquet file; a folder that `datasets` reads or has saved; hub:OWNER/NAME; reasoning_gym:TASK,TASK
+    path: str = ""
+    subset: str = ""  # hub:, folders: the configuration of the data set
+    split: str = "train"  # hub:, folders: its split
+    options: str = ""  # reasoning_gym: a YAML mapping of the tasks' own settings, e.g. {min_digits: 2}
+    question: str = "problem"  # the field with the question; several names separated by |: the first that a row has
+    answer: str = "answer"  # the field with the answer
+    answer_after: str = ""  # the answer is what stands behind the last of these in its field, where it holds one, e.g. ####
     cell: str = ""  # its field with the difficulty: problems of one cell share a curriculum posterior; empty: each has its own
     template: str = "{problem}"  # the prompt around the question
     chat: bool = False  # put the prompt through the tokenizer's chat template as a user message
+    system: str = ""  # with chat: the system message in front of it
     hint: str = ""  # the prompt of the hindsight stream, with {answer} and {prompt}; empty: a default
-    held_out: int = 256  # problems kept apart for evaluation
-    train: int = 4096  # problems of a synthetic task to train on
+    # Problems kept apart for evaluation, by the hash of their question. Below 1: the share of all hashes; adding problems moves none. From 1: at most
+    # so many, the smallest hashes of the lowest fifth; adding problems never moves one from training into the held-out set.
+    held_out: float = 256
+    train: int = 4096  # problems of a synthetic or reasoning-gym task to train on
     seed: int = 0  # which problems, which are held out, and the synthetic task's table of facts
     digits: int = 6  # multiplication: columns
     steps: int = 8  # chain: length
@@ -81,7 +90,19 @@ class RolloutConfig:
 
 @dataclass
 class VerifyConfig:
-    extract: Literal["auto", "line", "boxed", "number"] = "auto"
+    # exact: after a normal form.  math: math-verify (the extra `math`).  module:function or module.function: your own f(response, problem), plain or
+    # async, that gives True, False, a number in [0, 1], or None to leave the rollout out.  auto: a reasoning-gym task's own scorer, else exact.
+    kind: str = "auto"
+    # Where the answer stands: the last \boxed{}, <answer></answer>, number, or line that begins with A; text: math-verify looks for it in all of the
+    # text.  auto: boxed, else the tag, else behind ####, else the last number (math: what math-verify finds in the last 8,192 characters).
+    extract: Literal["auto", "line", "boxed", "tag", "number", "text"] = "auto"
+    after: str = ""  # look only behind the last of these, e.g. </think>: a rollout without it has no answer
+    format: Literal["none", "boxed", "think"] = "none"  # else the reward is 0: a \boxed{} that closes, or <think>...</think> at the start
+    timeout: float = 5.0  # seconds a rollout from the hand-over to a worker, which is killed then
+    on_timeout: Literal["zero", "skip"] = "zero"  # a rollout that ran into its deadline or memory limit: reward 0, or left out of baseline and loss
+    workers: int = 0  # processes; 0: one a processor, eight at most
+    memory_gb: float = 4.0  # address space of a worker; 0: no limit
+    network: bool = False  # let the workers reach the network (a judge behind HTTP)
 
 
 @dataclass
@@ -195,8 +216,9 @@ class TrainerConfig:
 @dataclass
 class EvalConfig:
     samples: int = 8  # a problem, for pass@k, before the first step and after the last; 0: greedy accuracy alone
-    max_problems: int = 256
+    max_problems: int = 256  # 0: all
     start: bool = True  # pass@k before the first step as well
+    temperature: float = 1.0  # of the samples
 
 
 @dataclass
@@ -226,14 +248,15 @@ class Config:
         return Path(self.run_dir or f"runs/{self.name}-{self.method}-{self.seed}")
 
 
+VERIFIERS = ("auto", "exact", "math", "reasoning_gym")
 SOURCES = ("hindsight", "probe", "tree", "head", "entropy")
 
 
-def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The configuration of a YAML file (None: the defaults) under `key=value` overrides."""
+def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = (), *between: tuple[str, dict[str, Any]]) -> Config:
+    """The configuration of a YAML file (None: the defaults) under further layers (where it stands, dotted settings) under `key=value` overrides."""
     command = dict(_override(text) for text in overrides)
     file = [] if path is None else [(str(path), flatten(read_yaml(Path(path))))]
-    config = from_layers(*file, ("the command line", command))
+    config = from_layers(*file, *between, ("the command line", command))
     if path is not None and config.name == "run":
         config.name = Path(path).stem
     return config
@@ -359,8 +382,8 @@ _POSITIVE = (
     "rollout.prompts", "rollout.group_size", "rollout.max_new_tokens", "rollout.temperature", "rollout.batch_tokens", "loss.minibatches",
     "trainer.micro_batch_tokens", "trainer.eval_every", "trainer.checkpoint_every", "trainer.keep_checkpoints", "optimizer.learning_rate",
     "optimizer.max_grad_norm", "warmup.batch", "warmup.learning_rate", "segmenter.min_tokens", "segmenter.max_segments",
-    "segmenter.target_tokens", "attribution.clamp", "eval.max_problems", "problems.train", "problems.held_out", "curriculum.max_rounds",
-    "curriculum.candidates",
+    "segmenter.target_tokens", "attribution.clamp", "verify.timeout", "eval.temperature", "problems.train", "problems.held_out",
+    "curriculum.max_rounds", "curriculum.candidates",
     "stages.switch_window", "entropy.min_weight", "entropy.start", "entropy.end",
 )  # fmt: skip
 _SHARES = (
@@ -369,7 +392,8 @@ _SHARES = (
     "loss.clip_low", "entropy.covariance_share", "warmup.probed",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "warmup.steps", "trainer.steps", "trainer.threads", "eval.samples", "attribution.kappa", "credit.gain", "loss.clip_high", "stages.kl_weight",
+    "warmup.steps", "trainer.steps", "trainer.threads", "eval.samples", "eval.max_problems", "verify.workers", "verify.memory_gb",
+    "attribution.kappa", "credit.gain", "loss.clip_high", "stages.kl_weight",
     "stages.clip_high", "entropy.weight", "entropy.rate", "entropy.dead_band", "optimizer.warmup_steps", "optimizer.weight_decay", "seed",
     "problems.seed", "problems.distractors", "problems.decoys", "attribution.slope", "credit.value_gain", "segmenter.fixed",
     "entropy.covariance_weight",
@@ -435,6 +459,20 @@ def _check_run(config: Config) -> None:
         raise ConfigError("one of policy.path and policy.from_config must be given, got " + ("both" if config.policy.path else "neither"))
     if "{problem}" not in config.problems.template:
         raise ConfigError(f"problems.template must hold {{problem}}, got {config.problems.template!r}")
+    if config.problems.held_out >= 1 and config.problems.held_out % 1:
+        raise ConfigError(f"problems.held_out must be a share below 1 or a whole number, got {config.problems.held_out}")
+    if config.problems.held_out < 1 and (config.problems.task or config.problems.path.startswith("reasoning_gym:")):
+        raise ConfigError(f"problems.held_out must be a whole number for problems that are made, not read, got {config.problems.held_out}")
+    if config.problems.system and not config.problems.chat:
+        raise ConfigError("problems.system needs problems.chat = true")
+    if config.verify.kind not in VERIFIERS and not re.fullmatch(r"[A-Za-z_][\w.]*[.:][A-Za-z_][\w.]*", config.verify.kind):
+        near = difflib.get_close_matches(config.verify.kind, VERIFIERS, n=1)
+        raise ConfigError(
+            f"verify.kind must be one of {', '.join(map(repr, VERIFIERS))} or the dotted path module:function, got {config.verify.kind!r}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    if config.verify.kind == "reasoning_gym" and not config.problems.path.startswith("reasoning_gym:"):
+        raise ConfigError(f"verify.kind = 'reasoning_gym' needs problems.path = 'reasoning_gym:TASK', got {config.problems.path!r}")
     if config.problems.hint and not ("{answer}" in config.problems.hint and "{prompt}" in config.problems.hint):
         raise ConfigError(f"problems.hint must hold {{answer}} and {{prompt}}, got {config.problems.hint!r}")
     if config.problems.path and config.warmup.steps:

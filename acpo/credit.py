@@ -7,7 +7,7 @@ from torch import Tensor
 
 from acpo_kernels import SegmentCredit, Segments, segment_credit, segment_reduce
 
-from .attribution import Attribution, zero_variance
+from .attribution import Attribution, group_std, zero_variance
 from .config import CreditConfig
 from .tree import branch_differences
 
@@ -15,15 +15,16 @@ from .tree import branch_differences
 def outcome_advantages(rewards: Tensor, group_size: int, kind: str) -> Tensor:
     """A_i of each rollout within its group, [B]: grpo (R - mean)/std, rloo R - mean of the others, centred R - mean.
 
-    A group whose rewards are all equal gives exactly 0.
+    A group whose rewards are all equal gives exactly 0, and so does a rollout that the verifier left out (NaN), which no mean or std counts.
     """
     groups = rewards.view(-1, group_size)
-    centred = groups - groups.mean(1, keepdim=True)
-    centred = torch.where((groups == groups[:, :1]).all(1, keepdim=True), 0.0, centred)
+    centred = groups - groups.nanmean(1, keepdim=True)
+    centred = torch.where(groups.isnan() | zero_variance(rewards, group_size).view_as(groups), 0.0, centred)
     if kind == "grpo":
-        centred = centred / (groups.std(1, keepdim=True, correction=0) + 1e-6)
+        centred = centred / (group_std(rewards, group_size).unsqueeze(1) + 1e-6)
     elif kind == "rloo":
-        centred = centred * group_size / (group_size - 1)
+        known = (~groups.isnan()).sum(1, keepdim=True)
+        centred = centred * known / (known - 1).clamp(min=1)
     return centred.flatten()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from acpo_kernels import segment_reduce
 
-from .attribution import Attribution, zero_variance
+from .attribution import Attribution, group_std, zero_variance
 from .batch import Batch
 from .problems import Problem
 
@@ -22,8 +23,8 @@ def step_metrics(
     lengths = torch.tensor(batch.lengths, dtype=torch.float32)
     shaping = batch.token["advantages"] - advantages[segments.sequence_ids()]
     out = {
-        "reward": float(outcome.mean()),
-        "reward_std": float(outcome.view(-1, group_size).std(1, correction=0).mean()),
+        "reward": float(outcome.nanmean().nan_to_num()),
+        "reward_std": float(group_std(outcome, group_size).mean()),
         "frac_reward_zero_std": float(zero_variance(outcome, group_size).float().mean()),
         "entropy": float(batch.token["entropy"].mean()),
         "completions/mean_length": float(lengths.mean()),
@@ -60,7 +61,7 @@ def rollout_rows(batch: Batch, outcome: Tensor, attribution: Attribution | None,
         "answer": [p.answer for p in problems],
         "prompt": [p.prompt for p in problems],
         "response": tokenizer.batch_decode(batch.responses(), skip_special_tokens=True),
-        "outcome": outcome.tolist(),
+        "outcome": [None if math.isnan(r) else r for r in outcome.tolist()],
         "finished": batch.sequence["finished"].tolist(),
         **{name: [part.tolist() for part in value.split(counts)] for name, value in columns.items()},
     }

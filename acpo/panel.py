@@ -14,7 +14,8 @@ from .config import AttributionConfig, CreditConfig
 
 
 class Panel:
-    """Rollouts of one problem stand side by side, group_size of them; outcome [B] is the verifier's R in [0, 1].
+    """Rollouts of one problem stand side by side, group_size of them; outcome [B] is the verifier's R in [0, 1], NaN for
+    a rollout that it left out.
 
     scored [B] says which rollouts have an outcome (None: all). A group with one that has none is left out of every source: what it holds in its
     place counts nowhere.
@@ -36,7 +37,7 @@ class Panel:
             acts = torch.ones_like(same)
         else:
             acts = same if self.scope == "zero_variance" or name == "hindsight" else ~same
-        return acts & self._whole(acts, scored)
+        return acts & ~outcome.isnan() & self._whole(acts, scored)
 
     def looks(self, name: str, outcome: Tensor, scored: Tensor | None = None) -> Tensor:
         """Which rollouts the source looks at, [B]: those that its credit is for, and where groups with both outcomes are not among them enough of
@@ -46,7 +47,7 @@ class Panel:
             return acts
         first = self.by_name[name].reliability.boundaries < MIN_BOUNDARIES
         more = torch.ones_like(acts) if first else one_of_each(outcome, self.group_size)
-        return acts | (more & self._whole(more, scored))
+        return acts | (more & ~outcome.isnan() & self._whole(more, scored))
 
     def _whole(self, like: Tensor, scored: Tensor | None) -> Tensor:
         """Rollouts of groups that have all their outcomes, [B]."""

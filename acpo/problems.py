@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ class Problem:
     luck: float = 1.0
     hint: str = HINT
     data: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
+    question: str = field(default="", compare=False)  # as it stands in the data, without the template; empty: the prompt
 
     def hinted_prompt(self, answer: str) -> str:
         return filled(self.hint, prompt=self.prompt, answer=answer)
@@ -42,25 +42,71 @@ def filled(template: str, **values: str) -> str:
 
 
 def load(
-    path: str | Path, *, question: str = "problem", answer: str = "answer", cell: str = "", template: str = "{problem}", hint: str = ""
+    path: str | Path,
+    *,
+    question: str = "problem",
+    answer: str = "answer",
+    answer_after: str = "",
+    cell: str = "",
+    template: str = "{problem}",
+    hint: str = "",
+    subset: str = "",
+    split: str = "train",
 ) -> list[Problem]:
-    """Problems from a JSON-lines or parquet file, with the fields named by `question`, `answer` and (if given) `cell`.
+    """Problems from a JSON-lines or parquet file, a folder of `datasets` or hub:NAME, with the fields named by `question`, `answer` and (if given)
+    `cell`; a name may be several, separated by |: the first that a row has.
 
-    template is the prompt around the question ({problem}); hint the prompt around the prompt for the hindsight stream
-    ({answer}, {prompt}). An `id` field is kept, otherwise the line or row number is the id.
+    template is the prompt around the question ({problem}); hint the prompt around the prompt for the hindsight stream ({answer}, {prompt}). The
+    answer is what stands behind the last `answer_after` in its field, where it holds one. An `id` field is kept, otherwise the line or row number is
+    the id.
     """
-    path = Path(path)
     problems = []
-    for where, number, row in _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path):
-        for name in (question, answer, *([cell] if cell else [])):
-            if not isinstance(row.get(name), (str, int, float)) or isinstance(row[name], bool) or str(row[name]).strip() == "":
-                raise ProblemError(f"{where}: wanted a non-empty field {name!r}, got the fields {', '.join(map(repr, row)) or 'none'}")
-        extra = {"hint": hint} if hint else {}
-        prompt = template.replace("{problem}", str(row[question]))
-        problems.append(Problem(str(row.get("id", number)), prompt, str(row[answer]), cell=str(row[cell]) if cell else "", data=row, **extra))
+    for where, number, row in rows(str(path), subset, split):
+        asked, right, kind = (_field(row, name, where) if name else "" for name in (question, answer, cell))
+        if answer_after and answer_after in right:
+            right = right.rsplit(answer_after, 1)[1].strip()
+        if not right:
+            raise ProblemError(f"{where}: wanted an answer behind {answer_after!r} in the field {answer!r}, got nothing")
+        prompt = template.replace("{problem}", asked)
+        problems.append(Problem(str(row.get("id", number)), prompt, right, cell=kind, data=row, question=asked, **({"hint": hint} if hint else {})))
     if not problems:
         raise ProblemError(f"problems.path: {path} holds no problem")
     return problems
+
+
+def _field(row: dict, name: str, where: str) -> str:
+    value = next((row[n] for n in name.split("|") if n in row), None)
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool) or str(value).strip() == "":
+        raise ProblemError(f"{where}: wanted a non-empty field {name!r}, got the fields {', '.join(map(repr, row)) or 'none'}")
+    return str(value)
+
+
+def rows(path: str, subset: str, split: str) -> Iterator[tuple[str, int, dict]]:
+    """(where it stands, number, row) of every row."""
+    if path.startswith("hub:") or Path(path).is_dir():
+        return _dataset_rows(path, subset, split)
+    return _parquet_rows(Path(path)) if path.endswith(".parquet") else _json_rows(Path(path))
+
+
+def _dataset_rows(path: str, subset: str, split: str) -> Iterator[tuple[str, int, dict]]:
+    """A name on the hub and a folder of data files go through the same `load_dataset`; what `save_to_disk` left is read by its own reader."""
+    try:
+        import datasets
+    except ImportError:
+        raise ProblemError(f"problems.path: {path} needs datasets: pip install -e '.[data]'") from None
+    name = path.removeprefix("hub:")
+    saved = any(Path(name, mark).is_file() for mark in ("dataset_dict.json", "state.json"))
+    datasets.disable_progress_bars()
+    try:
+        found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, subset or None, split=split)
+        if isinstance(found, datasets.DatasetDict):
+            if split not in found:
+                raise ValueError(f"it has no split {split!r}, but {', '.join(map(repr, found))} (problems.split)")
+            found = found[split]
+    except Exception as error:  # of many libraries: files, network, formats
+        raise ProblemError(f"problems.path: cannot read {path}: {' '.join(str(error).split())[:300]}") from None
+    for number, row in enumerate(found, 1):
+        yield f"{path}, row {number}", number, row
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, int, dict]]:
@@ -97,39 +143,3 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, int, dict]]:
         raise ProblemError(f"problems.path: cannot read {path}: {' '.join(str(error).split())}") from None
     for number, row in enumerate(rows, 1):
         yield f"{path}, row {number}", number, row
-
-
-_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
-
-
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...}, braces balanced; None without one that closes."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    begin = start + len("\\boxed{")
-    depth = 1
-    for at in range(begin, len(text)):
-        depth += (text[at] == "{") - (text[at] == "}")
-        if depth == 0:
-            return text[begin:at]
-    return None
-
-
-def extract_answer(text: str, how: str) -> str | None:
-    """The answer that a rollout gives, None when it gives none.
-
-    "line": the last line that begins with A, without the A (the synthetic tasks). "boxed", "number": the last \\boxed{} or number.
-    "auto": boxed, else what follows ####, else the last number.
-    """
-    if how == "line":
-        lines = [line for line in text.split("\n") if line.startswith("A")]
-        return lines[-1][1:] if lines else None
-    if how in ("boxed", "auto"):
-        boxed = last_boxed(text)
-        if boxed is not None or how == "boxed":
-            return boxed
-    if how == "auto" and "####" in text:
-        text = text.rsplit("####", 1)[1]
-    numbers = _NUMBER.findall(text)
-    return numbers[-1] if numbers else None

@@ -34,7 +34,7 @@ from .config import Config, ConfigError, differences, to_dict
 from .controls import control
 from .curriculum import Curriculum
 from .entropy import EntropyController, covariant_tokens
-from .evaluation import evaluate
+from .evaluation import Evaluation, evaluate
 from .metrics import rollout_rows, step_metrics
 from .policy import Policy, build
 from .probe import suffix_of
@@ -54,13 +54,15 @@ class TrainingError(RuntimeError):
 
 
 class Trainer:
-    def __init__(self, config: Config, run: Run):
+    def __init__(self, config: Config, run: Run, problems: list[Problem] | None = None):
+        """problems: these instead of those that the configuration names, all of them held out (an evaluation)."""
         self.config, self.run = config, run
         torch.manual_seed(config.seed)
         if config.trainer.threads:
             torch.set_num_threads(config.trainer.threads)
         self.rng = np.random.default_rng(config.seed)
-        self.task, self.train_problems, self.held_out = load_problems(config)
+        self.task, self.train_problems, self.held_out = load_problems(config) if problems is None else (None, problems, problems)
+        self.verifier = verify.Verifier(config.verify, verify.kind_of(config))
         self.policy, self.tokenizer = build(config)
         self.generator = torch.Generator(self.policy.device).manual_seed(config.seed)
         self.engine = LocalEngine(self.policy, eos_ids(self.policy, self.tokenizer), config.rollout.batch_tokens)
@@ -86,7 +88,14 @@ class Trainer:
 
     def train(self) -> dict[str, float]:
         """Warm-up, stage 1, stage 2, evaluation; continues from the newest checkpoint of the run. Returns the last evaluation."""
+        try:
+            return self._train()
+        finally:
+            self.close()
+
+    def _train(self) -> dict[str, float]:
         self._resume()
+        self.run.say(f"verifier: {self.verifier.describe()}")
         self.warm_up()
         steps = self.config.trainer.steps
         if self.step_number == 0 and not self.run.has_step(0):
@@ -138,13 +147,13 @@ class Trainer:
         self.counters["seconds"] += taken
         timing = {f"time/{name}": value for name, value in clock.seconds.items()} | {"time/cpu": time.process_time() - cpu}
         timing["time/segment_share"] = clock.seconds["segment"] / taken
-        return {**metrics, **losses, **self.counters, **timing, "step_time": taken, "memory_gb": peak_memory_gb()}
+        return {**metrics, **self.verifier.metrics(), **losses, **self.counters, **timing, "step_time": taken, "memory_gb": peak_memory_gb()}
 
     # --- its parts ----------------------------------------------------------------------------------------------------------------
 
     def _rollout(self) -> tuple[np.ndarray, Batch, Tensor]:
-        """Problems from the curriculum, `group_size` rollouts of each, and the verifier's outcomes [B]. With dynamic sampling, groups
-        without both outcomes are sampled again; every token counts in the budget."""
+        """Problems from the curriculum, `group_size` rollouts of each, and the verifier's outcomes [B], NaN for what it left out. With dynamic
+        sampling, groups without both outcomes are sampled again; every token counts in the budget."""
         wanted, size = self.config.rollout.prompts, self.config.rollout.group_size
         rounds = self.config.curriculum.max_rounds if self.config.curriculum.dynamic_sampling else 1
         kept: list[tuple[int, list, np.ndarray]] = []
@@ -156,13 +165,15 @@ class Trainer:
             prompts = [ids for i in indices for ids in [self._prompt(self.train_problems[i].prompt)] * size]
             samples = self._generate(prompts)
             texts = self.tokenizer.batch_decode([s.ids for s in samples], skip_special_tokens=True)
-            rewards = verify.rewards(problems, texts, self.config.verify.extract, self.rng)
+            pending = self.verifier.submit(problems, texts)
+            with self.clock("verify"):
+                rewards = np.array(verify.rewards(problems, pending.result(), self.rng))
             self.counters["tokens/generated"] += sum(len(s.ids) for s in samples)
             for g, index in enumerate(indices.tolist()):
                 part = slice(g * size, (g + 1) * size)
                 group = (index, samples[part], rewards[part])
                 self.tried.append((index, rewards[part]))
-                mixed = rewards[part].min() != rewards[part].max()
+                mixed = len(np.unique(rewards[part][~np.isnan(rewards[part])])) > 1
                 (kept if mixed or rounds == 1 else spare).append(group)
             if len(kept) == wanted:
                 break
@@ -176,6 +187,7 @@ class Trainer:
         device = self.policy.device
         batch.sequence["finished"] = torch.tensor([s.finished for s in samples], device=device)
         outcome = torch.tensor(np.concatenate([r for _, _, r in kept]), dtype=torch.float32, device=device)
+        batch.sequence["left_out"] = outcome.isnan()
         return np.array([index for index, _, _ in kept]), batch, outcome
 
     def _generate(self, prompts: list[list[int]]):
@@ -274,10 +286,13 @@ class Trainer:
             group["lr"] = rate
         clip = (loss_config.clip_low, config.stages.clip_high if self.stages.stage == 2 else loss_config.clip_high)
         order = self.rng.permutation(len(batch))
-        totals: dict[str, float] = defaultdict(float)
+        left_out = batch.sequence["left_out"].cpu().numpy()
+        totals: dict[str, float] = defaultdict(float, {"loss": 0.0, "grad_norm": 0.0})
         count = 0.0
         for minibatch in np.array_split(order, loss_config.minibatches):
-            rows = minibatch.tolist()
+            rows = minibatch[~left_out[minibatch]].tolist()
+            if not rows:
+                continue
             lengths = batch.segments.cu_seqlens.diff()
             tokens = sum(batch.lengths[b] for b in rows)
             self.optimizer.zero_grad(set_to_none=True)
@@ -334,9 +349,12 @@ class Trainer:
     def _control(self, indices: np.ndarray, outcome: Tensor, entropy: float) -> None:
         """What this step taught the controllers."""
         for index, rewards in self.tried:
-            self.curriculum.update(np.array([index]), np.array([rewards.sum()]), len(rewards))
+            known = rewards[~np.isnan(rewards)]
+            if len(known):
+                self.curriculum.update(np.array([index]), np.array([known.sum()]), len(known))
         self.entropy.update(entropy, self.step_number / self.config.trainer.steps, self.stages.stage)
-        if self.stages.update(self.step_number, float(outcome.mean())):
+        success = outcome.nanmean()
+        if success == success and self.stages.update(self.step_number, float(success)):
             self.reference = copy.deepcopy(self.policy).requires_grad_(False)
 
     # --- warm-up, evaluation, state -----------------------------------------------------------------------------------------------
@@ -375,23 +393,33 @@ class Trainer:
                 self._save(f"warmup-{self.warmup_step}")
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        config = self.config
-        problems = self.held_out[: config.eval.max_problems]
-        ends = (step == 0 and config.eval.start) or step == config.trainer.steps
+        """Accuracy, at both ends pass@k as well, and what the verifier counted that is not 0."""
+        ends = (step == 0 and self.config.eval.start) or step == self.config.trainer.steps
+        found = self.evaluate(self.held_out, step, samples=self.config.eval.samples if ends else 0)
+        values = {k: v for k, v in found.values.items() if "majority" not in k}
+        return {**values, **{f"eval/{k}": v for k, v in found.verify.items() if v and k != "verify/seconds"}}
+
+    def evaluate(self, problems: list[Problem], step: int, **settings) -> Evaluation:
+        """The evaluation of the policy as it is on the first `eval.max_problems` problems; settings are further keywords of `evaluate`."""
+        config, problems = self.config, problems[: self.config.eval.max_problems or None]
         return evaluate(
-            self.engine, self.tokenizer, problems, [self._prompt(p.prompt) for p in problems], max_new_tokens=config.rollout.max_new_tokens,
-            extract=config.verify.extract, samples=config.eval.samples if ends else 0,
-            generator=torch.Generator(self.policy.device).manual_seed(config.seed * 1_000_003 + step),
+            self.engine, self.tokenizer, problems, [self._prompt(p.prompt) for p in problems], self.verifier,
+            max_new_tokens=config.rollout.max_new_tokens, temperature=config.eval.temperature,
+            generator=torch.Generator(self.policy.device).manual_seed(config.seed * 1_000_003 + step), **settings,
         )  # fmt: skip
 
-    def evaluate_checkpoint(self) -> dict[str, float]:
-        """The evaluation of the newest checkpoint."""
+    def load_newest(self) -> int:
+        """The weights of the newest checkpoint; returns its step."""
         found = checkpoint.latest(self.run.checkpoints)
         if found is None:
             raise checkpoint.CheckpointError(f"{self.run.checkpoints} holds no checkpoint")
         tensors, state = found
         self.policy.load_state_dict(tensors["policy"], strict=False)
-        return {"step": state["step"], **self._evaluate(0)}
+        return state["step"]
+
+    def close(self) -> None:
+        """Ends what runs beside the loop: the verifier's workers."""
+        self.verifier.close()
 
     def export(self) -> None:
         """The policy and its tokenizer as a folder that policy.path reads, and transformers (the characters of a synthetic task need
@@ -414,7 +442,8 @@ class Trainer:
         """Token ids in front of a rollout: the text as it is, or as a user message of the tokenizer's chat template."""
         if not self.config.problems.chat:
             return self._encode(text)
-        message = self.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+        system = [{"role": "system", "content": self.config.problems.system}] if self.config.problems.system else []
+        message = self.tokenizer.apply_chat_template([*system, {"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
         return self._encode(message)
 
     def _hinted(self, problem: Problem) -> list[int]:

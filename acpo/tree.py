@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -82,31 +83,35 @@ def tree_values(prefixes: Prefixes, rewards: Tensor, group_size: int, kappa: flo
         V(s) = (sum of the others' R through s + kappa V') / (n + kappa)
 
     V' is the mean of the others; with by_state it is the same estimate over the rollouts that are in the same STATE however they came there, drawn
-    to that mean in turn. Where nobody shares the prefix, V is V'.
+    to that mean in turn. Where nobody shares the prefix, V is V'. NaN, an outcome that the verifier left out, counts nowhere.
     """
     outcome = rewards.tolist()
     values = []
     for begin in range(0, len(outcome), group_size):
         group = range(begin, begin + group_size)
-        total = sum(outcome[b] for b in group)
+        known = [r for r in outcome[begin : begin + group_size] if not math.isnan(r)]
+        total = sum(known)
         tables = [_through(keys, group, outcome) for keys in ((prefixes.state, prefixes.path) if by_state else (prefixes.path,))]
         for b in group:
-            base = (total - outcome[b]) / (group_size - 1)
+            own, mine = (0.0, 0) if math.isnan(outcome[b]) else (outcome[b], 1)
+            base = (total - own) / max(1, len(known) - mine)
             names = (prefixes.state, prefixes.path) if by_state else (prefixes.path,)
             for k in range(len(prefixes.path[b])):
                 value = base
                 for table, keys in zip(tables, names, strict=True):
-                    summed, count = table[keys[b][k]]
-                    n = count - 1
-                    value = (summed - outcome[b] + kappa * value) / (n + kappa) if n + kappa > 0 else value
+                    summed, count = table.get(keys[b][k], (0.0, 0))
+                    n = count - mine
+                    value = (summed - own + kappa * value) / (n + kappa) if n + kappa > 0 else value
                 values.append(value)
     return torch.tensor(values, dtype=torch.float64, device=rewards.device)
 
 
 def _through(keys: list[list[bytes]], group: range, outcome: list[float]) -> dict[bytes, tuple[float, int]]:
-    """Sum of outcomes and number of the group's rollouts that pass through each key, each rollout once a key."""
+    """Sum of outcomes and number of the group's rollouts that pass through each key, each rollout once a key, none that was left out."""
     table: dict[bytes, list[float]] = defaultdict(list)
     for b in group:
+        if math.isnan(outcome[b]):
+            continue
         for key in dict.fromkeys(keys[b]):
             table[key].append(outcome[b])
     return {key: (sum(found), len(found)) for key, found in table.items()}
@@ -135,7 +140,7 @@ def branch_differences(responses: list[Tensor], rewards: Tensor, group_size: int
         group = range(begin, begin + group_size)
         ids = [responses[b].tolist() for b in group]
         together = [list(range(group_size))]  # rollouts of one prefix
-        value = [[sum(outcome[b] for b in group) / group_size] for _ in group]
+        value = [[_known_mean(outcome[begin : begin + group_size], 0.0)] for _ in group]
         for t in range(max(map(len, ids))):
             parted = []
             for members in together:
@@ -146,8 +151,13 @@ def branch_differences(responses: list[Tensor], rewards: Tensor, group_size: int
                 parted += by_token.values()
             together = parted
             for members in together:
-                mean = sum(outcome[begin + i] for i in members) / len(members)
+                mean = _known_mean([outcome[begin + i] for i in members], value[members[0]][-1])
                 for i in members:
                     value[i].append(mean)
         parts += [torch.tensor(v, dtype=torch.float64).diff() for v in value]
     return torch.cat(parts).to(rewards)
+
+
+def _known_mean(outcomes: list[float], otherwise: float) -> float:
+    known = [r for r in outcomes if not math.isnan(r)]
+    return sum(known) / len(known) if known else otherwise

@@ -9,8 +9,11 @@ import torch
 
 from acpo import config
 from acpo.cli import main
+from acpo.config import VerifyConfig
+from acpo.problems import Problem
 from acpo.run import Run
 from acpo.trainer import Trainer
+from acpo.verify import Verifier
 
 MINI = """
 name: mini
@@ -69,7 +72,7 @@ def records(run: Path) -> list[dict]:
 
 
 def without_times(record: dict) -> dict:
-    return {k: v for k, v in record.items() if not k.startswith("time/") and k not in ("seconds", "step_time", "memory_gb")}
+    return {k: v for k, v in record.items() if not k.startswith("time/") and k not in ("seconds", "step_time", "memory_gb", "verify/seconds")}
 
 
 def rolled_out(trainer: Trainer):
@@ -81,3 +84,9 @@ def rolled_out(trainer: Trainer):
     attribution = trainer._attribute(batch, outcome, indices)
     advantages, weights = trainer._credit(batch, outcome, attribution)
     return batch, outcome, attribution, advantages, weights
+
+
+def exact_match(problem: Problem, response: str, extract: str) -> bool:
+    """What the verifier of kind `exact` says."""
+    verdict = Verifier(VerifyConfig(extract=extract), "exact")([problem], [response])[0]
+    return verdict.reward == 1.0

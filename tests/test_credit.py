@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ragged import hierarchies, segments_of
 
-from acpo.attribution import Attribution, zero_variance
+from acpo.attribution import Attribution, group_std, leave_one_out, one_of_each, zero_variance
 from acpo.batch import Batch
 from acpo.config import CreditConfig
 from acpo.credit import (
@@ -23,7 +23,7 @@ from acpo.credit import (
     token_advantages,
     token_factor,
 )
-from acpo.tree import branch_differences
+from acpo.tree import Prefixes, branch_differences, tree_values
 from acpo_kernels import segment_reduce
 
 SIZE = 4
@@ -280,3 +280,44 @@ def test_a_mask_that_leaves_nothing_out_changes_nothing():
         assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
     terminal = segments_of(LENGTHS, (True,) * 8)
     assert torch.equal(answer_confidence(logp, terminal), answer_confidence(logp, terminal, everything))
+
+
+# --- outcomes that the verifier left out (NaN) ------------------------------------------------------------------------------------------
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "centred"])
+@pytest.mark.parametrize("kept", [[1.0, 0.0, 1.0], [0.25, 0.5], [1.0, 1.0, 1.0], [0.0], []])
+def test_what_is_left_out_takes_no_part_in_its_groups_baseline(kind, kept):
+    """A group of five with some left out has, for the others, the advantages of the smaller group; the left out have none."""
+    left = torch.tensor([NAN] * (5 - len(kept)) + kept)[torch.tensor([3, 0, 4, 1, 2])]
+    beside = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0])
+    found = outcome_advantages(torch.cat([left, beside]), 5, kind)
+    inside = left[~left.isnan()]
+    expected = outcome_advantages(inside, len(kept), kind) if len(kept) > 1 else torch.zeros(len(kept))
+    assert torch.allclose(found[:5][~left.isnan()], expected, atol=1e-6) and (found[:5][left.isnan()] == 0).all()
+    assert torch.equal(found[5:], outcome_advantages(beside, 5, kind))
+
+
+def test_group_statistics_without_what_is_left_out():
+    outcome = torch.tensor([1.0, NAN, 0.0, 1.0, 1.0, NAN, NAN, 1.0, NAN, NAN, NAN, NAN])
+    assert torch.allclose(leave_one_out(outcome, 4), torch.tensor([0.5, 2 / 3, 1.0, 0.5, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]))
+    assert zero_variance(outcome, 4).tolist() == [False] * 4 + [True] * 8
+    assert one_of_each(outcome, 4).tolist() == [True, False, True, False] + [False] * 8
+    assert torch.allclose(group_std(outcome, 4), torch.tensor([(2 / 9) ** 0.5, 0.0, 0.0]))
+
+
+def test_values_of_the_tree_without_what_is_left_out():
+    """The values of the others are those of the tree without it; its own are those of one that looks on."""
+    keys = [[b"a", b"ab"], [b"a", b"ac"], [b"a", b"ab"], [b"d", b"de"]]
+    prefixes = Prefixes(keys, keys, [[True, True]] * 4)
+    rewards = torch.tensor([1.0, 0.0, NAN, 1.0])
+    found = tree_values(prefixes, rewards, 4, kappa=2.0).view(4, 2)
+    fewer = [0, 1, 3]
+    smaller = tree_values(Prefixes([keys[b] for b in fewer], [keys[b] for b in fewer], [[True, True]] * 3), rewards[fewer], 3, kappa=2.0).view(3, 2)
+    assert torch.allclose(found[fewer], smaller)
+    assert torch.allclose(found[2], torch.tensor([(1 + 0 + 2 * 2 / 3) / 4, (1 + 2 * 2 / 3) / 3]).double())
+    ids = [torch.tensor(x) for x in ([1, 2], [1, 3], [1, 2], [4, 5])]
+    branch = branch_differences(ids, rewards, 4)
+    assert torch.allclose(branch[[0, 1, 2, 3, 6, 7]], branch_differences([ids[b] for b in fewer], rewards[fewer], 3)) and branch.isfinite().all()

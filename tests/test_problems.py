@@ -1,4 +1,4 @@
-"""Problem files: every row of a good one, one clear line for a bad one; and what counts as the answer of a rollout."""
+"""Problem files: every row of a good one, one clear line for a bad one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from acpo.problems import Problem, ProblemError, extract_answer, last_boxed, load
+from acpo.problems import Problem, ProblemError, load
 
 FIXTURE = Path(__file__).parent / "fixtures" / "problems.jsonl"
 
@@ -85,32 +85,6 @@ def test_hinted_prompt(tmp_path):
     assert problem.hinted_prompt("9") == "[9] with {answer} in it", "braces of the problem are its own"
     assert Problem("x", "p", "a").hinted_prompt("3") == "The answer is 3.\np"
     assert problem.hinted_prompt("{prompt}") == "[{prompt}] with {answer} in it", "and so are the answer's"
-
-
-@pytest.mark.parametrize(
-    ("text", "boxed"),
-    [
-        (r"so \boxed{3} and \boxed{\frac{1}{2}} end", r"\frac{1}{2}"), (r"\boxed{}", ""), (r"\boxed{1", None), ("none", None),
-        (r"\boxed{4} then \boxed{5", None), (r"\boxed{\{1,2\}}", r"\{1,2\}"),
-    ],
-)  # fmt: skip
-def test_last_boxed(text, boxed):
-    assert last_boxed(text) == boxed
-
-
-@pytest.mark.parametrize(
-    ("how", "text", "answer"),
-    [
-        ("line", "a31\nA42", "42"), ("line", "A1\nb\nA2", "2"), ("line", "A42\n", "42"), ("line", "a\nxA4", None), ("line", "A", ""),
-        ("boxed", r"7 is \boxed{8}", "8"), ("boxed", "7", None),
-        ("number", r"\boxed{8} or 9", "9"), ("number", "no", None), ("number", "costs $1,234.50.", "1,234.50"), ("number", "x = -3", "-3"),
-        ("number", "the first 3, the other 12,", "12"), ("number", "the roots 3,4", "4"), ("number", "12,345,678", "12,345,678"),
-        ("auto", r"3 \boxed{8} 9", "8"), ("auto", "3\n#### 1,000\n", "1,000"), ("auto", "#### 5\n#### 6 apples", "6"), ("auto", "3 then 4", "4"),
-        ("auto", "", None), ("auto", "7 #### none", None),
-    ],
-)  # fmt: skip
-def test_extract_answer(how, text, answer):
-    assert extract_answer(text, how) == answer
 
 
 def test_parquet_rows_are_problems(tmp_path):

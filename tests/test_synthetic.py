@@ -7,9 +7,9 @@ import math
 
 import numpy as np
 import pytest
+from loop import exact_match
 
 from acpo.synthetic import ALPHABET, Chain, Multiplication, problems, tokenizer
-from acpo.verify import exact_match
 from acpo.warmup import examples
 
 TASKS = {
