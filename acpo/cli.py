@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     from .compare import RunError
     from .config import ConfigError
     from .problems import ProblemError
+    from .rollout import RolloutError
     from .trainer import TrainingError
 
     try:
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, ProblemError, ImportError) as error:  # ImportError: something optional is not installed, and says what
         print(f"acpo: {error}", file=sys.stderr)
         return 2
-    except (TrainingError, CheckpointError, RunError) as error:
+    except (TrainingError, CheckpointError, RunError, RolloutError) as error:
         print(f"acpo: {error}", file=sys.stderr)
         return 1
     except OSError as error:
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(options) -> int:
-    from . import config, report
+    from . import config
     from .run import Run
     from .trainer import Trainer
 
@@ -75,6 +76,16 @@ def _train(options) -> int:
     run = Run(settings)
     run.say(f"run directory: {run.directory}")
     trainer = Trainer(settings, run)
+    try:
+        return _trained(trainer)
+    finally:
+        trainer.close()
+
+
+def _trained(trainer) -> int:
+    from . import report
+
+    settings, run = trainer.config, trainer.run
     parameters = sum(p.numel() for p in trainer.policy.parameters())
     run.say(f"{settings.method}: {parameters:,} parameters, {len(trainer.train_problems)} problems, {len(trainer.held_out)} held out")
     last = trainer.train()
@@ -93,7 +104,10 @@ def _eval(options) -> int:
     directory = Path(options.run)
     settings = config.load(directory / "config.yaml", [f"run_dir={directory}", f"eval.samples={options.samples}"])
     trainer = Trainer(settings, Run(settings))
-    result = trainer.evaluate_checkpoint()
+    try:
+        result = trainer.evaluate_checkpoint()
+    finally:
+        trainer.close()
     if options.json:
         print(json.dumps(result))
     else:
