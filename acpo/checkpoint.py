@@ -66,6 +66,11 @@ def _labels(directory: Path) -> list[str]:
     return [name for _, _, name in sorted(found)]
 
 
+def newest(directory: Path) -> str | None:
+    """The name of the newest checkpoint, unread."""
+    return next(reversed(_labels(directory)), None)
+
+
 def latest(directory: Path) -> tuple[dict[str, dict[str, Tensor]], dict] | None:
     """Tensors and state of the newest checkpoint that reads back; damaged ones are passed over, saying so. None without any."""
     problems = []

@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     from .compare import RunError
     from .config import ConfigError
     from .problems import ProblemError
+    from .rollout import RolloutError
     from .trainer import TrainingError
     from .verify import VerifyError
 
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, ProblemError, ImportError) as error:  # ImportError: something optional is not installed, and says what
         print(f"acpo: {error}", file=sys.stderr)
         return 2
-    except (TrainingError, CheckpointError, RunError, VerifyError) as error:
+    except (TrainingError, CheckpointError, RunError, RolloutError, VerifyError) as error:
         print(f"acpo: {error}", file=sys.stderr)
         return 1
     except OSError as error:
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(options) -> int:
-    from . import config, report
+    from . import config
     from .run import Run
     from .trainer import Trainer
 
@@ -81,6 +82,16 @@ def _train(options) -> int:
     run = Run(settings)
     run.say(f"run directory: {run.directory}")
     trainer = Trainer(settings, run)
+    try:
+        return _trained(trainer)
+    finally:
+        trainer.close()
+
+
+def _trained(trainer) -> int:
+    from . import report
+
+    settings, run = trainer.config, trainer.run
     parameters = sum(p.numel() for p in trainer.policy.parameters())
     run.say(f"{settings.method}: {parameters:,} parameters, {len(trainer.train_problems)} problems, {len(trainer.held_out)} held out")
     last = trainer.train()

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import yaml
 
 from .methods import METHODS
+from .rollout.settings import ServerConfig, VLLMConfig
 
 
 class ConfigError(ValueError):
@@ -80,12 +81,14 @@ class WarmupConfig:
 
 @dataclass
 class RolloutConfig:
-    engine: Literal["local"] = "local"
+    engine: Literal["local", "vllm", "vllm_server"] = "local"
     prompts: int = 12  # prompts a step
     group_size: int = 8  # rollouts a prompt
     max_new_tokens: int = 256
     temperature: float = 1.0
-    batch_tokens: int = 262144  # most prompt and response tokens in the key-value cache at a time
+    batch_tokens: int = 262144  # engine `local`: most prompt and response tokens in the key-value cache at a time
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
 
 
 @dataclass
@@ -149,6 +152,7 @@ class LossConfig:
     clip_low: float = 0.2
     clip_high: float = 0.28
     denominator: Literal["tokens", "sequences", "constant"] = "tokens"
+    rollout_cap: float = 2.0  # truncated importance weight of a rollout engine's tokens (`local` needs none); 0: no correction
     minibatches: int = 2  # optimiser steps a batch of rollouts
 
 
@@ -384,19 +388,20 @@ _POSITIVE = (
     "optimizer.max_grad_norm", "warmup.batch", "warmup.learning_rate", "segmenter.min_tokens", "segmenter.max_segments",
     "segmenter.target_tokens", "attribution.clamp", "verify.timeout", "eval.temperature", "problems.train", "problems.held_out",
     "curriculum.max_rounds", "curriculum.candidates",
+    "rollout.vllm.tensor_parallel_size", "rollout.server.concurrency", "rollout.server.timeout", "rollout.server.start_timeout",
     "stages.switch_window", "entropy.min_weight", "entropy.start", "entropy.end",
 )  # fmt: skip
 _SHARES = (
     "warmup.hinted", "segmenter.forking_share", "curriculum.decay", "curriculum.uniform_share", "curriculum.mastered_share",
     "stages.switch_success", "stages.switch_share", "problems.hard", "problems.wrong_low", "problems.wrong_high", "problems.luck",
-    "loss.clip_low", "entropy.covariance_share", "warmup.probed",
+    "loss.clip_low", "entropy.covariance_share", "warmup.probed", "rollout.vllm.gpu_memory_utilization",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "warmup.steps", "trainer.steps", "trainer.threads", "eval.samples", "eval.max_problems", "verify.workers", "verify.memory_gb",
     "attribution.kappa", "credit.gain", "loss.clip_high", "stages.kl_weight",
     "stages.clip_high", "entropy.weight", "entropy.rate", "entropy.dead_band", "optimizer.warmup_steps", "optimizer.weight_decay", "seed",
     "problems.seed", "problems.distractors", "problems.decoys", "attribution.slope", "credit.value_gain", "segmenter.fixed",
-    "entropy.covariance_weight",
+    "entropy.covariance_weight", "loss.rollout_cap", "rollout.vllm.max_model_len", "rollout.server.retries",
 )  # fmt: skip
 
 

@@ -21,6 +21,8 @@ def step_metrics(
     """The figures of a batch after credit: outcome [B], advantages [B] of the rollouts, weights [S] of the segments."""
     segments = batch.segments
     lengths = torch.tensor(batch.lengths, dtype=torch.float32)
+    mismatch = batch.token["old_logp"] - batch.token["rollout_logp"]  # the engine that sampled against the training forward
+    ratio = mismatch.double().clamp(-20, 20).exp()
     shaping = batch.token["advantages"] - advantages[segments.sequence_ids()]
     out = {
         "reward": float(outcome.nanmean().nan_to_num()),
@@ -33,7 +35,10 @@ def step_metrics(
         "segments/mean_count": segments.num_segments / segments.num_sequences,
         "segments/mean_length": float(segments.lengths.float().mean()),
         "segments/terminal_ratio": float(segments.is_terminal().sum()) / segments.num_sequences,
-        "sampling/logp_difference": float((batch.token["old_logp"] - batch.token["rollout_logp"]).abs().mean()),
+        "sampling/logp_difference": float(mismatch.abs().mean()),
+        "sampling/logp_difference_max": float(mismatch.abs().max()),
+        "sampling/kl": float((ratio - 1 - ratio.log()).mean()),  # k3 estimate of KL(engine || policy)
+        "sampling/ess": float(ratio.sum() ** 2 / (len(ratio) * ratio.square().sum())),
         "credit/nonzero_ratio": float((batch.token["advantages"] != 0).float().mean()),
         "credit/shaping_abs": float(shaping.abs().mean()),
         "credit/weight_max": float(weights.max()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -39,6 +40,15 @@ class Policy(nn.Module):
         if not isinstance(head, nn.Linear) or not head.weight.is_floating_point() or "float8" in str(head.weight.dtype):
             raise ConfigError(f"policy: the head must be a plain linear layer (no LoRA, no fp8), got {type(head).__name__}")
         self.softcap = getattr(model.config, "final_logit_softcapping", None)
+        self.version = 0  # counts what changed the weights, so that a rollout engine knows when its own are old
+
+    def changed(self) -> None:
+        """Somebody changed the weights."""
+        self.version += 1
+
+    def load_state_dict(self, *arguments, **settings):
+        self.changed()
+        return super().load_state_dict(*arguments, **settings)
 
     @property
     def device(self) -> torch.device:
@@ -51,6 +61,21 @@ class Policy(nn.Module):
     def head(self) -> dict[str, Tensor | float | None]:
         head = self.model.get_output_embeddings()
         return {"weight": head.weight, "bias": head.bias, "softcap": self.softcap}
+
+    @torch.no_grad()
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of the model as a checkpoint on disk names them, one at a time; a tied head is its embedding."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        for name, value in self.model.named_parameters():
+            yield from revert_weight_conversion(self.model, {name: value.detach()}).items()
+
+    def save_shape(self, folder: Path) -> Path:
+        """The model's configuration, without weights, as a folder that vLLM builds it from."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.config.architectures = [type(self.model).__name__]
+        self.model.config.save_pretrained(folder)
+        return folder
 
     def precision(self) -> torch.autocast:
         """The context that the policy computes in. Weights stay float32: a step of 1e-6 is lost in the eight bits of a bfloat16 weight."""

@@ -12,12 +12,15 @@ copy of the weights on the same device.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 import resource
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -39,7 +42,9 @@ from .metrics import rollout_rows, step_metrics
 from .policy import Policy, build
 from .probe import suffix_of
 from .problems import Problem
-from .rollout.local import LocalEngine
+from .rollout import Engine, RolloutError
+from .rollout import build as build_engine
+from .rollout.kept import Kept
 from .run import Run
 from .segmentation import ForkThreshold, answer_starts, fixed_length
 from .sources import load_problems
@@ -64,8 +69,7 @@ class Trainer:
         self.task, self.train_problems, self.held_out = load_problems(config) if problems is None else (None, problems, problems)
         self.verifier = verify.Verifier(config.verify, verify.kind_of(config))
         self.policy, self.tokenizer = build(config)
-        self.generator = torch.Generator(self.policy.device).manual_seed(config.seed)
-        self.engine = LocalEngine(self.policy, eos_ids(self.policy, self.tokenizer), config.rollout.batch_tokens)
+        self.kept: list[Kept] = []  # the rollouts of the step under way, where the engine is another program
         self.segmenter = Segmenter.from_tokenizer(
             self.tokenizer, vocab_size=self.policy.vocab_size, min_tokens=config.segmenter.min_tokens, max_tokens=config.segmenter.max_tokens,
             max_segments=config.segmenter.max_segments, target_tokens=config.segmenter.target_tokens,
@@ -84,18 +88,28 @@ class Trainer:
         self.warmup_step = self.step_number = 0
         self.optimizer = self._optimizer(config.warmup.learning_rate if config.warmup.steps else config.optimizer.learning_rate)
 
+    @cached_property
+    def engine(self) -> Engine:
+        """Begun where it is first used: a run that is refused starts no server and leaves no trace."""
+        return build_engine(self.config, self.policy, eos_ids(self.policy, self.tokenizer), self.run.directory)
+
     # --- the main line ------------------------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, float]:
         """Warm-up, stage 1, stage 2, evaluation; continues from the newest checkpoint of the run. Returns the last evaluation."""
         try:
             return self._train()
+        except RolloutError as error:
+            self.run.finish()
+            stands = checkpoint.newest(self.run.checkpoints)
+            raise TrainingError(f"{error}; checkpoint {stands or 'none'} stands: the same command continues from it") from None
         finally:
             self.close()
 
     def _train(self) -> dict[str, float]:
         self._resume()
         self.run.say(f"verifier: {self.verifier.describe()}")
+        self.engine.sync()  # before the warm-up: an engine that cannot start is known at once
         self.warm_up()
         steps = self.config.trainer.steps
         if self.step_number == 0 and not self.run.has_step(0):
@@ -120,6 +134,8 @@ class Trainer:
         """One training step: the picture of the module docstring."""
         clock = self.clock = Clock(self.policy.device)
         cpu = time.process_time()
+        with clock("sync"):
+            self.engine.sync()
         with clock("rollout"):
             indices, batch, outcome = self._rollout()
         with clock("score"):
@@ -143,6 +159,8 @@ class Trainer:
             problems = [self.train_problems[i] for i in indices for _ in range(self.config.rollout.group_size)]
             self.run.save_rollouts(self.step_number, rollout_rows(batch, outcome, attribution, problems, self.tokenizer))
         self._control(indices, outcome, metrics["entropy"])
+        while self.kept:
+            self.kept.pop().remove()
         taken = sum(clock.seconds.values())
         self.counters["seconds"] += taken
         timing = {f"time/{name}": value for name, value in clock.seconds.items()} | {"time/cpu": time.process_time() - cpu}
@@ -159,11 +177,11 @@ class Trainer:
         kept: list[tuple[int, list, np.ndarray]] = []
         spare: list[tuple[int, list, np.ndarray]] = []
         self.tried: list[tuple[int, np.ndarray]] = []
-        for _ in range(rounds):
+        for round_ in range(rounds):
             indices = self.curriculum.sample(wanted - len(kept), self.stages.stage, self.rng)
             problems = [self.train_problems[i] for i in indices for _ in range(size)]
             prompts = [ids for i in indices for ids in [self._prompt(self.train_problems[i].prompt)] * size]
-            samples = self._generate(prompts)
+            samples = self._generate(prompts, round_)
             texts = self.tokenizer.batch_decode([s.ids for s in samples], skip_special_tokens=True)
             pending = self.verifier.submit(problems, texts)
             with self.clock("verify"):
@@ -190,9 +208,17 @@ class Trainer:
         batch.sequence["left_out"] = outcome.isnan()
         return np.array([index for index, _, _ in kept]), batch, outcome
 
-    def _generate(self, prompts: list[list[int]]):
+    def _generate(self, prompts: list[list[int]], round_: int):
+        """Rollouts of this round of this step: their seeds follow from the run's, the step and their place, so that a resumed run repeats them."""
         settings = self.config.rollout
-        samples = self.engine.generate(prompts, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, generator=self.generator)
+        seed = int(np.random.SeedSequence((self.config.seed, self.step_number, round_)).generate_state(1, np.uint64)[0] >> 1)
+        if settings.engine != "local":
+            key = hashlib.sha256(json.dumps([seed, prompts, settings.max_new_tokens, settings.temperature]).encode()).hexdigest()
+            self.kept.append(Kept(self.run.directory / "rollouts" / f"pending-{self.step_number}-{round_}.jsonl", key, self.policy.device))
+        samples = self.engine.generate(
+            prompts, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
+            generator=torch.Generator(self.policy.device).manual_seed(seed), done=self.kept[-1] if self.kept else None,
+        )  # fmt: skip
         if not torch.cat([s.logp for s in samples]).isfinite().all():
             raise TrainingError(f"the policy's log-probs are not finite at step {self.step_number}: {STANDS}")
         return samples
@@ -281,6 +307,7 @@ class Trainer:
     def _update(self, batch: Batch) -> dict[str, float]:
         """The optimiser steps of this batch. A loss's denominator is that of its whole optimiser step, so micro-batches change nothing."""
         config, loss_config = self.config, self.config.loss
+        corrected = config.rollout.engine != "local" and loss_config.rollout_cap > 0  # the local engine samples from these very weights
         rate = config.optimizer.learning_rate * min(1.0, self.step_number / max(1, config.optimizer.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -309,6 +336,7 @@ class Trainer:
                     temperature=config.rollout.temperature, clip=clip, ratio=loss_config.ratio, denominator=denominator,
                     entropy_weight=part.token.get("entropy_weight"), ref_logp=part.token.get("ref_logp"),
                     kl_weight=config.stages.kl_weight if "ref_logp" in part.token else 0.0,
+                    rollout_logp=part.token["rollout_logp"] if corrected else None, rollout_cap=loss_config.rollout_cap or 1.0,
                 )  # fmt: skip
                 if not math.isfinite(result.loss.item()):
                     raise TrainingError(f"the loss is {result.loss.item()} at step {self.step_number}: the step is not taken and {STANDS}")
@@ -418,8 +446,10 @@ class Trainer:
         return state["step"]
 
     def close(self) -> None:
-        """Ends what runs beside the loop: the verifier's workers."""
+        """Ends what runs beside the loop: the verifier's workers, and what the rollout engine started."""
         self.verifier.close()
+        if "engine" in self.__dict__:
+            self.engine.close()
 
     def export(self) -> None:
         """The policy and its tokenizer as a folder that policy.path reads, and transformers (the characters of a synthetic task need
@@ -433,7 +463,9 @@ class Trainer:
 
     def _optimizer(self, rate: float) -> torch.optim.Optimizer:
         config = self.config.optimizer
-        return torch.optim.AdamW(self.policy.parameters(), lr=rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(self.policy.parameters(), lr=rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+        optimizer.register_step_post_hook(lambda *_: self.policy.changed())
+        return optimizer
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -460,7 +492,7 @@ class Trainer:
         tensors = {
             "policy": parameters,
             "optimizer": checkpoint.optimizer_tensors(self.optimizer),
-            "random": {"torch": torch.get_rng_state(), "generator": self.generator.get_state()},
+            "random": {"torch": torch.get_rng_state()},
         }
         if self.attributors.head is not None:
             tensors["head"] = self.attributors.head.tensors()
@@ -490,7 +522,6 @@ class Trainer:
         self.warmup_step, self.step_number = state["warmup_step"], state["step"]
         checkpoint.load_optimizer(self.optimizer, tensors["optimizer"])
         torch.set_rng_state(tensors["random"]["torch"])
-        self.generator.set_state(tensors["random"]["generator"])
         self.rng.bit_generator.state = state["numpy"]
         self.counters, self.forks.value = state["counters"], state["fork_threshold"]
         self.attributors.load(state["attributors"])

@@ -91,7 +91,7 @@ def trainer_batch(ids: torch.Tensor) -> Batch:
 
 def test_hindsight_acts_on_groups_without_variance_and_is_measured_on_the_others(tmp_path, warmed):
     """All rollouts until there is a first measure, then one right and one wrong of each other group; the price is counted."""
-    trainer = trainer_of(tmp_path, "attribution.source=hindsight", "credit.mask=none", weights=warmed)
+    trainer = trainer_of(tmp_path, "attribution.source=hindsight", "credit.mask=none", "rollout.prompts=16", weights=warmed)
     for boundaries in (0, 1000):
         trainer.attributors.by_name["hindsight"].reliability.boundaries = boundaries
         before = trainer.counters["tokens/forward_extra"]

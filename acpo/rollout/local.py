@@ -22,8 +22,14 @@ class LocalEngine:
         self.policy, self.batch_tokens = policy, batch_tokens
         self.eos_ids = torch.tensor(eos_ids, device=policy.device)
 
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, generator: torch.Generator) -> list[Sample]:
+    def generate(self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, generator: torch.Generator, done=None) -> list[Sample]:
         samples: list[Sample] = []
         longest = max((len(p) for p in prompts), default=0)
         rows = max(1, self.batch_tokens // (longest + max_new_tokens))
