@@ -4,16 +4,17 @@
 #include <string>
 
 #include "floats.h"
+#include "segment_reduce.h"
 
 namespace acpo {
 namespace {
 
-void check_offsets(const char* name, const int64_t* offsets, int64_t count, int64_t last) {
-  bool right = offsets[0] == 0 && offsets[count] == last;
-  for (int64_t i = 0; i < count; ++i) right &= offsets[i] <= offsets[i + 1];
-  if (!right) {
+int64_t check_offsets(const char* name, const int64_t* offsets, int64_t count, int64_t last) {
+  int64_t longest = 0;
+  if (offsets[0] != 0 || offsets[count] != last || !group_kernels().spans(offsets, count, &longest)) {
     throw std::invalid_argument(std::string(name) + " must start at 0, not decrease, and end at " + std::to_string(last));
   }
+  return longest;
 }
 
 }  // namespace
@@ -33,9 +34,8 @@ double Values::operator[](int64_t i) const {
   return static_cast<const double*>(data)[i];
 }
 
-void Hierarchy::check() const {
-  check_offsets("token_offsets", token_offsets, segments, tokens);
-  check_offsets("sequence_offsets", sequence_offsets, sequences, segments);
+Hierarchy::Most Hierarchy::check() const {
+  return {check_offsets("token_offsets", token_offsets, segments, tokens), check_offsets("sequence_offsets", sequence_offsets, sequences, segments)};
 }
 
 }  // namespace acpo

@@ -81,7 +81,7 @@ GroupRatios group_ratios(const PolicyLoss& of, int threads) {
   result.ratio.resize(static_cast<size_t>(groups.count));
   result.narrower.resize(static_cast<size_t>(groups.count), 1.0);
   reduce<Sum>(
-      groups, 1, threads,
+      groups, Shares(groups), 1, threads,
       [&](int64_t, int64_t, int64_t begin, int64_t end) {
         Sum part;
         part.sum = kernels.log_ratios(of, begin, end, &part.count);

@@ -1,71 +1,92 @@
 #include "segment_credit.h"
 
 #include <cmath>
-#include <limits>
-#include <type_traits>
 #include <vector>
 
+#include "isa.h"
 #include "segment_reduce.h"
 
 namespace acpo {
 namespace {
 
-// Neumaier's compensated sum: the error is one rounding of the result, however many terms there are.
-struct Compensated {
-  double sum = 0.0, lost = 0.0;
-  void operator+=(double x) {
-    const double next = sum + x;
-    lost += std::fabs(sum) >= std::fabs(x) ? (sum - next) + x : (x - next) + sum;
-    sum = next;
+const CreditKernels& credit_kernels() {
+#if defined(__x86_64__)
+  switch (isa()) {
+    case Isa::avx512:
+      return segment_credit_avx512;
+    case Isa::avx2:
+      return segment_credit_avx2;
+    case Isa::baseline:
+      break;
   }
-  double value() const { return sum + lost; }
-};
-
-// float32 results: a sum in double errs by less than 2^-24 for any number of segments that fits in memory.
-struct Plain {
-  double sum = 0.0;
-  void operator+=(double x) { sum += x; }
-  double value() const { return sum; }
-};
-template <class Real>
-using Total = std::conditional_t<std::is_same_v<Real, double>, Compensated, Plain>;
+#else
+  isa();
+#endif
+  return segment_credit_baseline;
+}
 
 double sign(double x) { return static_cast<double>((x > 0.0) - (x < 0.0)); }
-double clamp(double x, double low, double high) { return x < low ? low : x > high ? high : x; }  // a NaN stays
+
+void operator+=(Compensated& to, const Compensated& x) {
+  const double next = to.sum + x.sum;
+  to.lost += x.lost + (std::fabs(to.sum) >= std::fabs(x.sum) ? (to.sum - next) + x.sum : (x.sum - next) + to.sum);
+  to.sum = next;
+}
+
+struct Spread {
+  double sum = 0.0;
+  void operator+=(const Spread& other) { sum += other.sum; }
+};
+
+struct Sums : CreditSums {
+  void operator+=(const Sums& other) {
+    bounded += other.bounded;
+    weighted += other.weighted;
+    tokens += other.tokens;
+  }
+};
 
 struct Count {
   int64_t count = 0;
   void operator+=(const Count& other) { count += other.count; }
 };
 
-constexpr int64_t SEGMENTS = 2048;  // below so many segments one thread takes them all
+// Segments whose tokens are written at a time
+constexpr int64_t BLOCK = 512;
 
 template <class Real>
 class Credit {
  public:
   Credit(const SegmentCredit& of, Real* token_advantages, Real* weights)
-      : of_(of), h_(of.hierarchy), credit_(token_advantages), weights_(weights), groups_(of.hierarchy, false) {}
+      : of_(of), h_(of.hierarchy), credit_(token_advantages), weights_(weights), longest_(h_.check()), rollouts_(h_.sequence_offsets, h_.sequences, h_.segments) {}
 
   void run(int threads) {
-    values_.resize(static_cast<size_t>(h_.segments));
-    per_segment_.resize(static_cast<size_t>(h_.segments));
-    if (of_.mask != nullptr && !of_.additive) count_tokens(threads);
-    const bool own = !of_.scales && of_.scale == 0.0;
-    spreads_.resize(own ? static_cast<size_t>(h_.sequences) : 0);
-    rollouts(threads, [&](int64_t b) { read(b); });
-    inverse_ = 1.0 / (own ? own_scale() : of_.scales ? static_cast<Real>(of_.scales[0]) : of_.scale);
-    rollouts(threads, [&](int64_t b) { of_.additive ? additive(b) : weights(b); });
-    parallel_for(h_.tokens, SHARE, threads, [&](int64_t first, int64_t last) { broadcast(first, last); });
+    const Shares of_tokens(Groups(h_, false), TOKENS_GRAIN, longest_.tokens), of_segments(rollouts_, SEGMENTS_GRAIN, longest_.segments);
+    scale_ = of_.scales ? static_cast<Real>(of_.scales[0]) : of_.scale != 0.0 ? of_.scale : own_scale(of_segments, threads);
+    if (!of_.additive) conserve(of_tokens, of_segments, threads);
+    const GroupTokens tokens{h_.token_offsets, nullptr, h_.tokens, of_.mask};
+    const auto& spread = group_kernels().typed[of_.mask != nullptr][static_cast<int>(REAL)];
+    of_tokens.run(
+        1, threads,
+        [&](int64_t, int64_t first, int64_t last) {
+          for (; first < last; first += BLOCK) {
+            Real values[BLOCK];
+            const int64_t behind = std::min(first + BLOCK, last);
+            assign(first, behind, values);
+            spread.gradients[0](nullptr, tokens, first, behind, values, nullptr, credit_);
+          }
+        },
+        [&](int64_t, size_t i, int64_t, int64_t begin, int64_t end) {
+          const int64_t s = of_tokens.longs()[i].group;
+          Real value, weight;
+          assign(s, s + 1, &value, begin == h_.token_offsets[s] ? weights_ + s : &weight);
+          spread.gradient_piece[0](nullptr, tokens, begin, end, value, 1, 0.0, credit_);
+        });
   }
 
  private:
-  template <class Body>
-  void rollouts(int threads, Body body) {
-    const int64_t grain = h_.segments == 0 ? h_.sequences : std::max<int64_t>(1, h_.sequences * (SEGMENTS / 4) / h_.segments);
-    parallel_for(h_.sequences, grain, h_.segments <= SEGMENTS ? 1 : threads, [&](int64_t b, int64_t last) {
-      for (; b < last; ++b) body(b);
-    });
-  }
+  static constexpr bool DOUBLE = sizeof(Real) == sizeof(double);
+  static constexpr Dtype REAL = DOUBLE ? Dtype::float64 : Dtype::float32;
 
   int64_t first(int64_t b) const { return h_.sequence_offsets[b]; }
   int64_t last(int64_t b) const { return h_.sequence_offsets[b + 1]; }
@@ -75,114 +96,102 @@ class Credit {
     return of_.exclude_terminal && of_.terminal != nullptr && of_.terminal[b] && last(b) > first(b) ? last(b) - 1 : -1;
   }
 
-  // phi of rollout b, 0 where the score is not finite, and its share of the scale
-  void read(int64_t b) {
-    for (int64_t s = first(b); s < last(b); ++s) {
-      const double x = of_.scores[s];
-      values_[s] = std::fabs(x) <= std::numeric_limits<double>::max() ? x : 0.0;
-    }
-    if (spreads_.empty()) return;
-    const int64_t ordinary = last(b) - (apart(b) >= 0);
-    double total = 0.0;
-    for (int64_t s = first(b); s < ordinary; ++s) total += of_.additive ? values_[s] * values_[s] : std::fabs(values_[s]);
-    spreads_[b] = total;
+  CreditRule rule(int64_t b) const {
+    const double advantage = static_cast<Real>(of_.advantages[b]), inverse = 1.0 / scale_;
+    const double reliability = of_.reliabilities ? static_cast<Real>(of_.reliabilities[b]) : of_.reliability;
+    const int64_t except = apart(b);
+    if (of_.additive) return {advantage, inverse, -3.0, 3.0, reliability * of_.gain, 1.0, except, 1.0, false};
+    const bool flat = last(b) - first(b) - (except >= 0) < 2;
+    return {advantage, of_.gain * sign(advantage) * inverse, 1.0 - of_.bound, 1.0 + of_.bound, reliability, 1.0, except, 1.0, flat};
   }
 
-  double own_scale() const {
+  double own_scale(const Shares& shares, int threads) const {
+    std::vector<double> of_rollout(static_cast<size_t>(h_.sequences));
+    reduce<Spread>(
+        rollouts_, shares, 1, threads,
+        [&](int64_t, int64_t b, int64_t begin, int64_t end) { return Spread{kernels_.spread(of_, begin, end - (end == last(b) && apart(b) >= 0))}; },
+        [&](int64_t, int64_t b, const Spread& all) { of_rollout[b] = all.sum; });
     double total = 0.0;
     int64_t ordinary = h_.segments;
     for (int64_t b = 0; b < h_.sequences; ++b) {
-      total += spreads_[b];
+      total += of_rollout[b];
       ordinary -= apart(b) >= 0;
     }
     const double mean = total / static_cast<double>(std::max<int64_t>(ordinary, 1));
     return (of_.additive ? std::sqrt(mean) : mean) + 1e-6;
   }
 
-  void count_tokens(int threads) {
-    const GroupKernels& kernels = group_kernels();
-    counts_.resize(static_cast<size_t>(h_.segments));
-    reduce<Count>(
-        groups_, 1, threads, [&](int64_t, int64_t, int64_t begin, int64_t end) { return Count{kernels.count(of_.mask + begin, end - begin, groups_.tokens - begin)}; },
-        [&](int64_t, int64_t s, const Count& all) { counts_[s] = all.count; });
+  // For each rollout by what its weights are multiplied, and w~ of its terminal segment.
+  void conserve(const Shares& of_tokens, const Shares& of_segments, int threads) {
+    std::vector<int64_t> segments, counts;
+    if (of_.mask != nullptr && of_tokens.pieces() > 0) {
+      const GroupKernels& kernels = group_kernels();
+      std::vector<Count> parts(static_cast<size_t>(of_tokens.pieces()));
+      of_tokens.run(
+          1, threads, [](int64_t, int64_t, int64_t) {},
+          [&](int64_t, size_t, int64_t k, int64_t begin, int64_t end) { parts[k] = {kernels.count(of_.mask + begin, end - begin, h_.tokens - begin)}; });
+      of_tokens.join(1, parts, [&](int64_t, size_t i, const Count& all) {
+        segments.push_back(of_tokens.longs()[i].group);
+        counts.push_back(all.count);
+      });
+    }
+    const LongCounts longs{segments.data(), counts.data(), static_cast<int64_t>(segments.size())};
+    conserved_.resize(static_cast<size_t>(h_.sequences));
+    reduce<Sums>(
+        rollouts_, of_segments, 1, threads,
+        [&](int64_t, int64_t b, int64_t begin, int64_t end) {
+          Sums sums;
+          const CreditRule r = rule(b);
+          if (!r.flat) kernels_.sums[DOUBLE](of_, r, longs, begin, end - (end == last(b) && r.except >= 0), &sums);
+          return sums;
+        },
+        [&](int64_t, int64_t b, Sums all) {
+          const CreditRule r = rule(b);
+          double of_except = 1.0;
+          if (r.flat) return;
+          if (r.except >= 0) {
+            of_except = 1.0 + r.rho * (all.bounded.value() / static_cast<double>(r.except - first(b)) - 1.0);
+            const int64_t begin = h_.token_offsets[r.except], end = h_.token_offsets[r.except + 1];
+            const double n = static_cast<double>(of_.mask == nullptr ? end - begin : group_kernels().count(of_.mask + begin, end - begin, h_.tokens - begin));
+            all.weighted += {n * of_except, 0.0};
+            all.tokens += n;
+          }
+          conserved_[b] = {all.weighted.value() > 0.0 ? all.tokens / all.weighted.value() : 1.0, of_except};
+        });
   }
 
-  double length(int64_t s) const { return static_cast<double>(counts_.empty() ? groups_.end(s) - groups_.begin(s) : counts_[s]); }
-  double reliability(int64_t b) const { return of_.reliabilities ? static_cast<Real>(of_.reliabilities[b]) : of_.reliability; }
-
-  void additive(int64_t b) {
-    const double most = reliability(b) * of_.gain;
-    const int64_t except = apart(b);
-    const Real advantage = static_cast<Real>(of_.advantages[b]);
-    for (int64_t s = first(b); s < last(b); ++s) {
-      const double shaping = s == except ? 0.0 : most * clamp(values_[s] * inverse_, -3.0, 3.0);
-      per_segment_[s] = shaping == 0.0 ? advantage : static_cast<Real>(advantage + shaping);  // -0.0 + 0.0 is not -0.0
-      weights_[s] = 1;
+  // values[s - begin], and the weights, of the segments [begin, end)
+  void assign(int64_t begin, int64_t end, Real* values, Real* weights = nullptr) const {
+    if (weights == nullptr) weights = weights_ + begin;
+    for (int64_t b = rollouts_.of(begin); begin < end; ++b) {
+      const int64_t n = std::min(last(b), end) - begin;
+      if (n <= 0) continue;
+      CreditRule r = rule(b);
+      if (!of_.additive) r.conserve = conserved_[b].by, r.of_except = conserved_[b].of_except;
+      kernels_.values[DOUBLE](of_, r, begin, begin + n, weights, values);
+      begin += n;
+      weights += n;
+      values += n;
     }
   }
 
-  void weights(int64_t b) {
-    const int64_t begin = first(b), end = last(b), except = apart(b), ordinary = end - (except >= 0);
-    const Real advantage = static_cast<Real>(of_.advantages[b]);
-    if (ordinary - begin < 2) {
-      for (int64_t s = begin; s < end; ++s) per_segment_[s] = advantage, weights_[s] = 1;
-      return;
-    }
-    const double toward = of_.gain * sign(advantage) * inverse_, low = 1.0 - of_.bound, high = 1.0 + of_.bound, rho = reliability(b);
-    Total<Real> sum, weighted, total;
-    for (int64_t s = begin; s < ordinary; ++s) {
-      const double bounded = clamp(1.0 + toward * values_[s], low, high);
-      values_[s] = 1.0 + rho * (bounded - 1.0);
-      sum += bounded;
-      weighted += length(s) * values_[s];
-      total += length(s);
-    }
-    if (except >= 0) {
-      values_[except] = 1.0 + rho * (sum.value() / static_cast<double>(ordinary - begin) - 1.0);
-      weighted += length(except) * values_[except];
-      total += length(except);
-    }
-    const double conserve = weighted.value() > 0.0 ? total.value() / weighted.value() : 1.0;
-    for (int64_t s = begin; s < end; ++s) {
-      weights_[s] = static_cast<Real>(values_[s] * conserve);
-      per_segment_[s] = advantage * weights_[s];
-    }
-  }
+  struct Conserved {
+    double by, of_except;
+  };
 
-  // A vector at a time: the last one of a segment may write past it, as far as `last`, and the next segment comes after it.
-  void broadcast(int64_t first, int64_t last) const {
-    constexpr int STEP = 128 / sizeof(Real);  // the length of most segments: no branch to guess
-    groups_.runs(first, last, [&](int64_t s, int64_t t, int64_t end) {
-      const Real value = per_segment_[s];
-      if (of_.mask == nullptr) {
-        for (; t < end && t + STEP <= last; t += STEP) {
-          for (int k = 0; k < STEP; ++k) credit_[t + k] = value;
-        }
-        for (; t < end; ++t) credit_[t] = value;
-      } else {
-        for (; t < end && t + STEP <= last; t += STEP) {
-          for (int k = 0; k < STEP; ++k) credit_[t + k] = of_.mask[t + k] ? value : Real(0);
-        }
-        for (; t < end; ++t) credit_[t] = of_.mask[t] ? value : Real(0);
-      }
-    });
-  }
-
+  const CreditKernels& kernels_ = credit_kernels();
   const SegmentCredit& of_;
   const Hierarchy& h_;
   Real *credit_, *weights_;
-  Groups groups_;
-  double inverse_ = 1.0;           // of the scale
-  std::vector<int64_t> counts_;    // unmasked tokens of each segment; empty without a mask
-  std::vector<double> values_;     // phi of each segment, then its weight before conservation
-  std::vector<double> spreads_;    // of each rollout, where the scale is the batch's own
-  std::vector<Real> per_segment_;  // the advantage of each segment's tokens
+  Hierarchy::Most longest_;
+  Groups rollouts_;  // of segments
+  double scale_ = 1.0;
+  std::vector<Conserved> conserved_;  // weights: of each rollout
 };
 
 }  // namespace
 
 void segment_credit(const SegmentCredit& of, void* token_advantages, void* weights, int threads) {
-  of.hierarchy.check();
   if (of.scores.dtype == Dtype::float64) {
     Credit<double>(of, static_cast<double*>(token_advantages), static_cast<double*>(weights)).run(threads);
   } else {

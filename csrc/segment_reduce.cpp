@@ -8,18 +8,6 @@
 namespace acpo {
 namespace {
 
-inline double widen(double x) { return x; }
-template <class T>
-double widen(T x) {
-  return to_float(x);
-}
-
-inline void narrow(double x, double* out) { *out = x; }
-template <class T>
-void narrow(double x, T* out) {
-  from_float(static_cast<float>(x), out);
-}
-
 struct Sum {
   double sum = 0.0;
   int64_t count = 0;
@@ -39,91 +27,89 @@ struct Count {
   void operator+=(const Count& other) { count += other.count; }
 };
 
+struct Call {
+  Groups groups;
+  Shares shares;
+  GroupTokens of;
+  const GroupKernels& all = group_kernels();
+  const GroupKernels::Typed& kernels;
+  bool is_max;
+  int reduce;
+
+  Call(const SegmentReduce& of_call, Dtype dtype)
+      : groups(of_call.hierarchy, of_call.sequences),
+        shares(groups, TOKENS_GRAIN, checked(of_call)),
+        of{groups.offsets, groups.through, groups.tokens, of_call.mask},
+        kernels(all.typed[of_call.mask != nullptr][static_cast<int>(dtype)]),
+        is_max(of_call.reduce == Reduce::max),
+        reduce(static_cast<int>(of_call.reduce)) {}
+
+  static int64_t checked(const SegmentReduce& of_call) {
+    const auto most = of_call.hierarchy.check();
+    return of_call.sequences ? INT64_MAX : most.tokens;
+  }
+
+  int64_t count(int64_t begin, int64_t end) const { return of.mask == nullptr ? end - begin : all.count(of.mask + begin, end - begin, of.tokens - begin); }
+};
+
 template <class T, class Out>
 void forward(const SegmentReduce& of, Dtype dtype, const T* values, int64_t stride, Out* out, int threads) {
-  const Groups groups(of.hierarchy, of.sequences);
-  const GroupKernels& kernels = group_kernels();
-  const bool masked = of.mask != nullptr, mean = of.reduce == Reduce::mean;
-  const auto run = (of.reduce == Reduce::max ? kernels.max : kernels.sum)[masked][static_cast<int>(dtype)];
-  const auto part = [&](int64_t c, int64_t begin, int64_t end) {
-    return run(values + c * stride + begin, masked ? of.mask + begin : nullptr, end - begin, groups.tokens - begin);
-  };
-  if (of.reduce == Reduce::max) {
-    reduce<Max>(
-        groups, of.channels, threads, [&](int64_t c, int64_t, int64_t begin, int64_t end) { return Max{part(c, begin, end)}; },
-        [&](int64_t c, int64_t g, const Max& all) { out[c * groups.count + g] = static_cast<Out>(all.max); });
-    return;
-  }
-  reduce<Sum>(
-      groups, of.channels, threads,
-      [&](int64_t c, int64_t, int64_t begin, int64_t end) {
-        return Sum{part(c, begin, end), mean && masked ? kernels.count(of.mask + begin, end - begin, groups.tokens - begin) : end - begin};
-      },
-      [&](int64_t c, int64_t g, const Sum& all) {
-        out[c * groups.count + g] = static_cast<Out>(mean && all.count > 1 ? all.sum / static_cast<double>(all.count) : all.sum);
+  const Call call(of, dtype);
+  const int64_t groups = call.groups.count, pieces = call.shares.pieces();
+  std::vector<Sum> sums(static_cast<size_t>(call.is_max ? 0 : pieces * of.channels));
+  std::vector<Max> maxima(static_cast<size_t>(call.is_max ? pieces * of.channels : 0));
+  call.shares.run(
+      of.channels, threads,
+      [&](int64_t c, int64_t first, int64_t last) { call.kernels.groups[call.reduce](values + c * stride, call.of, first, last, out + c * groups + first); },
+      [&](int64_t c, size_t, int64_t piece, int64_t begin, int64_t end) {
+        const double part = call.kernels.piece[call.is_max](values + c * stride, call.of, begin, end);
+        if (call.is_max) {
+          maxima[c * pieces + piece] = {part};
+        } else {
+          sums[c * pieces + piece] = {part, of.reduce == Reduce::mean ? call.count(begin, end) : 0};
+        }
       });
-}
-
-// to[from, until) = value, a vector at a time: the last one may write past `until`, as far as `last`, and the next run comes after it.
-template <class T>
-void fill(T* to, int64_t from, int64_t until, int64_t last, T value) {
-  constexpr int STEP = 128 / sizeof(T);  // the length of most groups: no branch to guess
-  for (; from < until && from + STEP <= last; from += STEP) {
-    for (int k = 0; k < STEP; ++k) to[from + k] = value;
+  if (call.is_max) {
+    call.shares.join(of.channels, maxima, [&](int64_t c, size_t i, const Max& all) {
+      out[c * groups + call.shares.longs()[i].group] = static_cast<Out>(all.max);
+    });
+  } else {
+    call.shares.join(of.channels, sums, [&](int64_t c, size_t i, const Sum& all) {
+      const double by = static_cast<double>(all.count > 1 ? all.count : 1);
+      out[c * groups + call.shares.longs()[i].group] = static_cast<Out>(all.sum / by);
+    });
   }
-  for (; from < until; ++from) to[from] = value;
 }
 
 template <class T, class Out>
-void backward(const SegmentReduce& of, const Out* grad, const T* values, int64_t stride, const Out* output, T* gradient, int threads) {
-  const Groups groups(of.hierarchy, of.sequences);
-  const GroupKernels& kernels = group_kernels();
-  const bool is_max = of.reduce == Reduce::max;
-  // By what a group's gradient is divided: its unmasked tokens (mean), or those that attain its maximum.
-  std::vector<int64_t> shares;
-  if (is_max || (of.reduce == Reduce::mean && of.mask != nullptr)) {
-    shares.resize(static_cast<size_t>((is_max ? of.channels : 1) * groups.count));
-    reduce<Count>(
-        groups, is_max ? of.channels : 1, threads,
-        [&](int64_t c, int64_t g, int64_t begin, int64_t end) {
-          if (!is_max) return Count{kernels.count(of.mask + begin, end - begin, groups.tokens - begin)};
-          Count all;
-          const double top = output[c * groups.count + g];
-          const T* x = values + c * stride;
-          for (int64_t t = begin; t < end; ++t) all.count += widen(x[t]) == top && (of.mask == nullptr || of.mask[t]);
-          return all;
-        },
-        [&](int64_t c, int64_t g, const Count& all) { shares[c * groups.count + g] = all.count; });
+void backward(const SegmentReduce& of, Dtype dtype, const Out* grad, const T* values, int64_t stride, const Out* output, T* gradient, int threads) {
+  const Call call(of, dtype);
+  const int64_t groups = call.groups.count, tokens = call.groups.tokens, pieces = call.shares.pieces();
+  const auto& longs = call.shares.longs();
+  // By what a long group's gradient is divided: its unmasked tokens (mean), or those that attain its maximum.
+  const int64_t each = call.is_max ? of.channels : 1;
+  std::vector<int64_t> by(longs.size() * static_cast<size_t>(each), 1);
+  if (!longs.empty() && of.reduce != Reduce::sum) {
+    std::vector<Count> counts(static_cast<size_t>(pieces * each));
+    call.shares.run(
+        each, threads, [](int64_t, int64_t, int64_t) {},
+        [&](int64_t c, size_t i, int64_t piece, int64_t begin, int64_t end) {
+          const auto top = [&] { return static_cast<double>(output[c * groups + longs[i].group]); };
+          counts[c * pieces + piece] = {call.is_max ? call.kernels.ties(values + c * stride, call.of, begin, end, top()) : call.count(begin, end)};
+        });
+    call.shares.join(each, counts, [&](int64_t c, size_t i, const Count& all) { by[c * longs.size() + i] = all.count; });
   }
-  const int64_t tokens = groups.tokens, blocks = (tokens + SHARE - 1) / SHARE;
-  parallel_for(blocks * of.channels, 1, of.channels * tokens <= SERIAL ? 1 : threads, [&](int64_t item, int64_t last_item) {
-    for (; item < last_item; ++item) {
-      const int64_t c = item / blocks, first = item % blocks * SHARE, last = std::min(first + SHARE, tokens);
-      T* to = gradient + c * tokens;
-      groups.runs(first, last, [&](int64_t g, int64_t from, int64_t until) {
-        double share = grad[c * groups.count + g];
-        int64_t by = 1;
-        if (!shares.empty()) {
-          by = shares[(is_max ? c * groups.count : 0) + g];
-        } else if (of.reduce == Reduce::mean) {
-          by = groups.end(g) - groups.begin(g);
-        }
-        if (by > 1) share /= static_cast<double>(by);
-        T value, zero;
-        narrow(share, &value);
-        narrow(0.0, &zero);
-        if (is_max) {
-          const double top = output[c * groups.count + g];
-          const T* x = values + c * stride;
-          for (int64_t t = from; t < until; ++t) to[t] = widen(x[t]) == top && (of.mask == nullptr || of.mask[t]) ? value : zero;
-        } else if (of.mask != nullptr) {
-          for (int64_t t = from; t < until; ++t) to[t] = of.mask[t] ? value : zero;
-        } else {
-          fill(to, from, until, last, value);
-        }
+  call.shares.run(
+      of.channels, threads,
+      [&](int64_t c, int64_t first, int64_t last) {
+        const int64_t at = c * groups + first;
+        call.kernels.gradients[call.reduce](values + c * stride, call.of, first, last, grad + at, call.is_max ? output + at : nullptr, gradient + c * tokens);
+      },
+      [&](int64_t c, size_t i, int64_t, int64_t begin, int64_t end) {
+        const int64_t at = c * groups + longs[i].group;
+        call.kernels.gradient_piece[call.is_max](values + c * stride, call.of, begin, end, grad[at], by[(call.is_max ? c * longs.size() : 0) + i],
+                                                 call.is_max ? static_cast<double>(output[at]) : 0.0, gradient + c * tokens);
       });
-    }
-  });
 }
 
 // call(T*, Out*) with null pointers of the element's and the result's type
@@ -160,7 +146,6 @@ const GroupKernels& group_kernels() {
 }
 
 void segment_reduce(const SegmentReduce& of, const void* values, Dtype dtype, int64_t channel_stride, void* out, int threads) {
-  of.hierarchy.check();
   with_types(dtype, [&]<class T, class Out>(T*, Out*) {
     forward(of, dtype, static_cast<const T*>(values), channel_stride, static_cast<Out*>(out), threads);
   });
@@ -168,9 +153,8 @@ void segment_reduce(const SegmentReduce& of, const void* values, Dtype dtype, in
 
 void segment_reduce_backward(const SegmentReduce& of, const void* grad, const void* values, Dtype dtype, int64_t channel_stride,
                              const void* output, void* gradient, int threads) {
-  of.hierarchy.check();
   with_types(dtype, [&]<class T, class Out>(T*, Out*) {
-    backward(of, static_cast<const Out*>(grad), static_cast<const T*>(values), channel_stride, static_cast<const Out*>(output),
+    backward(of, dtype, static_cast<const Out*>(grad), static_cast<const T*>(values), channel_stride, static_cast<const Out*>(output),
              static_cast<T*>(gradient), threads);
   });
 }

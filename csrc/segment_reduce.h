@@ -24,11 +24,27 @@ void segment_reduce(const SegmentReduce& of, const void* values, Dtype dtype, in
 void segment_reduce_backward(const SegmentReduce& of, const void* grad, const void* values, Dtype dtype, int64_t channel_stride,
                              const void* output, void* gradient, int threads);
 
-// The tokens of one group or a piece of one, compiled once for each instruction set: n of them, `available` of which may be read.
+// What follows is compiled once for each instruction set, for one channel: x and gradient [N] of the values' dtype; out, output and grad
+// of the result's, from the group `first` on.
+struct GroupTokens {
+  const int64_t *offsets, *through;  // as in Groups
+  int64_t tokens;
+  const uint8_t* mask;
+};
 struct GroupKernels {
-  using Of = double (*)(const void* values, const uint8_t* mask, int64_t n, int64_t available);
-  Of sum[2][4], max[2][4];  // [masked][Dtype]
-  int64_t (*count)(const uint8_t* mask, int64_t n, int64_t available);
+  struct Typed {  // indexed by Reduce, or [is max]
+    // Of the groups [first, last), each at most a PIECE long
+    void (*groups[3])(const void* x, const GroupTokens& of, int64_t first, int64_t last, void* out);
+    // The sum or the maximum of the tokens [begin, end), and those that attain a given one
+    double (*piece[2])(const void* x, const GroupTokens& of, int64_t begin, int64_t end);
+    int64_t (*ties)(const void* x, const GroupTokens& of, int64_t begin, int64_t end, double top);
+    // The gradient of the groups [first, last), and of the tokens [begin, end) of one whose gradient is shared by `by` tokens
+    void (*gradients[3])(const void* x, const GroupTokens& of, int64_t first, int64_t last, const void* grad, const void* output, void* gradient);
+    void (*gradient_piece[2])(const void* x, const GroupTokens& of, int64_t begin, int64_t end, double grad, int64_t by, double top, void* gradient);
+  };
+  Typed typed[2][4];                                                                          // [masked][Dtype]
+  int64_t (*count)(const uint8_t* mask, int64_t n, int64_t available);                        // the ones among n bytes, `available` may be read
+  bool (*spans)(const int64_t* offsets, int64_t count, int64_t* longest);                     // whether none of the steps is negative; the longest
 };
 extern const GroupKernels segment_reduce_baseline, segment_reduce_avx2, segment_reduce_avx512;
 const GroupKernels& group_kernels();

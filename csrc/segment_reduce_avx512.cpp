@@ -1,4 +1,4 @@
-#define SEGMENT_REDUCE_BYTES 64
+#define SEGMENT_BYTES 64
 #include "segment_reduce_lanes.h"
 
 namespace acpo {

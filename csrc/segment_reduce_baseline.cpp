@@ -1,4 +1,4 @@
-#define SEGMENT_REDUCE_BYTES 16
+#define SEGMENT_BYTES 16
 #include "segment_reduce_lanes.h"
 
 namespace acpo {
