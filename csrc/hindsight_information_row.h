@@ -1,7 +1,7 @@
 // Rows of hindsight_information, over the `Simd` that was included before: one reading of both streams, whose logits are x_j (policy p)
-// and y_j (hindsight q), m_p and m_q their running maxima, e_p = exp((x - m_p) / T), e_q = exp((y - m_q) / T).
+// and y_j (hindsight q), m_p and m_q their running maxima, u_j = m_p - x_j, v_j = m_q - y_j, e_p = exp(-u / T), e_q = exp(-v / T).
 //
-// A divergence is a sum of non-negative terms, so that near-equal streams keep their digits:
+// A divergence is a sum of non-negative terms:
 //   KL(p || q) = sum p h(d),   KL(q || p) = sum q h(-d),   h(s) = e^s - 1 - s >= 0,   d = log q - log p
 // but d wants the two logsumexps, which one reading does not have yet. It is taken about a provisional `centre` c instead of the true
 // difference l_q - l_p of the logsumexps. With D = d + k, k = (l_q - l_p) - c, sum p = sum q = 1 gives
@@ -10,10 +10,21 @@
 // centre is set when a maximum rises (the tokens that hold the mass) BEFORE that group's terms are summed, and where k^2 exceeds the
 // divergence so far; the sums then move with it, exactly, by the same algebra (moved_divergence).
 //
-// Where |D| < 1 a term is e D^2 (a(D^2) +- D b(D^2)), relative error 1.1e-7; elsewhere nothing much cancels, and it is left
-// to four sums, with R = exp(-c):
-//   sum e_p h(D) = R sum e_q - sum e_p - sum e_p D,   sum e_q h(-D) = sum e_p / R - sum e_q + sum e_q D
-// The price of a pair of vectors: 2 x 15 for the sums of row_sums.h, and 21 for these: 51 instructions, 27.5 cycles.
+// The terms are summed in one of two forms, block by block (a block: up to 8 groups whose maxima and centre are the same). With R = exp(-c),
+// * plainly, from four sums, two of which the log-probs want anyway:
+//     sum e_p h(D) = R sum e_q - sum e_p - sum e_p D,   sum e_q h(-D) = sum e_p / R - sum e_q + sum e_q D
+// * carefully, term by term: e D^2 (a(D^2) +- D b(D^2)) where |D| < 1, relative error 1.1e-7; the plain form elsewhere.
+// The plain form cancels. Each lane's sums over a block have a relative error, e say, of the exponential (1.1e-7 at most, 5e-8 in the root
+// mean square) and of float32 sums, so those over a mass A = sum e_p + R sum e_q of lanes A_i err by the root of the sum of (e A_i)^2, at most
+// e sqrt(max A_i x A), and by e A if all lanes err alike, as lanes do that hold the same numbers. So a block may be summed plainly if afterwards
+//   K >= A / 24, with A of all plain blocks so far, and K >= A where the lanes are nearly equal,   and   K >= 2 A_i of each lane of this block
+// where K is the divergence so far, less the price of the centre. K never falls, so at the end the plain blocks have added at most
+// e sqrt(24 / 2) K, 1.7e-7 K, or e K. Otherwise the block is summed again, carefully: it is in the L1 or L2 still. What the last block would
+// have been allowed is what the next one tries first.
+//
+// Memory: each logit is read once from DRAM or L3, and again from L1 or L2 (up to 2 x 16 KB) where its group has a new maximum or its
+// block must be summed again. The price of a pair of vectors in the plain form, AVX-512: 2 x 13 for the sums of row_sums.h, 1 for the
+// entropy, 4 for these.
 //
 // Everything is the mirror image of itself: streams that change places give the same bits with the divergences changed over.
 #pragma once
@@ -25,6 +36,7 @@ namespace acpo {
 namespace {
 
 constexpr float NEAR = 1.0f;  // D^2 below which the series is used
+constexpr double PLAIN = 1.0 / 24.0;
 
 // Of at most a group, in float32.
 struct Terms {
@@ -49,41 +61,56 @@ struct Terms {
   vec information(vec one_over_r) const { return Simd::add(Simd::add(Simd::sub(Simd::mul(far_p, one_over_r), far_q), far_qd), near_q); }
 };
 
+// Of a group of both streams. In the plain form kl and information are sums of e_p D T and e_q D T.
+struct PairGroup {
+  vec s_p[2], w_p[2], s_q[2], kl, information;
+  typename Simd::Met met_p, met_q;
+
+  bool raised() const { return met_p.negative() || met_q.negative(); }
+  bool past(float cut) const { return met_p.past(cut) || met_q.past(cut); }
+};
+
 struct PairWalk {
   Walk p, q;
-  double kl = 0.0, information = 0.0, centre = 0.0;  // a float32 number
+  double kl = 0.0, information = 0.0, centre = 0.0;
+  float shift = 0.0f;  // centre T
   bool only_p = false, only_q = false;
-  vec kl_sum = Simd::set(0.0f), information_sum = Simd::set(0.0f);
-  int pending = 0;
+  double plain_p = 0.0, plain_q = 0.0;  // masses that were summed plainly
+  bool plain = false, low = false;      // how the next block is tried
+  int groups = 0;                       // of this block, which is
+  vec mass_p = Simd::set(0.0f), mass_q = mass_p, kl_sum = mass_p, information_sum = mass_p;
 
   bool begun() const { return p.row.top > -INF && q.row.top > -INF; }
 
-  static double mass(const Walk& w, const Exp& exp_of) { return 1.0 + w.row.rest + Simd::reduce_add(w.sum) * exp_of.inverse; }
+  static double mass(const Walk& w, const Exp& exp_of) { return 1.0 + w.row.rest + Simd::sum(w.sum) * exp_of.inverse; }
 
-  void empty(const Exp& exp_of) {
-    kl += Simd::reduce_add(kl_sum) * exp_of.inverse;
-    information += Simd::reduce_add(information_sum) * exp_of.inverse;
-    kl_sum = information_sum = Simd::set(0.0f);
-    pending = 0;
+  void set_centre(float to, const Exp& exp_of) {
+    shift = to;
+    centre = to * exp_of.per_t;
   }
 
   // To the maxima of now, from top_p and top_q; the masses are those before.
-  void move(double mass_p, double mass_q, float top_p, float top_q, double to, const Exp& exp_of) {
+  void move(double mass_p, double mass_q, float top_p, float top_q, float to, const Exp& exp_of) {
     const double rise_p = (static_cast<double>(p.row.top) - top_p) * exp_of.per_t;
     const double rise_q = (static_cast<double>(q.row.top) - top_q) * exp_of.per_t;
-    kl = moved_divergence(kl, mass_p, mass_q, rise_p, rise_q, centre, to);
-    information = moved_divergence(information, mass_q, mass_p, rise_q, rise_p, -centre, -to);
-    centre = to;
+    kl = moved_divergence(kl, mass_p, mass_q, rise_p, rise_q, centre, to * exp_of.per_t);
+    information = moved_divergence(information, mass_q, mass_p, rise_q, rise_p, -centre, -(to * exp_of.per_t));
+    plain_p *= exp(-rise_p);
+    plain_q *= exp(-rise_q);
+    set_centre(to, exp_of);
   }
 
-  double true_centre(const Exp& exp_of) const { return static_cast<float>(log(mass(q, exp_of)) - log(mass(p, exp_of))); }
+  // The true centre times T.
+  float true_shift(const Exp& exp_of) const {
+    return static_cast<float>((log(mass(q, exp_of)) - log(mass(p, exp_of))) / exp_of.per_t);
+  }
 
   // Any number of elements of streams that have begun; -inf is taken for nothing, exactly.
   template <class T>
   __attribute__((noinline)) void add_slowly(const T* x, const T* y, int64_t n, const Exp& exp_of) {
     const vec low_p = Simd::set(exp_of.floor(p.row.top)), low_q = Simd::set(exp_of.floor(q.row.top));
     const vec per_t = Simd::set(static_cast<float>(exp_of.per_t));
-    const vec c = Simd::set(static_cast<float>(centre)), zero = Simd::set(0.0f), dead = Simd::set(-INF), lowest = Simd::set(-MAX);
+    const vec c = Simd::set(shift), zero = Simd::set(0.0f), dead = Simd::set(-INF), lowest = Simd::set(-MAX);
     Terms terms;
     terms.clear();
     auto step = [&](vec x_p, vec x_q) __attribute__((always_inline)) {
@@ -91,8 +118,8 @@ struct PairWalk {
       only_p = only_p || Simd::count(Simd::and_not(dead_q, dead_p)) != 0;
       only_q = only_q || Simd::count(Simd::and_not(dead_p, dead_q)) != 0;
       const mask one_dead = Simd::either(dead_p, dead_q), kept_p = Simd::not_less(x_p, low_p), kept_q = Simd::not_less(x_q, low_q);
-      const vec u = Simd::sub(x_p, p.top), v = Simd::sub(x_q, q.top);
-      vec d = Simd::keep(Simd::and_not(Simd::equal(zero, zero), one_dead), Simd::fms(Simd::sub(v, u), per_t, c));
+      const vec u = Simd::sub(p.top, x_p), v = Simd::sub(q.top, x_q);
+      vec d = Simd::keep(Simd::and_not(Simd::equal(zero, zero), one_dead), Simd::mul(Simd::sub(Simd::sub(u, v), c), per_t));
       d = Simd::at_least(d, lowest);  // finite logits may lie further apart than the largest number
       d = Simd::sub(zero, Simd::at_least(Simd::sub(zero, d), lowest));
       vec d2 = Simd::mul(d, d);
@@ -103,17 +130,16 @@ struct PairWalk {
     int64_t i = 0;
     for (; i + W <= n; i += W) step(Simd::load(x + i), Simd::load(y + i));
     if (i < n) step(Simd::load(Tail<T>(x + i, n - i).padded), Simd::load(Tail<T>(y + i, n - i).padded));
-    const double r = exp(-centre);
-    kl += Simd::reduce_add(terms.kl(Simd::set(static_cast<float>(r)))) * exp_of.inverse;
-    information += Simd::reduce_add(terms.information(Simd::set(static_cast<float>(exp(centre))))) * exp_of.inverse;
+    kl += Simd::sum(terms.kl(Simd::set(static_cast<float>(exp(-centre))))) * exp_of.inverse;
+    information += Simd::sum(terms.information(Simd::set(static_cast<float>(exp(centre))))) * exp_of.inverse;
   }
 
-  // A group in which neither stream holds a new maximum.
-  template <class T>
-  __attribute__((always_inline)) void add_group(const T* x, const T* y, const Exp& exp_of) {
+  template <bool plainly, bool below, class T>
+  __attribute__((always_inline)) void sum_pair(const T* x, const T* y, const Exp& exp_of, PairGroup& g) {
     const vec zero = Simd::set(0.0f), cut = Simd::set(exp_of.cut), m_p = p.top, m_q = q.top;
-    const vec per_t = Simd::set(static_cast<float>(exp_of.per_t)), c = Simd::set(static_cast<float>(centre)), near = Simd::set(NEAR);
-    vec s_p[2] = {zero, zero}, w_p[2] = {zero, zero}, s_q[2] = {zero, zero}, w_q[2] = {zero, zero};
+    const vec per_t = Simd::set(static_cast<float>(exp_of.per_t)), c = Simd::set(shift), near = Simd::set(NEAR);
+    for (int k = 0; k < 2; ++k) g.s_p[k] = g.w_p[k] = g.s_q[k] = zero;
+    vec of_p[2] = {zero, zero}, of_q[2] = {zero, zero};
     Terms terms;
     terms.clear();
     for (int64_t j = 0; j < GROUP; j += 2 * W) {
@@ -122,38 +148,120 @@ struct PairWalk {
       prefetch_pair(y + j + AHEAD);
       Simd::load_pair(x + j, u, u + 1);
       Simd::load_pair(y + j, u + 2, u + 3);
-      for (int k = 0; k < 4; ++k) u[k] = Simd::sub(u[k], k < 2 ? m_p : m_q);
-      for (int k = 0; k < 2; ++k) d[k] = Simd::fms(Simd::sub(u[k + 2], u[k]), per_t, c);
-      for (int k = 0; k < 4; ++k) u[k] = Simd::at_least(u[k], cut);
+      for (int k = 0; k < 4; ++k) u[k] = Simd::sub(k < 2 ? m_p : m_q, u[k]);
+      for (int k = 0; k < 4; ++k) k < 2 ? g.met_p(u[k]) : g.met_q(u[k]);
+      for (int k = 0; k < 2; ++k) d[k] = Simd::sub(Simd::sub(u[k], u[k + 2]), c);
+      if (below) {
+        for (int k = 0; k < 4; ++k) u[k] = Simd::at_most(u[k], cut);
+      }
       exp_of(u, e);
       for (int k = 0; k < 2; ++k) {
-        s_p[k] = Simd::add(s_p[k], e[k]);
-        s_q[k] = Simd::add(s_q[k], e[k + 2]);
-        w_p[k] = Simd::fma(e[k], u[k], w_p[k]);
-        w_q[k] = Simd::fma(e[k + 2], u[k + 2], w_q[k]);
+        g.s_p[k] = Simd::add(g.s_p[k], e[k]);
+        g.s_q[k] = Simd::add(g.s_q[k], e[k + 2]);
+        g.w_p[k] = Simd::fma(e[k], u[k], g.w_p[k]);
       }
       for (int k = 0; k < 2; ++k) {
-        const vec d2 = Simd::mul(d[k], d[k]);
-        terms.add(e[k], e[k + 2], d[k], d2, Simd::not_less(d2, near));
+        if (plainly) {
+          of_p[k] = Simd::fma(e[k], d[k], of_p[k]);
+          of_q[k] = Simd::fma(e[k + 2], d[k], of_q[k]);
+        } else {
+          const vec by_t = Simd::mul(d[k], per_t), d2 = Simd::mul(by_t, by_t);
+          terms.add(e[k], e[k + 2], by_t, d2, Simd::not_less(d2, near));
+        }
       }
     }
-    p.add_group(s_p, w_p, exp_of);
-    q.add_group(s_q, w_q, exp_of);
-    const vec of_kl = terms.kl(Simd::set(static_cast<float>(exp(-centre))));
-    const vec of_information = terms.information(Simd::set(static_cast<float>(exp(centre))));
-    const vec both = Simd::add(of_kl, of_information), none = Simd::sub(both, both);  // 0, or NaN where a term is not finite
+    g.kl = plainly ? Simd::add(of_p[0], of_p[1]) : terms.kl(Simd::set(static_cast<float>(exp(-centre))));
+    g.information = plainly ? Simd::add(of_q[0], of_q[1]) : terms.information(Simd::set(static_cast<float>(exp(centre))));
+  }
+
+  template <bool plainly, class T>
+  __attribute__((always_inline)) bool try_group(const T* x, const T* y, const Exp& exp_of, PairGroup& g) {
+    if (!low) {
+      g.met_p = g.met_q = {};
+      sum_pair<plainly, false>(x, y, exp_of, g);
+      if (g.raised()) return false;
+      if (!g.past(exp_of.cut)) return true;
+      low = true;
+    }
+    g.met_p = g.met_q = {};
+    sum_pair<plainly, true>(x, y, exp_of, g);
+    return !g.raised();
+  }
+
+  // The divergences of one group in the careful form.
+  template <class T>
+  void add_carefully(const T* x, const T* y, const PairGroup& g, const Exp& exp_of) {
+    const vec both = Simd::add(g.kl, g.information), none = Simd::sub(both, both);  // 0, or NaN where a term is not finite
     if (Simd::count(Simd::equal(none, none)) != W) {
       add_slowly(x, y, GROUP, exp_of);
       return;
     }
-    kl_sum = Simd::add(kl_sum, of_kl);
-    information_sum = Simd::add(information_sum, of_information);
-    if (++pending == GROUPS) {
-      empty(exp_of);
-      const double to = true_centre(exp_of), k = to - centre;
-      const double mass_p = mass(p, exp_of), mass_q = mass(q, exp_of);
-      if (k * k * mass_p > kl || k * k * mass_q > information) move(mass_p, mass_q, p.row.top, q.row.top, to, exp_of);
+    kl_sum = Simd::add(kl_sum, g.kl);
+    information_sum = Simd::add(information_sum, g.information);
+  }
+
+  // False, having done nothing, where a stream holds a new maximum.
+  template <class T>
+  bool add_group(const T* x, const T* y, const Exp& exp_of) {
+    PairGroup g;
+    if (!(plain ? try_group<true>(x, y, exp_of, g) : try_group<false>(x, y, exp_of, g))) return false;
+    p.take(g.s_p, g.w_p, exp_of);
+    const vec none[2] = {Simd::set(0.0f), Simd::set(0.0f)};
+    q.take(g.s_q, none, exp_of);
+    mass_p = Simd::add(mass_p, Simd::add(g.s_p[0], g.s_p[1]));
+    mass_q = Simd::add(mass_q, Simd::add(g.s_q[0], g.s_q[1]));
+    if (plain) {
+      kl_sum = Simd::add(kl_sum, g.kl);
+      information_sum = Simd::add(information_sum, g.information);
+    } else {
+      add_carefully(x, y, g, exp_of);
     }
+    ++groups;
+    return true;
+  }
+
+  static bool alike(vec lanes) {
+    const float most = Simd::reduce_max(lanes);
+    return most - Simd::reduce_min(lanes) < most * (1.0f / 32.0f);
+  }
+
+  // Ends a block, whose groups end before x and y.
+  template <class T>
+  void close(const T* x, const T* y, const Exp& exp_of) {
+    if (groups == 0) return;
+    const double r = exp(-centre), one_over_r = exp(centre), inverse = exp_of.inverse;
+    const double block_p = Simd::sum(mass_p) * inverse, block_q = Simd::sum(mass_q) * inverse;
+    double of_kl = Simd::sum(kl_sum) * inverse, of_information = Simd::sum(information_sum) * inverse;
+    if (plain) {
+      of_kl = (r * block_q - block_p) - of_kl * exp_of.per_t;
+      of_information = (one_over_r * block_p - block_q) + of_information * exp_of.per_t;
+    }
+    const float to = true_shift(exp_of);
+    const double off = to * exp_of.per_t - centre, all_p = mass(p, exp_of), all_q = mass(q, exp_of);
+    const double least_kl = kl + of_kl - off * off * all_p, least_information = information + of_information - off * off * all_q;
+    const double here_p = plain_p + block_p, here_q = plain_q + block_q, part = alike(mass_p) || alike(mass_q) ? 1.0 : PLAIN;
+    const bool enough = least_kl >= part * (here_p + r * here_q) && least_information >= part * (here_q + one_over_r * here_p) &&
+                        least_kl >= 2.0 * inverse * Simd::reduce_max(mass_p) && least_information >= 2.0 * inverse * Simd::reduce_max(mass_q);
+    if (plain && enough) {
+      plain_p = here_p;
+      plain_q = here_q;
+    }
+    if (plain && !enough) {
+      kl_sum = information_sum = Simd::set(0.0f);
+      for (int64_t back = groups * GROUP; back > 0; back -= GROUP) {
+        PairGroup g;
+        try_group<false>(x - back, y - back, exp_of, g);
+        add_carefully(x - back, y - back, g, exp_of);
+      }
+      of_kl = Simd::sum(kl_sum) * inverse;
+      of_information = Simd::sum(information_sum) * inverse;
+    }
+    kl += of_kl;
+    information += of_information;
+    plain = enough;
+    groups = 0;
+    mass_p = mass_q = kl_sum = information_sum = Simd::set(0.0f);
+    if (off * off * all_p > kl || off * off * all_q > information) move(all_p, all_q, p.row.top, q.row.top, to, exp_of);
   }
 };
 
@@ -164,31 +272,30 @@ void scan_pair(const void* policy, const void* hindsight, int64_t vocab, double 
   PairWalk walk;
   for (int64_t i = 0; i < vocab; i += GROUP) {
     const bool whole = vocab - i >= GROUP;
-    const bool p_keeps = whole && walk.p.keeps_maximum(x + i, exp_of), q_keeps = whole && walk.q.keeps_maximum(y + i, exp_of);
-    const int64_t n = whole ? GROUP : vocab - i;
-    if (p_keeps && q_keeps) {
-      walk.add_group(x + i, y + i, exp_of);
+    if (whole && walk.p.can_sum(exp_of) && walk.q.can_sum(exp_of) && walk.add_group(x + i, y + i, exp_of)) {
+      if (walk.groups == GROUPS) walk.close(x + i + GROUP, y + i + GROUP, exp_of);
       continue;
     }
-    walk.empty(exp_of);
+    walk.close(x + i, y + i, exp_of);
+    const int64_t n = whole ? GROUP : vocab - i;
     const bool had_begun = walk.begun();
     const double mass_p = PairWalk::mass(walk.p, exp_of), mass_q = PairWalk::mass(walk.q, exp_of);
     const float top_p = walk.p.row.top, top_q = walk.q.row.top;
-    p_keeps ? walk.p.add_group(x + i, exp_of) : walk.p.add_slowly(x + i, n, exp_of);
-    q_keeps ? walk.q.add_group(y + i, exp_of) : walk.q.add_slowly(y + i, n, exp_of);
+    whole ? walk.p.add_group(x + i, exp_of) : walk.p.add_slowly(x + i, n, exp_of);
+    whole ? walk.q.add_group(y + i, exp_of) : walk.q.add_slowly(y + i, n, exp_of);
     if (!walk.begun()) continue;
-    const double to = walk.true_centre(exp_of);
+    const float to = walk.true_shift(exp_of);
     if (had_begun) {
       walk.move(mass_p, mass_q, top_p, top_q, to, exp_of);
       walk.add_slowly(x + i, y + i, n, exp_of);
     } else {  // one of the streams was -inf so far
-      walk.centre = to;
+      walk.set_centre(to, exp_of);
       walk.add_slowly(x, y, i + n, exp_of);
     }
   }
   walk.p.empty(exp_of);
   walk.q.empty(exp_of);
-  walk.empty(exp_of);
+  walk.close(x + vocab, y + vocab, exp_of);
   *sums = {walk.p.row, walk.q.row, walk.kl, walk.information, walk.centre, walk.only_p, walk.only_q};
 }
 

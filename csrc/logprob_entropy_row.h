@@ -26,13 +26,13 @@ void backward_row(const void* logits, int64_t vocab, int64_t target, double temp
   const Exp exp_of(temperature);
   const double per_t = 1.0 / temperature, p_top = exp(-g.logsumexp), x_t = to_float(x[target]);
   const float top = static_cast<float>(g.maximum);
-  // dlogits_j = e_j (a + b u_j), u_j = x_j - m
+  // dlogits_j = e_j (a + b u_j), u_j = m - x_j
   const vec a = Simd::set(static_cast<float>(per_t * p_top * (g.grad_entropy * (g.logsumexp - g.entropy) - g.grad_logp)));
-  const vec b = Simd::set(static_cast<float>(-per_t * per_t * p_top * g.grad_entropy));
+  const vec b = Simd::set(static_cast<float>(per_t * per_t * p_top * g.grad_entropy));
   const vec m = Simd::set(top), low = Simd::set(exp_of.floor(top)), inverse = Simd::set(static_cast<float>(exp_of.inverse));
   auto step = [&](vec z) __attribute__((always_inline)) {
     const mask kept = Simd::not_less(z, low);
-    const vec u = Simd::keep(kept, Simd::sub(z, m));
+    const vec u = Simd::keep(kept, Simd::sub(m, z));
     return Simd::mul(Simd::mul(Simd::fma(b, u, a), inverse), exp_of(kept, u));
   };
   int64_t i = 0;

@@ -34,81 +34,88 @@ constexpr int LOCKSTEP = 4;                  // vectors worked on side by side, 
 constexpr int64_t GROUP = 32 * W, GROUPS = 8;  // elements between two tests of the maximum, groups between two sums in double
 constexpr int64_t AHEAD = 1024;                // elements: a page of float32 ahead of the arithmetic, where the hardware's prefetcher stops
 
-// 2^64 exp(u / T) for u <= 0, as 2^n 2^f with n an integer and |f| <= 1/2. The factor 2^64 keeps exp(-131) and what lies
-// above it normal numbers, at no cost: it is in the polynomial. Below it `cut` gives 0, exactly.
+// 2^64 exp(-u / T) for u >= 0, as 2^(n / R) 2^(f / R) with n an integer, |f| <= 1/2 and R = Simd::roots: the first from a table of R
+// numbers, the second a polynomial p(f) with p(0) = 1. The factor 2^64 keeps exp(-131) and what lies above it normal numbers. Past `cut`
+// the exponent has no room left.
 struct Exp {
-  vec scale_n, first, second, magic, c0, c1, c2, c3, c4, c5;
-  float cut;       // the smallest u
+  typename Simd::Powers powers;
+  vec scale_n, first, second, magic, c1, c2, c3, c4, c5;
+  float cut;       // the largest u
   double inverse;  // of the factor
   double per_t;
   bool cold;
 
   explicit Exp(double temperature) {
-    const double k = LOG2E / temperature;
+    const double k = LOG2E / temperature, steps = -k * Simd::roots;
     per_t = 1.0 / temperature;
     cold = temperature < 1e6;  // past it u itself may be large, and 2^64 u would overflow
-    const double factor = cold ? 0x1p64 : 1.0;
-    inverse = 1.0 / factor;
-    cut = static_cast<float>((cold ? -188.0 : -125.0) / k);
-    if (!(cut > -MAX)) cut = -MAX;
-    const float rounded = static_cast<float>(k);
+    powers = Simd::powers(cold ? 64 : 0);
+    inverse = cold ? 0x1p-64 : 1.0;
+    cut = static_cast<float>((cold ? 188.0 : 125.0) / k);
+    if (!(cut < MAX)) cut = MAX;
+    const float rounded = static_cast<float>(steps);
     scale_n = Simd::set(rounded);
     if constexpr (Simd::has_fma) {  // f = u k - n, with k in two parts
       first = scale_n;
-      second = Simd::set(static_cast<float>(k - rounded));
+      second = Simd::set(static_cast<float>(steps - rounded));
     } else {  // f = (u - n / k) k, with 1 / k in two parts: the first has 16 bits, so that its product with n is exact
-      const float part = as_float(as_bits(static_cast<float>(1.0 / k)) & 0xffffff00u);
+      const float part = as_float(as_bits(static_cast<float>(1.0 / steps)) & 0xffffff00u);
       first = Simd::set(part);
-      second = Simd::set(static_cast<float>(1.0 / k - part));
+      second = Simd::set(static_cast<float>(1.0 / steps - part));
     }
     magic = Simd::set(0x1.8p23f);  // adding it rounds to an integer
-    // The minimax polynomial of degree 5 of 2^f among those with c0 = 1: relative error 9.5e-8 with its coefficients in float32
-    c0 = Simd::set(static_cast<float>(factor));
-    c1 = Simd::set(static_cast<float>(0x1.62e42ap-1 * factor));
-    c2 = Simd::set(static_cast<float>(0x1.ebf9bep-3 * factor));
-    c3 = Simd::set(static_cast<float>(0x1.c6b70ap-5 * factor));
-    c4 = Simd::set(static_cast<float>(0x1.3cea6ap-7 * factor));
-    c5 = Simd::set(static_cast<float>(0x1.5bb9ccp-10 * factor));
+    // Minimax polynomials in the relative error, with their coefficients in float32
+    if constexpr (Simd::roots == 32) {  // 5.3e-8, and 5.6e-8 of the table's
+      c1 = Simd::set(0x1.62e584p-6f), c2 = Simd::set(0x1.ebfbecp-13f);
+    } else if constexpr (Simd::roots == 8) {  // 2.7e-8, and 5.6e-8 of the table's
+      c1 = Simd::set(0x1.62e432p-4f), c2 = Simd::set(0x1.ec0c32p-9f), c3 = Simd::set(0x1.c6a004p-14f);
+    } else {  // 9.5e-8
+      c1 = Simd::set(0x1.62e42ap-1f), c2 = Simd::set(0x1.ebf9bep-3f), c3 = Simd::set(0x1.c6b70ap-5f);
+      c4 = Simd::set(0x1.3cea6ap-7f), c5 = Simd::set(0x1.5bb9ccp-10f);
+    }
   }
 
   // The smallest logit that counts beside the maximum `top`.
   float floor(float top) const {
-    const float x = top + cut;
+    const float x = top - cut;
     return x > -MAX ? x : -MAX;
   }
 
-  // K vectors in lockstep. One vector is a chain of 12 dependent instructions of 4 cycles; the scheduler (97 entries on Golden Cove)
+  // K vectors in lockstep. One vector is a chain of 10 dependent instructions of 4 cycles; the scheduler (97 entries on Golden Cove)
   // does not reach far enough down the program to find the next chains behind it.
   template <int K>
-  void parts(const vec (&u)[K], vec (&p)[K], vec (&t)[K], vec (&n)[K]) const {
-    vec f[K];
+  __attribute__((always_inline)) void operator()(const vec (&u)[K], vec (&e)[K]) const {
+    vec t[K], f[K], p[K];
     for (int k = 0; k < K; ++k) t[k] = Simd::fma(u[k], scale_n, magic);
-    for (int k = 0; k < K; ++k) n[k] = Simd::sub(t[k], magic);
+    for (int k = 0; k < K; ++k) p[k] = Simd::sub(t[k], magic);
     if constexpr (Simd::has_fma) {
-      for (int k = 0; k < K; ++k) f[k] = Simd::fms(u[k], first, n[k]);
+      for (int k = 0; k < K; ++k) f[k] = Simd::fms(u[k], first, p[k]);
       for (int k = 0; k < K; ++k) f[k] = Simd::fma(u[k], second, f[k]);
     } else {
-      for (int k = 0; k < K; ++k) f[k] = Simd::mul(Simd::sub(Simd::sub(u[k], Simd::mul(n[k], first)), Simd::mul(n[k], second)), scale_n);
+      for (int k = 0; k < K; ++k) f[k] = Simd::mul(Simd::sub(Simd::sub(u[k], Simd::mul(p[k], first)), Simd::mul(p[k], second)), scale_n);
     }
-    for (int k = 0; k < K; ++k) p[k] = Simd::fma(c5, f[k], c4);
-    for (int k = 0; k < K; ++k) p[k] = Simd::fma(p[k], f[k], c3);
-    for (int k = 0; k < K; ++k) p[k] = Simd::fma(p[k], f[k], c2);
-    for (int k = 0; k < K; ++k) p[k] = Simd::fma(p[k], f[k], c1);
-    for (int k = 0; k < K; ++k) p[k] = Simd::fma(p[k], f[k], c0);
+    if constexpr (Simd::roots == 32) {
+      for (int k = 0; k < K; ++k) p[k] = Simd::fma(c2, f[k], c1);
+    } else if constexpr (Simd::roots == 8) {
+      for (int k = 0; k < K; ++k) p[k] = Simd::fma(c3, f[k], c2);
+      for (int k = 0; k < K; ++k) p[k] = Simd::fma(p[k], f[k], c1);
+    } else {
+      for (int k = 0; k < K; ++k) p[k] = Simd::fma(c5, f[k], c4);
+      for (int k = 0; k < K; ++k) p[k] = Simd::fma(p[k], f[k], c3);
+      for (int k = 0; k < K; ++k) p[k] = Simd::fma(p[k], f[k], c2);
+      for (int k = 0; k < K; ++k) p[k] = Simd::fma(p[k], f[k], c1);
+    }
+    for (int k = 0; k < K; ++k) p[k] = Simd::mul(p[k], f[k]);
+    for (int k = 0; k < K; ++k) t[k] = Simd::power(powers, t[k]);
+    for (int k = 0; k < K; ++k) e[k] = Simd::fma(t[k], p[k], t[k]);
   }
 
-  template <int K>
-  void operator()(const vec (&u)[K], vec (&e)[K]) const {
-    vec p[K], t[K], n[K];
-    parts(u, p, t, n);
-    for (int k = 0; k < K; ++k) e[k] = Simd::scale(p[k], t[k], n[k]);
-  }
-
+  // Where u is kept; 0 elsewhere, where u is 0.
   vec operator()(mask kept, vec u) const {
     const vec us[1] = {u};
-    vec p[1], t[1], n[1];
-    parts(us, p, t, n);
-    return Simd::keep_scale(kept, p[0], t[0], n[0]);
+    vec e[1];
+    (*this)(us, e);
+    return Simd::keep(kept, e[0]);
   }
 };
 
@@ -170,14 +177,43 @@ __attribute__((noinline)) void add_slowly(const T* x, int64_t n, const Exp& exp_
       maxima += Simd::count(is_top);
       kept = Simd::and_not(kept, is_top);
     }
-    const vec u = Simd::keep(kept, Simd::sub(z, m)), e = exp_of(kept, u);
+    const vec u = Simd::keep(kept, Simd::sub(m, z)), e = exp_of(kept, u);
     s = Simd::add(s, e);
     w = Simd::fma(e, u, w);
   };
   for (i = 0; i + W <= n; i += W) step(Simd::load(x + i));
   step(Simd::load(tail.padded));
-  r.rest += Simd::reduce_add(s) * exp_of.inverse + (raised ? static_cast<double>(maxima - 1) : 0.0);
-  r.weighted -= Simd::reduce_add(w) * exp_of.inverse;
+  r.rest += Simd::sum(s) * exp_of.inverse + (raised ? static_cast<double>(maxima - 1) : 0.0);
+  r.weighted += Simd::sum(w) * exp_of.inverse;
+}
+
+// Of a group, in float32.
+struct GroupSums {
+  vec s[2], w[2];
+  typename Simd::Met met;
+};
+
+// A group against the maximum m: good for nothing where `met` tells of a negative u, which is a larger maximum, or a NaN. Without `low`,
+// nor where it tells of a u past the cut.
+template <bool low, class T>
+__attribute__((always_inline)) inline void sum_group(const T* x, vec m, const Exp& exp_of, GroupSums& g) {
+  const vec zero = Simd::set(0.0f), cut = Simd::set(exp_of.cut);
+  g.s[0] = g.s[1] = g.w[0] = g.w[1] = zero;
+  for (int64_t j = 0; j < GROUP; j += LOCKSTEP * W) {
+    vec u[LOCKSTEP], e[LOCKSTEP];
+    for (int k = 0; k < LOCKSTEP; k += 2) {
+      prefetch_pair(x + j + k * W + AHEAD);
+      Simd::load_pair(x + j + k * W, u + k, u + k + 1);
+    }
+    for (int k = 0; k < LOCKSTEP; ++k) u[k] = Simd::sub(m, u[k]);
+    for (int k = 0; k < LOCKSTEP; ++k) g.met(u[k]);
+    if (low) {
+      for (int k = 0; k < LOCKSTEP; ++k) u[k] = Simd::at_most(u[k], cut);
+    }
+    exp_of(u, e);
+    for (int k = 0; k < LOCKSTEP; ++k) g.s[k % 2] = Simd::add(g.s[k % 2], e[k]);
+    for (int k = 0; k < LOCKSTEP; ++k) g.w[k % 2] = Simd::fma(e[k], u[k], g.w[k % 2]);
+  }
 }
 
 // The sums of a row while it is walked: the last groups are still in float32.
@@ -185,28 +221,18 @@ struct Walk {
   RowSums row = NO_ELEMENTS;
   vec top = Simd::set(-INF), sum = Simd::set(0.0f), weighted = Simd::set(0.0f);
   int pending = 0;
+  bool low = false;  // some u was past the cut
 
   void empty(const Exp& exp_of) {
-    row.rest += Simd::reduce_add(sum) * exp_of.inverse;
-    row.weighted -= Simd::reduce_add(weighted) * exp_of.inverse;
+    row.rest += Simd::sum(sum) * exp_of.inverse;
+    row.weighted += Simd::sum(weighted) * exp_of.inverse;
     sum = weighted = Simd::set(0.0f);
     pending = 0;
   }
 
-  // Whether a group can be summed against the maximum so far.
-  template <class T>
-  bool keeps_maximum(const T* x, const Exp& exp_of) const {
-    vec high[LOCKSTEP];
-    for (vec& h : high) h = top;
-    for (int64_t j = 0; j < GROUP; j += LOCKSTEP * W) {
-      vec z[LOCKSTEP];
-      for (int k = 0; k < LOCKSTEP; k += 2) Simd::load_pair(x + j + k * W, z + k, z + k + 1);
-      for (int k = 0; k < LOCKSTEP; ++k) high[k] = Simd::max(z[k], high[k]);
-    }
-    return !Simd::any_greater(Simd::max(Simd::max(high[0], high[1]), Simd::max(high[2], high[3])), top) && row.top > -INF && exp_of.cold;
-  }
+  bool can_sum(const Exp& exp_of) const { return row.top > -INF && exp_of.cold; }
 
-  void add_group(const vec (&s)[2], const vec (&w)[2], const Exp& exp_of) {
+  void take(const vec (&s)[2], const vec (&w)[2], const Exp& exp_of) {
     sum = Simd::add(sum, Simd::add(s[0], s[1]));
     weighted = Simd::add(weighted, Simd::add(w[0], w[1]));
     if (++pending == GROUPS) empty(exp_of);
@@ -214,26 +240,25 @@ struct Walk {
 
   template <class T>
   void add_group(const T* x, const Exp& exp_of) {
-    const vec zero = Simd::set(0.0f), cut = Simd::set(exp_of.cut), m = top;
-    vec s[2] = {zero, zero}, w[2] = {zero, zero};
-    for (int64_t j = 0; j < GROUP; j += LOCKSTEP * W) {
-      vec u[LOCKSTEP], e[LOCKSTEP];
-      for (int k = 0; k < LOCKSTEP; k += 2) {
-        prefetch_pair(x + j + k * W + AHEAD);
-        Simd::load_pair(x + j + k * W, u + k, u + k + 1);
-      }
-      for (int k = 0; k < LOCKSTEP; ++k) u[k] = Simd::at_least(Simd::sub(u[k], m), cut);
-      exp_of(u, e);
-      for (int k = 0; k < LOCKSTEP; ++k) s[k % 2] = Simd::add(s[k % 2], e[k]);
-      for (int k = 0; k < LOCKSTEP; ++k) w[k % 2] = Simd::fma(e[k], u[k], w[k % 2]);
+    GroupSums g;
+    if (can_sum(exp_of) && !low) {
+      sum_group<false>(x, top, exp_of, g);
+      low = !g.met.negative() && g.met.past(exp_of.cut);
+      if (!g.met.past(exp_of.cut) && !g.met.negative()) return take(g.s, g.w, exp_of);
     }
-    add_group(s, w, exp_of);
+    if (can_sum(exp_of) && low) {
+      GroupSums again;
+      sum_group<true>(x, top, exp_of, again);
+      if (!again.met.negative()) return take(again.s, again.w, exp_of);
+    }
+    add_slowly(x, GROUP, exp_of);
   }
 
   template <class T>
   void add_slowly(const T* x, int64_t n, const Exp& exp_of) {
     empty(exp_of);
     acpo::add_slowly(x, n, exp_of, row);
+    row.top = row.top + 0.0f;  // not -0: 0 - -0 would be a negative u
     top = Simd::set(row.top);
   }
 };
@@ -245,13 +270,7 @@ void add_row(const T* x, int64_t n, const Exp& exp_of, RowSums& row) {
   walk.row = row;
   walk.top = Simd::set(row.top);
   int64_t i = 0;
-  for (; i + GROUP <= n; i += GROUP) {
-    if (walk.keeps_maximum(x + i, e_of)) {
-      walk.add_group(x + i, e_of);
-    } else {
-      walk.add_slowly(x + i, GROUP, e_of);
-    }
-  }
+  for (; i + GROUP <= n; i += GROUP) walk.add_group(x + i, e_of);
   walk.add_slowly(x + i, n - i, e_of);
   row = walk.row;
 }

@@ -77,6 +77,39 @@ struct Simd {
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), e));
   }
   static vec keep_scale(mask m, vec p, vec t, vec n) { return _mm256_and_ps(m, scale(p, t, n)); }
+
+  // 2^(n / roots) 2^exponent, with n in the low bits of t = n + 1.5 2^23: what the last three bits of n say, and the rest of n added to
+  // the exponent. The table's numbers have those three bits taken off their mantissas, where the shifted n puts them back.
+  static constexpr int roots = 8;
+  using Powers = vec;
+  static Powers powers(int exponent) {
+    const vec table = _mm256_setr_ps(ROOTS[0], ROOTS[4], ROOTS[8], ROOTS[12], ROOTS[16], ROOTS[20], ROOTS[24], ROOTS[28]);
+    const __m256i j = _mm256_slli_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), 20);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_sub_epi32(_mm256_castps_si256(table), j), _mm256_set1_epi32(exponent << 23)));
+  }
+  static vec power(Powers table, vec t) {
+    const __m256i n = _mm256_castps_si256(t), root = _mm256_castps_si256(_mm256_permutevar8x32_ps(table, n));
+    return _mm256_castsi256_ps(_mm256_add_epi32(root, _mm256_slli_epi32(n, 20)));
+  }
+
+  // What a walk over u >= 0 met: the largest of their bits tells a u past a limit, and one that is negative or NaN.
+  struct Met {
+    __m256i bits = _mm256_setzero_si256();
+    void operator()(vec u) { bits = _mm256_max_epu32(bits, _mm256_castps_si256(u)); }
+    bool past(float limit) const { return over(as_bits(limit)); }
+    bool negative() const { return over(0x7f800000u); }
+    bool over(uint32_t limit) const {
+      const __m256i least = _mm256_set1_epi32(static_cast<int>(limit + 1));
+      return _mm256_movemask_epi8(_mm256_cmpeq_epi32(_mm256_max_epu32(bits, least), bits)) != 0;
+    }
+  };
+  static vec at_most(vec x, vec high) { return _mm256_min_ps(high, x); }  // a NaN in x stays
+  static float reduce_min(vec x) { return -reduce_max(_mm256_sub_ps(_mm256_setzero_ps(), x)); }
+  static double sum(vec x) {
+    const __m256d s = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
+    const __m128d h = _mm_add_pd(_mm256_castpd256_pd128(s), _mm256_extractf128_pd(s, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(h, _mm_unpackhi_pd(h, h)));
+  }
 };
 
 }  // namespace

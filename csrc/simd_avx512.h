@@ -69,6 +69,38 @@ struct Simd {
   static vec at_least(vec x, vec low) { return _mm512_max_ps(low, x); }  // a NaN in x stays
   static vec scale(vec p, vec /*t*/, vec n) { return _mm512_scalef_ps(p, n); }
   static vec keep_scale(mask m, vec p, vec /*t*/, vec n) { return _mm512_maskz_scalef_ps(m, p, n); }
+
+  // 2^(n / roots) 2^exponent, with n in the low bits of t = n + 1.5 2^23: what the last five bits of n say, and the rest of n added to
+  // the exponent. The table's numbers have those five bits taken off their mantissas, where the shifted n puts them back.
+  static constexpr int roots = 32;
+  struct Powers {
+    vec low, high;
+  };
+  static Powers powers(int exponent) {
+    const __m512i j = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), more = _mm512_set1_epi32(exponent << 23);
+    const __m512i low = _mm512_sub_epi32(_mm512_castps_si512(load(ROOTS)), _mm512_slli_epi32(j, 18));
+    const __m512i high = _mm512_sub_epi32(_mm512_castps_si512(load(ROOTS + 16)), _mm512_slli_epi32(_mm512_add_epi32(j, _mm512_set1_epi32(16)), 18));
+    return {_mm512_castsi512_ps(_mm512_add_epi32(low, more)), _mm512_castsi512_ps(_mm512_add_epi32(high, more))};
+  }
+  static vec power(const Powers& table, vec t) {
+    const __m512i n = _mm512_castps_si512(t), root = _mm512_castps_si512(_mm512_permutex2var_ps(table.low, n, table.high));
+    return _mm512_castsi512_ps(_mm512_add_epi32(root, _mm512_slli_epi32(n, 18)));
+  }
+
+  // What a walk over u >= 0 met: the largest of their bits tells a u past a limit, and one that is negative or NaN.
+  struct Met {
+    __m512i bits = _mm512_setzero_si512();
+    void operator()(vec u) { bits = _mm512_max_epu32(bits, _mm512_castps_si512(u)); }
+    bool past(float limit) const { return over(as_bits(limit)); }
+    bool negative() const { return over(0x7f800000u); }
+    bool over(uint32_t limit) const { return _mm512_cmpgt_epu32_mask(bits, _mm512_set1_epi32(static_cast<int>(limit))) != 0; }
+  };
+  static vec at_most(vec x, vec high) { return _mm512_min_ps(high, x); }  // a NaN in x stays
+  static float reduce_min(vec x) { return _mm512_reduce_min_ps(x); }
+  static double sum(vec x) {
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+    return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+  }
 };
 
 }  // namespace

@@ -73,6 +73,26 @@ struct Simd {
     return reinterpret_cast<vec>(reinterpret_cast<bits>(p) + e);
   }
   static vec keep_scale(mask m, vec p, vec t, vec n) { return keep(m, scale(p, t, n)); }
+
+  // 2^n 2^exponent, with n in the low bits of t = n + 1.5 2^23; the tables of the wider instruction sets have more roots than 2 itself.
+  static constexpr int roots = 1;
+  using Powers = vec;
+  static Powers powers(int exponent) { return set(as_float(static_cast<uint32_t>(127 + exponent) << 23)); }
+  static vec power(Powers factor, vec t) { return scale(factor, t, t); }
+
+  // What a walk over u >= 0 met: a u past a limit, a negative one. A NaN it does not see.
+  struct Met {
+    vec high = set(0.0f), low = set(0.0f);
+    void operator()(vec u) {
+      high = u > high ? u : high;
+      low = u < low ? u : low;
+    }
+    bool past(float limit) const { return count(high > set(limit)) != 0; }
+    bool negative() const { return count(low < set(0.0f)) != 0; }
+  };
+  static vec at_most(vec x, vec high) { return x > high ? high : x; }  // a NaN in x stays
+  static float reduce_min(vec x) { return -reduce_max(-x); }
+  static double sum(vec x) { return (static_cast<double>(x[0]) + x[2]) + (static_cast<double>(x[1]) + x[3]); }
 };
 
 }  // namespace
