@@ -91,17 +91,18 @@ void head_backward(const Head& head, float* logits, const HeadStatistics& saved,
       const int64_t stride = (logits == nullptr ? SLICE_ROWS : head.vocab) * PANEL;
       const bool add = out.add || group > 0;
       // Per block: the gradient of its logits, and dW
-      const bool again = logits == nullptr;
-      parallel_for((size + BLOCK - 1) / BLOCK, 1, threads, [&](int64_t block, int64_t) {
+      const bool again = logits == nullptr, apart = again && product.words;  // apart: the logits have an operand of their own
+      parallel_tasks((size + BLOCK - 1) / BLOCK, apart ? product.block_size() : 0, threads, [&](int64_t block, float* scratch) {
         const int64_t from = block * BLOCK, v = begin + from, rows = std::min(BLOCK, size - from);
         float* const weight = slice_weight.get() + from * PANEL;
-        if (group == 0 && (out.hidden != nullptr || again)) {
+        if (apart) product.pack(v, rows, scratch);
+        if (group == 0 && (out.hidden != nullptr || (again && !apart))) {
           k.pack[static_cast<int>(head.dtype)](weight_at(head, v), head.weight_stride, rows, head.width, weight, SLICE_ROWS * PANEL);
         }
         if (out.bias != nullptr && !add) std::fill_n(out.bias + v, rows, 0.0f);
         for (int64_t p = group; p < end; ++p) {
           float* z = base + (p - group) * stride + from * PANEL;
-          if (again) product(weight, SLICE_ROWS * PANEL, v, rows, p, z);
+          if (again) product(apart ? scratch : weight, (apart ? BLOCK : SLICE_ROWS) * PANEL, v, rows, p, z);
           gradient_of_block(head, k, saved, out, scales, gradients, v, rows, p, z);
         }
         if (out.weight == nullptr) return;

@@ -98,23 +98,6 @@ void tiles_product(const Summands& of, const uint16_t* a, int64_t panel, int64_t
   _tile_release();
 }
 
-// `rows` rows of W, and zeros up to a whole tile of rows and a whole panel of columns.
-void pack_tiles(const uint16_t* from, int64_t stride, int64_t rows, int64_t width, uint16_t* to, int64_t panel) {
-  const int64_t whole = (rows + SIDE - 1) / SIDE * SIDE;
-  for (int64_t h = 0; h < width; h += PANEL) {
-    const int64_t n = width - h < PANEL ? width - h : PANEL;
-    uint16_t* out = to + h / PANEL * panel;
-    for (int64_t v = 0; v < whole; ++v, out += PANEL) {
-      if (v < rows && n == PANEL) {
-        _mm512_storeu_si512(out, _mm512_loadu_si512(from + v * stride + h));
-      } else {
-        memset(out, 0, PANEL * sizeof(uint16_t));
-        if (v < rows) memcpy(out, from + v * stride + h, static_cast<size_t>(n) * sizeof(uint16_t));
-      }
-    }
-  }
-}
-
 // 16 x 16 words, turned over.
 inline void turn(__m512i* r) {
   __m512i t[16];
@@ -195,6 +178,6 @@ void split_tiles(const float* g, int64_t rows, int64_t whole, int64_t lanes, int
 
 }  // namespace
 
-const HeadTiles head_tiles = {pack_tiles, transpose_tiles, tiles_product, split_tiles};
+const HeadTiles head_tiles = {transpose_tiles, tiles_product, split_tiles};
 
 }  // namespace acpo

@@ -18,7 +18,7 @@
 namespace acpo {
 
 constexpr int64_t PANEL = 32;   // two AVX-512 vectors, and the k of one AMX tile
-constexpr int64_t CHUNK = 256;  // 256 x 32 floats of B are 32 KB: they stay in a 48 KB L1
+constexpr int64_t CHUNK = 128;  // 128 x 32 floats of B are 16 KB: they stay in a 32 KB L1 beside 7 KB of A
 
 // What the softmax of PANEL rows has met so far: the maximum, and the sums beside it as logprob_entropy_row.h defines them
 // (`rest` over all but one element that holds the maximum, `weighted` of e (top - z) / T).
@@ -93,17 +93,23 @@ struct HeadKernels {
 };
 extern const HeadKernels head_baseline, head_avx2, head_avx512;
 
-// The products from bf16 on AMX, beside head_avx512. C[i][32] = or += sum_k A[i][k] B[k][j]; A in panels of 32 k, [i][32] bf16, each
-// of them whole multiples of 16 rows; B in panels of 32 k, [16 pairs of k][32 columns][2] bf16.
+// The logits from bf16, beside head_avx512, with VDPBF16PS: C[i][32] = sum_k A[i][k] B[k][j]; A in panels of 32 k, [i][32] bf16, each of
+// them whole multiples of 16 rows; B in panels of 32 k, [16 pairs of k][32 columns][2] bf16.
 constexpr int64_t TILE_B = PANEL * PANEL;  // elements in a panel of B
+struct HeadPairs {
+  // rows x width elements, `stride` apart, into panels of A; zeros up to whole panels and 16 rows
+  void (*pack)(const uint16_t* from, int64_t stride, int64_t rows, int64_t width, uint16_t* to, int64_t panel);
+  void (*product)(const uint16_t* a, int64_t panel, int64_t rows, int64_t depth, const uint16_t* b, int64_t columns, float* c);
+};
+extern const HeadPairs head_pairs;
+
+// The products from bf16 on AMX, of the same operands. C[i][32] = or += sum_k A[i][k] B[k][j].
 constexpr int PARTS = 3;                   // bf16 numbers whose sum is a float32 number
 struct Summands {  // of A or of B: the product is the sum over them, `a` and `b` elements apart
   int64_t count, a, b;
 };
 struct HeadTiles {
-  // rows x width elements, `stride` apart, into panels of A
-  void (*pack)(const uint16_t* from, int64_t stride, int64_t rows, int64_t width, uint16_t* to, int64_t panel);
-  // `rows` <= 32 rows of it, turned over: to[h][v] of a panel of 32 v
+  // `rows` <= 32 rows of W, turned over: to[h][v] of a panel of 32 v
   void (*transpose)(const uint16_t* from, int64_t stride, int64_t rows, int64_t width, uint16_t* to);
   void (*product)(const Summands& of, const uint16_t* a, int64_t panel, int64_t rows, int64_t depth, const uint16_t* b, int64_t columns, float* c, bool add);
   // g[v][32] as PARTS summands: as_a[part] [v][32], and as_b[part], pairs of v, from pair `from / 2` of its panels on; zeros past

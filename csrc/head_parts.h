@@ -53,8 +53,8 @@ inline const void* at(const void* from, Dtype dtype, int64_t element) { return s
 inline int64_t lanes_of(int64_t count, int64_t panel) { return std::min(PANEL, count - panel * PANEL); }
 inline const void* weight_at(const Head& head, int64_t v) { return at(head.weight, head.dtype, v * head.weight_stride); }
 
-// The hidden states of the rows at work as an operand of the logits (X^T in panels over the rows), and the product itself: on tiles
-// for bf16 where there are any, else in float32.
+// The hidden states of the rows at work as an operand of the logits (X^T in panels over the rows), and the product itself: for bf16 on
+// tiles or in pairs where the processor has them, else in float32.
 class Logits {
  public:
   static bool with_tiles(const Head& head) {
@@ -66,15 +66,25 @@ class Logits {
 #endif
   }
 
-  const bool tiles;
+  static bool with_pairs(const Head& head) {
+#if defined(__x86_64__)
+    return head.dtype == Dtype::bfloat16 && has_pairs();
+#else
+    (void)head;
+    return false;
+#endif
+  }
+
+  const bool tiles, words;  // words: the operands are bf16, two to a word, for tiles or pairs
 
   // `along`, if not null, is filled with X in panels over H; for tiles each of panels(N) panels of B.
   Logits(const Head& head, const HeadKernels& k, float* along, int threads)
       : tiles(with_tiles(head)),
+        words(tiles || with_pairs(head)),
         head_(head),
         k_(k),
         wide_(panels(head.width) * PANEL),
-        down_(panels(head.count) * PANEL * (tiles ? wide_ / 2 : head.width)) {
+        down_(panels(head.count) * PANEL * (words ? wide_ / 2 : head.width)) {
     parallel_for(panels(head.count), 1, threads, [&](int64_t begin, int64_t end) {
       Buffer row(wide_);
       for (int64_t n = begin * PANEL; n < end * PANEL; ++n) {
@@ -104,8 +114,8 @@ class Logits {
 
   void pack(int64_t v, int64_t rows, float* block) const {
 #if defined(__x86_64__)
-    if (tiles) {
-      head_tiles.pack(static_cast<const uint16_t*>(weight_at(head_, v)), head_.weight_stride, rows, head_.width,
+    if (words) {
+      head_pairs.pack(static_cast<const uint16_t*>(weight_at(head_, v)), head_.weight_stride, rows, head_.width,
                       reinterpret_cast<uint16_t*>(block), BLOCK * PANEL);
       return;
     }
@@ -120,6 +130,9 @@ class Logits {
     if (tiles) {
       head_tiles.product({1, 0, 0}, reinterpret_cast<const uint16_t*>(block), stride, rows, head_.width,
                          reinterpret_cast<const uint16_t*>(down_.get()) + p * PANEL * wide_, lanes, z, false);
+    } else if (words) {
+      head_pairs.product(reinterpret_cast<const uint16_t*>(block), stride, rows, head_.width,
+                         reinterpret_cast<const uint16_t*>(down_.get()) + p * PANEL * wide_, lanes, z);
     } else
 #endif
     {
@@ -132,7 +145,7 @@ class Logits {
  private:
   void place(const float* row, int64_t n) {
     const int64_t p = n / PANEL, i = n % PANEL;
-    if (!tiles) {
+    if (!words) {
       float* to = down_.get() + p * PANEL * head_.width;
       for (int64_t h = 0; h < head_.width; ++h) to[h * PANEL + i] = row[h];
       return;

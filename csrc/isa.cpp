@@ -13,12 +13,14 @@
 namespace acpo {
 namespace {
 
-enum class Level { baseline, avx2, avx512, amx };
+enum class Level { baseline, avx2, avx512, avx512bf16, amx };
 
 const char* name(Level level) {
   switch (level) {
     case Level::amx:
       return "amx";
+    case Level::avx512bf16:
+      return "avx512bf16";
     case Level::avx512:
       return "avx512";
     case Level::avx2:
@@ -52,7 +54,9 @@ bool has(Level level) {
                       __builtin_cpu_supports("avx512vl");
   switch (level) {
     case Level::amx:
-      return avx512 && tiles_granted();
+      return avx512 && __builtin_cpu_supports("avx512bf16") && tiles_granted();
+    case Level::avx512bf16:
+      return avx512 && __builtin_cpu_supports("avx512bf16");
     case Level::avx512:
       return avx512;
     case Level::avx2:
@@ -65,17 +69,17 @@ bool has(Level level) {
 }
 
 Level parse(const std::string& wanted) {
-  for (Level level : {Level::baseline, Level::avx2, Level::avx512, Level::amx}) {
+  for (Level level : {Level::baseline, Level::avx2, Level::avx512, Level::avx512bf16, Level::amx}) {
     if (wanted != name(level)) continue;
     if (!has(level)) throw std::invalid_argument("ACPO_CPU_ISA=" + wanted + ": this machine does not have it");
     return level;
   }
-  throw std::invalid_argument("ACPO_CPU_ISA must be amx, avx512, avx2 or baseline, got '" + wanted + "'");
+  throw std::invalid_argument("ACPO_CPU_ISA must be amx, avx512bf16, avx512, avx2 or baseline, got '" + wanted + "'");
 }
 
 Level choose() {
   if (const char* wanted = std::getenv("ACPO_CPU_ISA"); wanted != nullptr && *wanted != '\0') return parse(wanted);
-  for (Level level : {Level::amx, Level::avx512, Level::avx2}) {
+  for (Level level : {Level::amx, Level::avx512bf16, Level::avx512, Level::avx2}) {
     if (has(level)) return level;
   }
   return Level::baseline;
@@ -97,6 +101,8 @@ Isa isa() {
 }
 
 bool has_tiles() { return level() == Level::amx; }
+
+bool has_pairs() { return level() == Level::avx512bf16; }
 
 const char* isa_name() { return name(level()); }
 

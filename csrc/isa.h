@@ -7,10 +7,12 @@ namespace acpo {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// The best one the machine has, or the one that ACPO_CPU_ISA = amx | avx512 | avx2 | baseline asks for; amx is avx512 with tiles.
+// The best one the machine has, or the one that ACPO_CPU_ISA = amx | avx512bf16 | avx512 | avx2 | baseline asks for; the first two
+// are avx512 with products of bf16.
 // Throws std::invalid_argument for an unknown name and for one that this machine lacks.
 Isa isa();
 bool has_tiles();  // AMX on bf16: the processor and the system have it, and the choice is amx
+bool has_pairs();  // VDPBF16PS: the choice is avx512bf16
 const char* isa_name();
 
 // Replaces the choice from here on, so that one process can test every path; "" goes back to the first choice.

@@ -664,7 +664,7 @@ def test_instruction_set_from_the_environment():
         return subprocess.run([sys.executable, "-c", code], env={**os.environ, "ACPO_CPU_ISA": isa}, capture_output=True, text=True)
 
     assert ask("baseline").stdout.strip() == "baseline"
-    assert "ACPO_CPU_ISA must be amx, avx512, avx2 or baseline, got 'sse9'" in ask("sse9").stderr
+    assert "ACPO_CPU_ISA must be amx, avx512bf16, avx512, avx2 or baseline, got 'sse9'" in ask("sse9").stderr
 
 
 @torch_only
