@@ -41,6 +41,11 @@ def tensor(
         raise ValueError(f"{name} must be on {device}, got {value.device}")
 
 
+def is_vector(value: object, length: int, device: torch.device, dtypes: tuple[torch.dtype, ...] = FLOAT) -> bool:
+    """What `tensor` checks of a tensor [length], in one expression: an operation says what is wrong only once this has failed."""
+    return isinstance(value, Tensor) and value.dtype in dtypes and value.shape == (length,) and value.device == device
+
+
 def number(name: str, value: object, *, low: float | None = None, above: float | None = None, high: float | None = None) -> None:
     """value is a finite number inside [low, high], or above a bound."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

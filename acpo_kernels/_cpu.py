@@ -77,20 +77,17 @@ def logprob_entropy_backward(
     )
 
 
-_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # the numbers of csrc's Dtype
-_NOTHING = (0, 0, 0)
 _REDUCE = {"sum": 0, "mean": 1, "max": 2}
 _RATIO = {"token": 0, "segment": 1, "sequence": 2}
+_WORKING = (torch.float32, torch.float64)
+
+# The packed operations hand their tensors over as they are: offsets contiguous and int64, which those of a Segments object are, masks
+# contiguous, every other tensor of at most one dimension read where it lies.
 
 
-def _array(tensor: Tensor | None) -> tuple[int, int, int]:
-    """A tensor of at most one dimension, read where it lies."""
-    return _NOTHING if tensor is None else (tensor.data_ptr(), _DTYPE[tensor.dtype], tensor.stride(0) if tensor.ndim else 0)
-
-
-def _hierarchy(token_offsets: Tensor, sequence_offsets: Tensor, num_tokens: int) -> tuple[int, int, int, int, int]:
-    """Of contiguous int64 offsets, which those of a Segments object are."""
-    return token_offsets.data_ptr(), sequence_offsets.data_ptr(), num_tokens, token_offsets.shape[0] - 1, sequence_offsets.shape[0] - 1
+def _empty(like: Tensor, *shape: int) -> Tensor:  # one number by another: as a tuple they take torch half a microsecond more
+    """Of the results' dtype, in host memory whatever the default device and dtype are."""
+    return like.new_empty(*shape) if like.dtype in _WORKING else like.new_empty(*shape, dtype=torch.float32)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -99,19 +96,19 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 def _channels(values: Tensor) -> tuple[Tensor, int, int]:
     """(values with contiguous channels, their number, their distance)"""
-    if values.stride(-1) != 1 and values.shape[-1] > 1:
+    if not values.is_contiguous() and values.stride(-1) != 1:
         values = values.contiguous()
     return (values, 1, 0) if values.ndim == 1 else (values, values.shape[0], values.stride(0))
 
 
 def segment_reduce(values: Tensor, token_offsets: Tensor, sequence_offsets: Tensor, reduce: str, level: str, mask: Tensor | None) -> Tensor:
-    offsets = token_offsets if level == "segment" else sequence_offsets
-    out = torch.empty((*values.shape[:-1], offsets.shape[0] - 1), dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)
     values, channels, stride = _channels(values)
-    mask = _contiguous(mask)
+    sequences = level == "sequence"
+    groups = (sequence_offsets if sequences else token_offsets).shape[0] - 1
+    out = _empty(values, groups) if values.ndim == 1 else _empty(values, channels, groups)
     _C.segment_reduce(
-        _hierarchy(token_offsets, sequence_offsets, values.shape[-1]), level == "sequence", _REDUCE[reduce], _address(mask), channels,
-        (values.data_ptr(), _DTYPE[values.dtype], stride), out.data_ptr(), torch.get_num_threads(),
+        token_offsets, sequence_offsets, values.shape[-1], sequences, _REDUCE[reduce], _contiguous(mask), channels, stride, values, out,
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -120,15 +117,13 @@ def segment_reduce_backward(
     grad: Tensor, token_offsets: Tensor, sequence_offsets: Tensor, reduce: str, level: str, mask: Tensor | None, num_tokens: int,
     dtype: torch.dtype, values: Tensor | None, output: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    gradient = torch.empty((*grad.shape[:-1], num_tokens), dtype=dtype)
-    grad, output, mask = grad.contiguous(), _contiguous(output), _contiguous(mask)
+    gradient = grad.new_empty((*grad.shape[:-1], num_tokens), dtype=dtype)
     stride = 0
     if values is not None:
         values, _, stride = _channels(values)
     _C.segment_reduce_backward(
-        _hierarchy(token_offsets, sequence_offsets, num_tokens), level == "sequence", _REDUCE[reduce], _address(mask),
-        1 if grad.ndim == 1 else grad.shape[0], grad.data_ptr(), (_address(values), _DTYPE[dtype], stride), _address(output),
-        gradient.data_ptr(), torch.get_num_threads(),
+        token_offsets, sequence_offsets, num_tokens, level == "sequence", _REDUCE[reduce], _contiguous(mask), 1 if grad.ndim == 1 else grad.shape[0],
+        stride, grad.contiguous(), values, _contiguous(output), gradient, torch.get_num_threads(),
     )  # fmt: skip
     return gradient
 
@@ -137,13 +132,10 @@ def segment_credit(
     scores, token_offsets, sequence_offsets, advantages, num_tokens, terminal_segments, mask, form, bound, gain, reliability, reliabilities,
     exclude_terminal, scale, scales,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    token_advantages, weights = torch.empty(num_tokens, dtype=dtype), torch.empty(scores.shape[0], dtype=dtype)
-    terminal_segments, mask = _contiguous(terminal_segments), _contiguous(mask)
+    token_advantages, weights = _empty(scores, num_tokens), _empty(scores, scores.shape[0])
     _C.segment_credit(
-        _hierarchy(token_offsets, sequence_offsets, num_tokens), _array(scores), _array(advantages), _address(terminal_segments), _address(mask),
-        form == "additive", exclude_terminal, bound, gain, reliability or 0.0, _array(reliabilities), scale or 0.0, _array(scales),
-        token_advantages.data_ptr(), weights.data_ptr(), torch.get_num_threads(),
+        token_offsets, sequence_offsets, num_tokens, scores, advantages, _contiguous(terminal_segments), _contiguous(mask), form == "additive",
+        exclude_terminal, bound, gain, reliability or 0.0, reliabilities, scale or 0.0, scales, token_advantages, weights, torch.get_num_threads(),
     )  # fmt: skip
     return token_advantages, weights
 
@@ -156,9 +148,8 @@ def _policy_loss(
     n = advantages.shape[0]
     of = 0 if denominators is None or denominators.ndim == 0 else 2 if denominators.shape[0] == n else 1
     return _C.PolicyLoss(
-        _hierarchy(token_offsets, sequence_offsets, n), _address(mask), _array(logp), _array(old_logp), _array(advantages), _array(entropy),
-        _array(ref_logp), _array(rollout_logp), clip_low, clip_high, _RATIO[ratio], entropy_weight, _array(entropy_weights), kl_weight, rollout_cap,
-        denominator or 0.0, _array(denominators), of,
+        token_offsets, sequence_offsets, n, mask, logp, old_logp, advantages, entropy, ref_logp, rollout_logp, clip_low, clip_high, _RATIO[ratio],
+        entropy_weight, entropy_weights, kl_weight, rollout_cap, denominator or 0.0, denominators, of,
     )  # fmt: skip
 
 
@@ -167,9 +158,7 @@ def policy_loss(
     ref_logp, kl_weight, rollout_logp, rollout_cap, denominator, denominators,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     n = logp.shape[0]
-    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
-    loss, metrics, grad_logp = torch.empty((), dtype=dtype), torch.empty(10, dtype=dtype), torch.empty(n, dtype=dtype)
-    grad_entropy = torch.empty(0 if entropy is None else n, dtype=dtype)
+    loss, metrics, grad_logp, grad_entropy = _empty(logp, ()), _empty(logp, 10), _empty(logp, n), _empty(logp, 0 if entropy is None else n)
     mask = _contiguous(mask)
     settings = _policy_loss(
         logp, old_logp, advantages, token_offsets, sequence_offsets, mask, clip_low, clip_high, ratio, entropy, entropy_weight, entropy_weights,

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import _cpu
+
 NAMESPACE = "acpo_kernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
@@ -31,7 +33,7 @@ def define(
     An operation without `backward` is not differentiable: gradients that reach it raise instead of being dropped. One that writes
     into an argument (`Tensor(a!)`) is called below autograd, from a backward, and has none.
     """
-    name = schema.split("(", 1)[0]
+    name, plain_cpu = schema.split("(", 1)[0], cpu
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, _without_autocast(cpu, "cpu"), "CPU")
     _LIBRARY.impl(name, _without_autocast(cuda, "cuda"), "CUDA")
@@ -45,12 +47,50 @@ def define(
             raise RuntimeError(f"{qualified} has no derivative: second derivatives and gradients through detached results are not supported")
 
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
-    return _below_autograd(getattr(getattr(torch.ops, NAMESPACE), name).default)
+    return _lean(getattr(getattr(torch.ops, NAMESPACE), name).default, plain_cpu)
+
+
+# Who may be watching a call, beside autograd: modes, transforms, a trace, a profiler. Names that PyTorch keeps private; where one is
+# missing, every call goes through the dispatcher.
+_WATCHERS = [
+    (torch._C, "_len_torch_dispatch_stack"),  # TorchDispatchMode: fake tensors, export, make_fx
+    (torch._C, "_is_torch_function_mode_enabled"),  # TorchFunctionMode: a default device
+    (torch._C, "_is_any_autocast_enabled"),
+    (torch._C, "_get_tracing_state"),  # torch.jit.trace
+    (torch.autograd, "_profiler_enabled"),
+    (getattr(torch._C, "_functorch", None), "peek_interpreter_stack"),  # vmap, grad, jvp, functionalize
+]
+_LEAN = _cpu.available and all(hasattr(module, name) for module, name in _WATCHERS)
+_PLAIN = (Tensor, torch.nn.Parameter)  # no other subclass: it may mean something else by its elements
+
+
+def _lean(operation: Callable, cpu: Callable) -> Callable:
+    """The operation without what a call does not need.
+
+    Where no gradient is asked for, below autograd: to find that out costs torch 10 us a call. Where besides nobody watches and every
+    tensor is an ordinary one in the host's memory, its CPU implementation itself: the dispatcher would call that very function, 5 to
+    10 us later.
+    """
+    if not _LEAN:
+        return _below_autograd(operation)
+    plain_call, watchers, strided = _cpu._C.plain_call, tuple(getattr(*watcher) for watcher in _WATCHERS), torch.strided
+    compiling, grad_enabled, below_autograd = torch.compiler.is_compiling, torch.is_grad_enabled, torch._C._AutoDispatchBelowAutograd
+
+    def run(*args):
+        if compiling() or forward_ad._current_level >= 0:
+            return operation(*args)
+        answer = plain_call(args, grad_enabled(), watchers, _PLAIN, strided)
+        if answer == 2:
+            return cpu(*args)
+        if answer == 1:
+            return operation(*args)
+        with below_autograd():
+            return operation(*args)
+
+    return run
 
 
 def _below_autograd(operation: Callable) -> Callable:
-    """The operation, without autograd where nothing asks for a gradient: what torch does to find that out costs 10 us a call."""
-
     def run(*args):
         if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
             return operation(*args)

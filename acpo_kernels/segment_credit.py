@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from . import _checks as check
@@ -58,13 +60,46 @@ def segment_credit(
     Source
         Section 4 of docs/method.md: our reading of ACPO's factorized reward (arXiv 2510.08899).
     """
+    device = segments.device
+    if not (
+        impl is None
+        and check.is_vector(scores, segments.num_segments, device)
+        and check.is_vector(advantages, segments.num_sequences, device)
+        and (mask is None or check.is_vector(mask, segments.num_tokens, device, check.BOOL))
+        and form in _FORM
+        and terminal in _TERMINAL
+        and type(bound) is type(gain) is type(reliability) is float
+        and 0.0 <= bound < 1.0
+        and 0.0 <= gain < math.inf
+        and 0.0 <= reliability <= 1.0
+        and scale is None
+    ):
+        _check(scores, segments, advantages, mask, form, bound, gain, reliability, terminal, scale, impl)
+    if impl == "reference":
+        return reference.segment_credit(
+            scores, segments, advantages, mask=mask, form=form, bound=bound, gain=gain, reliability=reliability, terminal=terminal, scale=scale
+        )
+    rho = (reliability, None) if type(reliability) is float else _constant(reliability)
+    unit = (None, None) if scale is None else _constant(scale)
+    token_advantages, weights = _op(
+        scores.detach() if scores.requires_grad else scores, segments.token_offsets, segments.sequence_offsets,
+        advantages.detach() if advantages.requires_grad else advantages, segments.num_tokens, segments.terminal, mask, form, bound, gain,
+        *rho, terminal == "exclude", *unit,
+    )  # fmt: skip
+    return SegmentCredit(token_advantages, weights)
+
+
+_FORM, _TERMINAL = ("weights", "additive"), ("exclude", "include")
+
+
+def _check(scores, segments: Segments, advantages, mask, form, bound, gain, reliability, terminal, scale, impl) -> None:
     check.implementation(impl)
     check.tensor("scores", scores, check.FLOAT, shape=(segments.num_segments,), shape_name="[S]", device=segments.device)
     check.tensor("advantages", advantages, check.FLOAT, shape=(segments.num_sequences,), shape_name="[B]", device=segments.device)
     if mask is not None:
         check.tensor("mask", mask, check.BOOL, shape=(segments.num_tokens,), shape_name="[N]", device=segments.device)
-    check.choice("form", form, ("weights", "additive"))
-    check.choice("terminal", terminal, ("exclude", "include"))
+    check.choice("form", form, _FORM)
+    check.choice("terminal", terminal, _TERMINAL)
     check.number("bound", bound, low=0.0)
     if bound >= 1:
         raise ValueError(f"bound must be below 1, where a weight could reach 0, got {bound}")
@@ -79,20 +114,11 @@ def segment_credit(
         check.tensor("scale", scale, check.FLOAT, ndim=0, device=segments.device)
     elif scale is not None:
         check.number("scale", scale, above=0)
-    if impl == "reference":
-        return reference.segment_credit(
-            scores, segments, advantages, mask=mask, form=form, bound=bound, gain=gain, reliability=reliability, terminal=terminal, scale=scale
-        )
-    results = _op(
-        _constant(scores), segments.token_offsets, segments.sequence_offsets, _constant(advantages), segments.num_tokens, segments.terminal, mask,
-        form, bound, gain, *number_or_tensor(_constant(reliability)), terminal == "exclude", *number_or_tensor(_constant(scale)),
-    )  # fmt: skip
-    return SegmentCredit(*results)
 
 
 def _constant(value):
     """No gradient flows; what needs none is passed on as it is (a detached view costs a microsecond)."""
-    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
+    return number_or_tensor(value.detach() if isinstance(value, Tensor) and value.requires_grad else value)
 
 
 def _fake(scores, token_offsets, sequence_offsets, advantages, num_tokens, *rest):

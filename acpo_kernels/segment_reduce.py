@@ -29,17 +29,36 @@ def segment_reduce(
     Source
         `torch.segment_reduce`, with offsets on two levels and a mask.
     """
+    device, n = segments.device, segments.num_tokens
+    if not (
+        impl is None
+        and isinstance(values, Tensor)
+        and values.dtype in check.FLOAT
+        and values.device == device
+        and values.ndim in (1, 2)
+        and values.shape[-1] == n
+        and reduce in _REDUCE
+        and level in _LEVEL
+        and (mask is None or check.is_vector(mask, n, device, check.BOOL))
+    ):
+        _check(values, segments, reduce, level, mask, impl)
+    if impl == "reference":
+        return reference.segment_reduce(values, segments, reduce=reduce, level=level, mask=mask)
+    return _op(values, segments.token_offsets, segments.sequence_offsets, reduce, level, mask)
+
+
+_REDUCE, _LEVEL = ("sum", "mean", "max"), ("segment", "sequence")
+
+
+def _check(values, segments: Segments, reduce, level, mask, impl) -> None:
     check.implementation(impl)
     check.tensor("values", values, check.FLOAT, device=segments.device)
     if values.ndim not in (1, 2) or values.shape[-1] != segments.num_tokens:
         raise ValueError(f"values must have shape [N] or [C,N] with N = {segments.num_tokens}, got {tuple(values.shape)}")
-    check.choice("reduce", reduce, ("sum", "mean", "max"))
-    check.choice("level", level, ("segment", "sequence"))
+    check.choice("reduce", reduce, _REDUCE)
+    check.choice("level", level, _LEVEL)
     if mask is not None:
         check.tensor("mask", mask, check.BOOL, shape=(segments.num_tokens,), device=segments.device)
-    if impl == "reference":
-        return reference.segment_reduce(values, segments, reduce=reduce, level=level, mask=mask)
-    return _op(values, segments.token_offsets, segments.sequence_offsets, reduce, level, mask)
 
 
 def _fake(values, token_offsets, sequence_offsets, reduce, level, mask):

@@ -6,7 +6,6 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 
 #include "head.h"
 #include "hindsight_information.h"
@@ -17,6 +16,7 @@
 #include "segment_credit.h"
 #include "segment_reduce.h"
 #include "segmenter.h"
+#include "tensors.h"
 
 PYBIND11_MAKE_OPAQUE(std::vector<acpo::Cut>)
 
@@ -175,57 +175,68 @@ void bind_segmenter(py::module_& m) {
            py::call_guard<py::gil_scoped_release>());
 }
 
-// Tensors of one dimension come as (address, dtype, stride), the hierarchy as (token_offsets, sequence_offsets, tokens, segments, sequences).
-using Array = std::tuple<uintptr_t, int, int64_t>;
-using Offsets = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t>;
+// Tensors of the packed layout come as they are.
+using Tensor = py::handle;
 
-acpo::Values values(const Array& a) {
-  const auto [address, type, stride] = a;
-  return {pointer<const void>(address), static_cast<acpo::Dtype>(type), stride};
+const uint8_t* bytes(const Tensor& mask) { return pointer<const uint8_t>(acpo::address(mask.ptr())); }
+acpo::Values values(const Tensor& x) { return acpo::values(x.ptr()); }
+acpo::Hierarchy hierarchy(const Tensor& token_offsets, const Tensor& sequence_offsets, int64_t tokens) {
+  return acpo::hierarchy(token_offsets.ptr(), sequence_offsets.ptr(), tokens);
 }
 
-acpo::Hierarchy hierarchy(const Offsets& o) {
-  const auto [tokens, sequences, n, s, b] = o;
-  return {pointer<const int64_t>(tokens), pointer<const int64_t>(sequences), n, s, b};
+// plain_call(args, grad_enabled, watchers, plain, strided) -> 0 (no), 1 (a gradient is wanted), 2 (yes); no pybind11, which takes longer
+// than what it would call.
+PyObject* plain_call(PyObject*, PyObject* const* a, Py_ssize_t count) {
+  if (count != 5 || !PyTuple_Check(a[0]) || !PyTuple_Check(a[2]) || !PyTuple_Check(a[3]) || PyTuple_GET_SIZE(a[3]) == 0) {
+    PyErr_SetString(PyExc_TypeError, "plain_call(args, grad_enabled, watchers, plain, strided)");
+    return nullptr;
+  }
+  const acpo::PlainCall answer = acpo::plain_call(a[0], a[1] == Py_True, a[2], a[3], a[4]);
+  return answer == acpo::PlainCall::error ? nullptr : PyLong_FromLong(static_cast<long>(answer));
 }
-
-acpo::SegmentReduce segment_reduce(const Offsets& offsets, bool sequences, int reduce, uintptr_t mask, int64_t channels) {
-  return {hierarchy(offsets), sequences, static_cast<acpo::Reduce>(reduce), pointer<const uint8_t>(mask), channels};
-}
+PyMethodDef plain_call_method = {"plain_call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain_call)), METH_FASTCALL, nullptr};
 
 void bind_segments(py::module_& m) {
-  m.def("segment_reduce", [](const Offsets& offsets, bool sequences, int reduce, uintptr_t mask, int64_t channels, const Array& x, uintptr_t out,
-                             int threads) {
-    const auto [address, type, stride] = x;
+  m.add_object("plain_call", PyCFunction_New(&plain_call_method, nullptr));
+  m.def("segment_reduce", [](const Tensor& token_offsets, const Tensor& sequence_offsets, int64_t tokens, bool sequences, int reduce,
+                             const Tensor& mask, int64_t channels, int64_t stride, const Tensor& x, const Tensor& out, int threads) {
+    const acpo::SegmentReduce of{hierarchy(token_offsets, sequence_offsets, tokens), sequences, static_cast<acpo::Reduce>(reduce), bytes(mask),
+                                 channels};
+    const acpo::Values from = values(x);
+    void* const to = pointer<void>(acpo::address(out.ptr()));
     const py::gil_scoped_release no_gil;
-    acpo::segment_reduce(segment_reduce(offsets, sequences, reduce, mask, channels), pointer<const void>(address),
-                         static_cast<acpo::Dtype>(type), stride, pointer<void>(out), threads);
+    acpo::segment_reduce(of, from.data, from.dtype, stride, to, threads);
   });
-  m.def("segment_reduce_backward", [](const Offsets& offsets, bool sequences, int reduce, uintptr_t mask, int64_t channels, uintptr_t grad,
-                                      const Array& x, uintptr_t output, uintptr_t gradient, int threads) {
-    const auto [address, type, stride] = x;
+  m.def("segment_reduce_backward", [](const Tensor& token_offsets, const Tensor& sequence_offsets, int64_t tokens, bool sequences, int reduce,
+                                      const Tensor& mask, int64_t channels, int64_t stride, const Tensor& grad, const Tensor& x,
+                                      const Tensor& output, const Tensor& gradient, int threads) {
+    const acpo::SegmentReduce of{hierarchy(token_offsets, sequence_offsets, tokens), sequences, static_cast<acpo::Reduce>(reduce), bytes(mask),
+                                 channels};
+    const acpo::Values to = values(gradient);
+    const auto incoming = acpo::address(grad.ptr()), from = acpo::address(x.ptr()), reduced = acpo::address(output.ptr());
     const py::gil_scoped_release no_gil;
-    acpo::segment_reduce_backward(segment_reduce(offsets, sequences, reduce, mask, channels), pointer<const void>(grad),
-                                  pointer<const void>(address), static_cast<acpo::Dtype>(type), stride, pointer<const void>(output),
-                                  pointer<void>(gradient), threads);
+    acpo::segment_reduce_backward(of, pointer<const void>(incoming), pointer<const void>(from), to.dtype, stride, pointer<const void>(reduced),
+                                  const_cast<void*>(to.data), threads);
   });
   m.def("segment_credit",
-        [](const Offsets& offsets, const Array& scores, const Array& advantages, uintptr_t terminal, uintptr_t mask, bool additive,
-           bool exclude_terminal, double bound, double gain, double reliability, const Array& reliabilities, double scale, const Array& scales,
-           uintptr_t token_advantages, uintptr_t weights, int threads) {
-          const acpo::SegmentCredit of{hierarchy(offsets), values(scores), values(advantages), pointer<const uint8_t>(terminal),
-                                       pointer<const uint8_t>(mask), additive, exclude_terminal, bound, gain, reliability,
-                                       values(reliabilities), scale, values(scales)};
+        [](const Tensor& token_offsets, const Tensor& sequence_offsets, int64_t tokens, const Tensor& scores, const Tensor& advantages,
+           const Tensor& terminal, const Tensor& mask, bool additive, bool exclude_terminal, double bound, double gain, double reliability,
+           const Tensor& reliabilities, double scale, const Tensor& scales, const Tensor& token_advantages, const Tensor& weights, int threads) {
+          const acpo::SegmentCredit of{hierarchy(token_offsets, sequence_offsets, tokens), values(scores), values(advantages), bytes(terminal),
+                                       bytes(mask), additive, exclude_terminal, bound, gain, reliability, values(reliabilities), scale,
+                                       values(scales)};
+          void *const credit = pointer<void>(acpo::address(token_advantages.ptr())), *const to = pointer<void>(acpo::address(weights.ptr()));
           const py::gil_scoped_release no_gil;
-          acpo::segment_credit(of, pointer<void>(token_advantages), pointer<void>(weights), threads);
+          acpo::segment_credit(of, credit, to, threads);
         });
 }
 
-acpo::PolicyLoss policy_loss(const Offsets& offsets, uintptr_t mask, const Array& logp, const Array& old_logp, const Array& advantages,
-                             const Array& entropy, const Array& ref_logp, const Array& rollout_logp, double clip_low, double clip_high,
-                             int ratio, std::optional<double> entropy_weight, const Array& entropy_weights, double kl_weight,
-                             double rollout_cap, double denominator, const Array& denominators, int denominators_of) {
-  return {hierarchy(offsets), pointer<const uint8_t>(mask), values(logp), values(old_logp), values(advantages), values(entropy),
+acpo::PolicyLoss policy_loss(const Tensor& token_offsets, const Tensor& sequence_offsets, int64_t tokens, const Tensor& mask,
+                             const Tensor& logp, const Tensor& old_logp, const Tensor& advantages, const Tensor& entropy,
+                             const Tensor& ref_logp, const Tensor& rollout_logp, double clip_low, double clip_high, int ratio,
+                             std::optional<double> entropy_weight, const Tensor& entropy_weights, double kl_weight, double rollout_cap,
+                             double denominator, const Tensor& denominators, int denominators_of) {
+  return {hierarchy(token_offsets, sequence_offsets, tokens), bytes(mask), values(logp), values(old_logp), values(advantages), values(entropy),
           values(entropy_weights), values(ref_logp), values(rollout_logp), clip_low, clip_high, static_cast<acpo::Ratio>(ratio),
           entropy_weight.has_value(), entropy_weight.value_or(0.0), kl_weight, rollout_cap, denominator, values(denominators),
           static_cast<acpo::PolicyLoss::Of>(denominators_of)};
