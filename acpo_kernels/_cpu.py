@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 
 import torch
 from torch import Tensor
@@ -168,6 +169,14 @@ def policy_loss(
     return loss, metrics, grad_logp, grad_entropy
 
 
+def empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """torch.empty for a gradient of weight: a large one takes the memory of the last one that was freed, which spares its page faults."""
+    size = math.prod(shape) * dtype.itemsize
+    if not available or size < _C.RECYCLED or torch.are_deterministic_algorithms_enabled():  # torch.empty writes NaN into it then
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(_C.Recycled(size), dtype=dtype).view(shape)
+
+
 def _rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] <= 1 else matrix.contiguous()
 
@@ -216,8 +225,8 @@ def linear_policy_loss(
     n = ids.shape[0]
     results = [torch.zeros(shape) for shape in ((), 10, n, n)]
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    makers = (torch.zeros, torch.empty, torch.empty)
-    gradients = [make(shape if need else 0) for make, shape, need in zip(makers, shapes, needs, strict=True)]
+    makers = (torch.zeros, empty, torch.empty)
+    gradients = [make(shape if need else (0,), dtype=torch.float32) for make, shape, need in zip(makers, shapes, needs, strict=True)]
     wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
     _C.linear_policy_loss(head, settings, *map(_address, (*results, *wanted)), torch.get_num_threads())
     return *results, *gradients

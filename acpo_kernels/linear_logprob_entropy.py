@@ -78,7 +78,7 @@ def _backward_cpu(
     rows = reference.active_rows(ids, mask) & _torch.has_upstream(grad_logp, grad_entropy)
     gradients = (
         torch.zeros(hidden.shape if need_hidden else 0, dtype=hidden.dtype),
-        torch.empty(weight.shape if need_weight else 0, dtype=weight.dtype),
+        _cpu.empty(weight.shape if need_weight else (0,), weight.dtype),
         torch.empty(weight.shape[0] if need_bias else 0),
     )
     wanted = [g if need else None for g, need in zip(gradients, needs, strict=True)]

@@ -138,7 +138,7 @@ def _backward(ctx, grad_loss, *_):
 def _scaled(grad: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of weight is as large as the weight itself: on the host a factor of 1 costs no pass over it."""
     if type(by) is Tensor and by.device.type == "cpu" and not torch.compiler.is_compiling() and by.item() == 1.0:
-        return grad.to(dtype)
+        return grad if dtype == grad.dtype else _cpu.empty(grad.shape, dtype).copy_(grad)
     return (grad * by).to(dtype)
 
 

@@ -10,7 +10,7 @@ from acpo_kernels import linear_hindsight_information, reference
 from . import peers
 from .bench_hindsight_information import NAMES
 from .bench_linear_logprob_entropy import bare_products, inputs
-from .common import Case, Expected, Provider, V, copy_ceiling
+from .common import Case, Expected, Provider, V, copy_ceiling, sampled_rows
 
 SHAPES = {
     ("small", "cpu"): (16, 128, 1000), ("default", "cpu"): (64, 896, V), ("large", "cpu"): (256, 896, V),
@@ -30,13 +30,12 @@ def case(n: int, h: int, v: int, dtype: torch.dtype, device: torch.device) -> Ca
         return forward
 
     def expected(of: str) -> dict[str, Expected]:
-        def all_rows(dtype):
-            w = weight.to(dtype)
-            pieces = [reference.linear_hindsight_information(hidden[r].to(dtype), hinted[r].to(dtype), w, ids[r]) for r in torch.arange(n).split(32)]
-            return [torch.cat(values) for values in zip(*pieces, strict=True)]
-
-        exact, single = all_rows(torch.float64), all_rows(torch.float32)
-        return {name: Expected(e, s, factor=4.0) for name, e, s in zip(NAMES, exact, single, strict=True)}
+        rows = sampled_rows(n, device, 32)
+        exact, single = (
+            reference.linear_hindsight_information(hidden[rows].to(d), hinted[rows].to(d), weight.to(d), ids[rows])
+            for d in (torch.float64, torch.float32)
+        )
+        return {name: Expected(e, s, rows, factor=4.0) for name, e, s in zip(NAMES, exact, single, strict=True)}
 
     found, absent = peers.find("linear_hindsight_information", device)
     providers = {"ours": Provider(call(linear_hindsight_information))} | {name: Provider(call(f)) for name, f in found.items()}

@@ -1,8 +1,12 @@
 """`linear_logprob_entropy` beside the bare matrix products, TRL's chunked head, Liger, cut-cross-entropy, verl, eager and torch.compile.
 
 FLOP: forward 2 N H V, backward 6 N H V (the logits again, then dHidden and dW). Shares: with a share u of unmasked rows and a share a
-of rows whose gradient is not zero, (2 u + 6 a) N H V are needed; peers take the same rows and gradients and do what they do.
-The bare products write N x V tensors in the inputs' dtype: forward one, forward + backward three (6 N H V).
+of rows whose gradient is not zero, (2 u + 6 a) N H V are needed; a frozen weight needs 2 + 4 of them. All these variants of ours are timed
+in one process, in turn.
+
+The bare products are torch's own from float32 to float32, since torch has none from bfloat16 to float32 on the CPU: a bfloat16 weight is
+converted tile by tile. Forward 2 N H V, forward + backward 8 N H V with the logits computed twice; with a frozen weight the 4 N H V of
+logits and dHidden (ours computes the logits twice there too). On CUDA they are products in the inputs' dtype, 6 N H V.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import torch
 from acpo_kernels import linear_logprob_entropy, reference
 
 from . import peers
-from .common import SIZES, Case, Ceiling, Expected, Provider, V, copy_ceiling, gradients
+from .common import SIZES, Case, Ceiling, Expected, Provider, V, copy_ceiling, gradients, sampled_rows
 
 # (N, H, V)
 SHAPES = {
@@ -22,8 +26,7 @@ SHAPES = {
     ("large", "cuda"): [(8192, h, V) for h in (896, 1536, 2048, 4096)],
 }  # fmt: skip
 ONE_OUTPUT = {"cut-cross-entropy"}
-
-
+SHARES = [(1.0, 0.25), (0.25, 0.25)]  # of unmasked rows, and of rows whose gradient is not zero (clipped, no advantage)
 FALLBACKS = ("Liger", "cut-cross-entropy")  # their kernels need a GPU; what they run here is torch in chunks, at seconds a call
 
 
@@ -34,7 +37,31 @@ def inputs(n: int, h: int, v: int, dtype: torch.dtype, device: torch.device):
     return hidden, weight, torch.randint(v, (n,), device=device)
 
 
-def bare_products(hidden, weight, backward: bool) -> Ceiling:
+TILE = 4096  # entries of the vocabulary a product on the CPU
+
+
+def bare_products(hidden, weight, backward: bool, frozen: bool = False) -> Ceiling:
+    n, (v, h) = len(hidden), weight.shape
+    if hidden.device.type == "cuda":
+        return _products_on_cuda(hidden, weight, backward)
+    x, d_hidden = hidden.float(), torch.empty(n, h)
+    d_weight, logits = torch.empty(v if backward and not frozen else 0, h), torch.empty(n, min(v, TILE))
+
+    def tiles():
+        for begin in range(0, v, TILE):
+            w = weight[begin : begin + TILE].float()
+            z = logits[:, : len(w)]
+            torch.mm(x, w.T, out=z)
+            if backward:
+                if not frozen:
+                    torch.mm(x, w.T, out=z)
+                    torch.mm(z.T, x, out=d_weight[begin : begin + TILE])
+                d_hidden.addmm_(z, w)
+
+    return Ceiling(tiles, flop=(2 if not backward else 4 if frozen else 8) * n * h * v)
+
+
+def _products_on_cuda(hidden, weight, backward: bool) -> Ceiling:
     n, (v, h) = len(hidden), weight.shape
     logits = torch.empty(n, v, dtype=hidden.dtype, device=hidden.device)
     if not backward:
@@ -49,21 +76,26 @@ def bare_products(hidden, weight, backward: bool) -> Ceiling:
     return Ceiling(products, flop=6 * n * h * v)
 
 
-def case(n, h, v, dtype, mode, device, temperature: float = 1.0, unmasked: float = 1.0, active: float = 1.0, slow_peers: bool = False) -> Case:
+def rows_of(n: int, unmasked: float, active: float, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(unmasked rows, rows whose gradient flows) of a batch, as bool; the second are some of the first."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(1)).to(device)
+    mask, flows = torch.zeros(2, n, dtype=torch.bool, device=device)
+    mask[order[: round(unmasked * n)]] = True
+    flows[order[: round(active * n)]] = True
+    return mask, flows
+
+
+def case(n, h, v, dtype, mode, device, temperature: float = 1.0, slow_peers: bool = False) -> Case:
     hidden, weight, ids = inputs(n, h, v, dtype, device)
     backward = mode == "forward+backward"
-    order = torch.randperm(n, device=device)
-    mask = torch.zeros(n, dtype=torch.bool, device=device)
-    mask[order[: round(unmasked * n)]] = True
-    if unmasked < 1:
-        ids = torch.where(mask, ids, reference.IGNORED)
-    flows = torch.zeros(n, device=device)
-    flows[order[: round(active * n)]] = 1.0
-    incoming = {"logp": torch.randn(n, device=device) * flows, "entropy": 0.01 * flows}
+    incoming = {"logp": torch.randn(n, device=device), "entropy": torch.full((n,), 0.01, device=device)}
 
-    def call(function):
+    def call(function, ids=ids, incoming=incoming, leaves=("hidden", "weight")):
+        tensors = {"hidden": hidden, "weight": weight}
         if backward:
-            return lambda: gradients(lambda x, w: function(x, w, ids, temperature), {"hidden": hidden, "weight": weight}, incoming)
+            fixed = {name: x for name, x in tensors.items() if name not in leaves}
+            trained = {name: tensors[name] for name in leaves}
+            return lambda: gradients(lambda *x: function(*x, *fixed.values(), ids, temperature), trained, incoming)
 
         def forward():
             with torch.no_grad():
@@ -74,55 +106,71 @@ def case(n, h, v, dtype, mode, device, temperature: float = 1.0, unmasked: float
     def ours(x, w, ids, temperature):
         return linear_logprob_entropy(x, w, ids, temperature=temperature)
 
-    # Peers have no common notion of a masked row: beside ours they stand where every row counts.
-    found, absent = peers.find("linear_logprob_entropy", device) if unmasked == 1 else ({}, {})
+    found, absent = peers.find("linear_logprob_entropy", device)
     if device.type == "cpu" and v == V:
-        for name in FALLBACKS if not slow_peers else ():
+        for name in (*FALLBACKS, *(("TRL chunked",) if backward else ())) if not slow_peers else ():
             if found.pop(name, None):
-                absent[name] = "on the CPU torch in chunks, seconds a call: --shapes large"
-    providers = {"ours": Provider(call(ours))} | {
-        name: Provider(call(f), *(("log-prob alone", "logp") if name in ONE_OUTPUT else ())) for name, f in found.items()
-    }
-    shape = {"N": n, "H": h, "V": v} | ({} if temperature == 1 else {"T": temperature})
-    if unmasked < 1 or active < 1:
-        shape |= {"u": unmasked, "a": active}
+                absent[name] = "seconds a call on the CPU: --shapes large"
+    providers = {"ours": Provider(call(ours))}
+    variants = {"all": (ids, incoming)}  # by the gradients that they are held to
+    ceilings = {"matrix products": bare_products(hidden, weight, backward), "copy": copy_ceiling(weight)}
+    if backward and temperature == 1.0:
+        for unmasked, active in SHARES:
+            mask, flows = rows_of(n, unmasked, active, device)
+            name = f"u={unmasked:g} a={active:g}"
+            some = torch.where(mask, ids, reference.IGNORED), {key: torch.where(flows, g, 0.0) for key, g in incoming.items()}
+            variants[name] = some
+            providers[f"ours, {name}"] = Provider(call(ours, *some), f"{100 * (2 * unmasked + 6 * active) / 8:.2f} % of the FLOP", name)
+        providers["ours, frozen weight"] = Provider(call(ours, leaves=("hidden",)), "75 % of the FLOP")
+        if device.type == "cpu":
+            ceilings["matrix products, frozen weight"] = bare_products(hidden, weight, backward, frozen=True)
+    providers |= {name: Provider(call(f), *(("log-prob alone", "logp") if name in ONE_OUTPUT else ())) for name, f in found.items()}
+
+    def wanted(of: str) -> dict[str, Expected]:
+        some, upstream = variants.get(of) or (ids, {"logp": incoming["logp"]})
+        return expected(hidden, weight, some, upstream, temperature, backward)
+
     return Case(
-        "linear_logprob_entropy", mode, shape, dtype, device, providers,
-        lambda of: expected(hidden, weight, ids, incoming, temperature, backward, of),
-        bytes=(n * h + v * h) * hidden.element_size() * (3 if backward else 1),
-        flop=round((2 * unmasked + (6 * active if backward else 0)) * n * h * v),
-        ceilings={"matrix products": bare_products(hidden, weight, backward), "copy": copy_ceiling(weight)}, absent=absent,
+        "linear_logprob_entropy", mode, {"N": n, "H": h, "V": v} | ({} if temperature == 1 else {"T": temperature}), dtype, device, providers,
+        wanted, bytes=(n * h + v * h) * hidden.element_size() * (3 if backward else 1), flop=(8 if backward else 2) * n * h * v,
+        ceilings=ceilings, absent=absent,
     )  # fmt: skip
 
 
-def expected(hidden, weight, ids, incoming, temperature, backward, gradients_of, step: int = 64) -> dict[str, Expected]:
-    """Rows in pieces, dW summed over them: the float64 logits of a whole batch would not fit. Masked rows hold zeros, and rows without
-    a gradient need no backward: rows that have one come first."""
-    names = [name for name in incoming if gradients_of in ("all", name)]
-    flows = torch.stack([incoming[name] != 0 for name in names]).any(0)
-    order = torch.cat([part.nonzero().squeeze(1) for part in (flows, ~flows & (ids != reference.IGNORED))])
+def sampled_entries(v: int, ids: torch.Tensor) -> torch.Tensor:
+    """Rows of dW that are checked: both ends of the vocabulary, some between, and those of targets, where it is largest."""
+    ends = torch.arange(min(v, 64), device=ids.device)
+    return torch.cat([ends, v - 1 - ends, torch.linspace(0, v - 1, 128, device=ids.device).long(), ids[ids >= 0][:64]]).unique()
+
+
+def expected(hidden, weight, ids, incoming, temperature, backward, step: int = 32) -> dict[str, Expected]:
+    """Outputs of all rows; dHidden of a sample of rows, dW of a sample of the vocabulary, summed over all rows. The logits' gradient is
+    autograd's of the reference, the products with it are written out: of dW, 300 rows of 151,936 are computed."""
+    rows, entries = sampled_rows(len(ids), ids.device, 32), sampled_entries(weight.shape[0], ids)
     out = {}
     for dtype in (torch.float64, torch.float32):
-        w = weight.detach().to(dtype).requires_grad_(backward)
-        one = {name: torch.zeros(len(ids), dtype=dtype, device=ids.device) for name in names}
-        if backward:
-            one["d_hidden"] = torch.zeros(hidden.shape, dtype=dtype, device=ids.device)
-        for rows in order.split(step):
-            needed = backward and bool(flows[rows].any())
-            x = hidden[rows].detach().to(dtype).requires_grad_(needed)
-            with torch.set_grad_enabled(needed):
-                results = reference.linear_logprob_entropy(x, w, ids[rows], temperature=temperature)._asdict()
-            for name in names:
-                one[name][rows] = results[name].detach()
+        w = weight.to(dtype)
+        one = {name: torch.zeros(len(ids), dtype=dtype, device=ids.device) for name in incoming}
+        d_hidden = torch.zeros(hidden.shape, dtype=dtype, device=ids.device)
+        d_weight = torch.zeros(len(entries), weight.shape[1], dtype=dtype, device=ids.device)
+        for some in (ids != reference.IGNORED).nonzero().squeeze(1).split(step):
+            x = hidden[some].to(dtype)
+            needed = backward and any(bool((g[some] != 0).any()) for g in incoming.values())
+            z = (x @ w.T).requires_grad_(needed)
+            results = reference.logprob_entropy(z, ids[some], temperature=temperature)._asdict()
+            for name in incoming:
+                one[name][some] = results[name].detach()
             if needed:
-                torch.autograd.backward([results[name] for name in names], [incoming[name][rows].to(dtype) for name in names])
-                one["d_hidden"][rows] = x.grad
-        if backward:
-            one["d_weight"] = w.grad
-        out[dtype] = one
+                upstream = [g[some].to(dtype) for g in incoming.values()]
+                (grad,) = torch.autograd.grad([results[name] for name in incoming], z, upstream)
+                here = torch.isin(some, rows)
+                d_hidden[some[here]] = grad[here] @ w
+                d_weight += grad[:, entries].T @ x
+        out[dtype] = one | ({"d_hidden": d_hidden[rows], "d_weight": d_weight} if backward else {})
     # Products on matrix units may sum in another order than the reference: the contract's factor of 4
+    which = {"d_hidden": rows, "d_weight": entries}
     return {
-        name: Expected(exact, out[torch.float32][name], None, 4.0, hidden.dtype if name.startswith("d_") else None)
+        name: Expected(exact, out[torch.float32][name], which.get(name), 4.0, hidden.dtype if name in which else None)
         for name, exact in out[torch.float64].items()
     }
 
@@ -147,10 +195,3 @@ def test_linear_logprob_entropy_temperature(run, device, shapes, size):
     if device.type == "cpu" and shapes != "small":
         pytest.skip("a temperature is free beside a matrix product on the CPU")
     run(case(*wanted[size], torch.bfloat16, "forward+backward", device, temperature=0.7))
-
-
-@pytest.mark.parametrize(("unmasked", "active"), [(1.0, 0.25), (0.25, 0.25)], ids=["u1-a.25", "u.25-a.25"])
-def test_linear_logprob_entropy_shares(run, device, shapes, unmasked, active):
-    """Rows whose gradient is zero (clipped, no advantage), and rows that are masked."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    run(case(*SHAPES[shapes, device.type][0], dtype, "forward+backward", device, unmasked=unmasked, active=active))

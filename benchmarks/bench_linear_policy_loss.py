@@ -12,7 +12,8 @@ import torch
 from acpo_kernels import linear_logprob_entropy, linear_policy_loss, policy_loss, reference
 
 from .bench_linear_logprob_entropy import SHAPES as HEADS
-from .bench_linear_logprob_entropy import bare_products, inputs
+from .bench_linear_logprob_entropy import SHARES, bare_products, inputs, rows_of
+from .bench_linear_logprob_entropy import expected as head_expected
 from .common import SIZES, Case, Expected, Provider, V, copy_ceiling, gradients
 from .hierarchy import segments_of
 from .peers import plain
@@ -20,72 +21,54 @@ from .peers import plain
 SHAPES = HEADS | {("default", "cpu"): [(128, 896, V)]}
 
 
-def case(n, h, v, dtype, device, unmasked: float, active: float) -> Case:
+def case(n, h, v, dtype, device) -> Case:
     hidden, weight, ids = inputs(n, h, v, dtype, device)
     segments = segments_of(n, max(2, n // 16), max(1, n // 128), device)
-    order = torch.randperm(n, device=device)
-    mask, flows = torch.zeros(n, dtype=torch.bool, device=device), torch.zeros(n, dtype=torch.bool, device=device)
-    mask[order[: round(unmasked * n)]] = True
-    flows[order[: round(active * n)]] = True
-    advantages = torch.where(flows, torch.randn(n, device=device), 0.0)
-    incoming = {"loss": torch.ones((), device=device)}
+    advantages, incoming = torch.randn(n, device=device), {"loss": torch.ones((), device=device)}
+    variants = {"all": (torch.ones(n, dtype=torch.bool, device=device), advantages)}
+    for unmasked, active in SHARES:
+        mask, flows = rows_of(n, unmasked, active, device)
+        variants[f"u={unmasked:g} a={active:g}"] = mask, torch.where(flows, advantages, 0.0)
 
-    def ours(x, w):
+    def ours(x, w, mask, advantages):
         return (linear_policy_loss(x, w, ids, None, advantages, segments, mask=mask).loss,)
 
-    def two_calls(x, w):
+    def two_calls(x, w, mask, advantages):
         logp, _ = linear_logprob_entropy(x, w, ids, mask=mask)
         return (policy_loss(logp, None, advantages, segments, mask=mask).loss,)
 
-    def eager(x, w):
+    def eager(x, w, mask, advantages):
         logp, _ = plain.linear_four_lines(x, w, ids)
         return (reference.policy_loss(logp, None, advantages, segments, mask=mask).loss,)
 
-    def call(function):
-        return lambda: gradients(function, {"hidden": hidden, "weight": weight}, incoming)
+    def provider(function, of: str = "all") -> Provider:
+        call = lambda: gradients(lambda x, w: function(x, w, *variants[of]), {"hidden": hidden, "weight": weight}, incoming)  # noqa: E731
+        return Provider(call, gradients_of=of)
 
     def expected(of: str) -> dict[str, Expected]:
-        """On-policy the gradient of the loss with respect to logp is -A / tokens: one product at a time in float64."""
-        tokens = mask.sum().double()
-        out = {}
-        for kind in (torch.float64, torch.float32):
-            w = weight.detach().to(kind).requires_grad_()
-            d_hidden, loss = torch.zeros(n, h, dtype=kind, device=device), torch.zeros((), dtype=torch.float64, device=device)
-            for rows in (mask & flows).nonzero().squeeze(1).split(64):
-                x = hidden[rows].detach().to(kind).requires_grad_()
-                logp, _ = reference.linear_logprob_entropy(x, w, ids[rows], mask=mask[rows])
-                upstream = torch.where(mask[rows], -advantages[rows].double() / tokens, 0.0)
-                logp.backward(upstream.to(kind))
-                loss += upstream.sum()
-                d_hidden[rows] = x.grad
-            out[kind] = {"loss": loss, "d_hidden": d_hidden, "d_weight": w.grad}
-        out[torch.float32]["loss"] = reference.policy_loss(
-            torch.zeros(n, device=device), None, advantages, segments, mask=mask
-        ).loss  # the ratio is 1 whatever logp is
-        return {
-            name: Expected(e, out[torch.float32][name].detach(), None, 4.0, hidden.dtype if name.startswith("d_") else None)
-            for name, e in out[torch.float64].items()
-        }
+        """On-policy the ratio is 1 whatever logp is: the loss is -sum A / tokens, its gradient with respect to logp -A / tokens."""
+        mask, some = variants[of]
+        upstream = torch.where(mask, -some.double() / mask.sum(), 0.0)
+        result = head_expected(hidden, weight, torch.where(mask, ids, reference.IGNORED), {"logp": upstream}, 1.0, True)
+        del result["logp"]
+        single = reference.policy_loss(torch.zeros(n, device=device), None, some, segments, mask=mask).loss
+        return result | {"loss": Expected(upstream.sum(), single, None, 4.0)}
 
-    providers = {
-        "ours": Provider(call(ours)), "linear_logprob_entropy + policy_loss": Provider(call(two_calls)), "eager": Provider(call(eager)),
-    }  # fmt: skip
+    providers = {"ours": provider(ours)} | {f"ours, {name}": provider(ours, name) for name in variants if name != "all"}
+    providers |= {"linear_logprob_entropy + policy_loss": provider(two_calls), "eager": provider(eager)}
     return Case(
-        "linear_policy_loss", "forward+backward", {"N": n, "H": h, "V": v, "u": unmasked, "a": active}, dtype, device, providers, expected,
-        bytes=3 * (n * h + v * h) * hidden.element_size(), flop=round((2 * unmasked + 4 * active) * n * h * v),
-        ceilings={"matrix products": bare_products(hidden, weight, backward=True), "copy": copy_ceiling(weight)},
+        "linear_policy_loss", "forward+backward", {"N": n, "H": h, "V": v}, dtype, device, providers, expected,
+        bytes=3 * (n * h + v * h) * hidden.element_size(), flop=6 * n * h * v,
+        ceilings={"matrix products of 8 N H V": bare_products(hidden, weight, backward=True), "copy": copy_ceiling(weight)},
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("unmasked", "active"), [(1.0, 1.0), (1.0, 0.25), (0.25, 0.25)], ids=["u1-a1", "u1-a.25", "u.25-a.25"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", range(4), ids=SIZES[:4])
-def test_linear_policy_loss(run, device, shapes, dtype, unmasked, active, size):
+def test_linear_policy_loss(run, device, shapes, dtype, size):
     wanted = SHAPES[shapes, device.type]
     if size >= len(wanted):
         pytest.skip(f"--shapes {shapes} has {len(wanted)} sizes on {device.type}")
     if device.type == "cuda" and dtype == torch.float32 and shapes != "small":
         pytest.skip("heads are bfloat16 on a GPU; float32 is tested, not timed")
-    if device.type == "cpu" and dtype == torch.bfloat16 and shapes == "default" and active < 1:
-        pytest.skip("bfloat16 on the CPU: one share is enough (--shapes large has all)")
-    run(case(*wanted[size], dtype, device, unmasked, active))
+    run(case(*wanted[size], dtype, device))

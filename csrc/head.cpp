@@ -29,7 +29,7 @@ void forward_rows(const Head& head, float* logits, const HeadStatistics& out, in
       for (int64_t p = 0; p < wide; ++p) {
         const int64_t lanes = lanes_of(head.count, p);
         float* z = logits == nullptr ? scratch + block_floats : logits + (p * head.vocab + v) * PANEL;
-        product(scratch, BLOCK * PANEL, v, rows, p, z);
+        product(scratch, Logits::STRIDE, v, rows, p, z, v + rows, 0, wide);
         k.statistics(z, rows, lanes, scales[p], state + p);
         for (int64_t i = 0; i < lanes; ++i) {
           const int64_t id = head.ids[head.rows[p * PANEL + i]] - v;
@@ -102,7 +102,7 @@ void head_backward(const Head& head, float* logits, const HeadStatistics& saved,
         if (out.bias != nullptr && !add) std::fill_n(out.bias + v, rows, 0.0f);
         for (int64_t p = group; p < end; ++p) {
           float* z = base + (p - group) * stride + from * PANEL;
-          if (again) product(apart ? scratch : weight, (apart ? BLOCK : SLICE_ROWS) * PANEL, v, rows, p, z);
+          if (again) product(apart ? scratch : weight, apart ? Logits::STRIDE : SLICE_ROWS * PANEL, v, rows, p, z, v + threads * BLOCK, group, end);
           gradient_of_block(head, k, saved, out, scales, gradients, v, rows, p, z);
         }
         if (out.weight == nullptr) return;

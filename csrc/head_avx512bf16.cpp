@@ -19,13 +19,14 @@ constexpr int TILE_ROWS = 14;
 constexpr int64_t DEPTH = 8;  // panels of k at a time: 16 KB of B stay in a 32 KB L1 beside 7 KB of A
 
 template <int R, int VECTORS>
-void tile(const uint16_t* a, int64_t panel, const uint16_t* b, int64_t panels, float* c, bool add) {
+void tile(const uint16_t* a, int64_t panel, const uint16_t* b, int64_t panels, float* c, bool add, Ahead* next, int64_t lines) {
   __m512 sum[R][VECTORS];
 #pragma GCC unroll 14
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < VECTORS; ++j) sum[i][j] = add ? _mm512_loadu_ps(c + i * PANEL + j * LANES) : _mm512_setzero_ps();
   for (; panels > 0; --panels, a += panel) {
+    fetch(next, lines);
     for (int64_t k = 0; k < PANEL; k += 2, b += 2 * PANEL) {
       __m512i y[VECTORS];
 #pragma GCC unroll 2
@@ -46,7 +47,7 @@ void tile(const uint16_t* a, int64_t panel, const uint16_t* b, int64_t panels, f
     for (int j = 0; j < VECTORS; ++j) _mm512_storeu_ps(c + i * PANEL + j * LANES, sum[i][j]);
 }
 
-using Tile = void (*)(const uint16_t*, int64_t, const uint16_t*, int64_t, float*, bool);
+using Tile = void (*)(const uint16_t*, int64_t, const uint16_t*, int64_t, float*, bool, Ahead*, int64_t);
 
 template <int VECTORS, int R = TILE_ROWS>
 Tile tile_of(int64_t rows) {
@@ -57,14 +58,15 @@ Tile tile_of(int64_t rows) {
   }
 }
 
-void pairs_product(const uint16_t* a, int64_t panel, int64_t rows, int64_t depth, const uint16_t* b, int64_t columns, float* c) {
+void pairs_product(const uint16_t* a, int64_t panel, int64_t rows, int64_t depth, const uint16_t* b, int64_t columns, float* c, Ahead next) {
   const int64_t all = (depth + PANEL - 1) / PANEL, tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  const int64_t lines = (next.lines + all * tiles - 1) / (all * tiles);
   for (int64_t k = 0; k < all; k += DEPTH) {
     const int64_t n = all - k < DEPTH ? all - k : DEPTH;
     for (int64_t t = 0, begin = 0; t < tiles; ++t) {
       const int64_t end = rows * (t + 1) / tiles;
       const Tile run = columns > LANES ? tile_of<2>(end - begin) : tile_of<1>(end - begin);
-      run(a + k * panel + begin * PANEL, panel, b + k * TILE_B, n, c + begin * PANEL, k > 0);
+      run(a + k * panel + begin * PANEL, panel, b + k * TILE_B, n, c + begin * PANEL, k > 0, &next, lines);
       begin = end;
     }
   }

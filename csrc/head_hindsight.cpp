@@ -67,7 +67,7 @@ void hindsight_rows(const Head& head, const void* hindsight_hidden, int64_t hind
         const int64_t lanes = lanes_of(head.count, p);
         float* const z[2] = {scratch + block_floats, scratch + block_floats + BLOCK * PANEL};
         for (int s = 0; s < 2; ++s) {
-          product[s](scratch, BLOCK * PANEL, v, rows, p, z[s]);
+          product[s](scratch, Logits::STRIDE, v, rows, p, z[s], v + rows, 0, wide);
           k.statistics(z[s], rows, lanes, scales[p], state[s] + p);
           for (int64_t i = 0; i < lanes; ++i) {
             const int64_t id = head.ids[head.rows[p * PANEL + i]] - v;

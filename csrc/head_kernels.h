@@ -35,7 +35,7 @@ struct LaneScales {
   alignas(64) double inverse[PANEL];            // 1 / T
 };
 
-// Static: each instruction set compiles a copy of its own.
+// Static, as is what follows: each instruction set compiles a copy of its own.
 static inline void set_scale(double temperature, bool fused, int64_t lane, LaneScales* out) {
   const double k = 1.4426950408889634 / temperature;
   const float rounded = static_cast<float>(k);
@@ -72,12 +72,23 @@ struct Divergence {
   alignas(64) float only_p[PANEL], only_q[PANEL];                   // not 0: an entry that is possible in this stream alone
 };
 
+// What the caller reads next: a product of logits asks for it, little by little, while it computes. Null for nothing.
+struct Ahead {
+  const char* at;
+  int64_t lines;  // of 64 bytes
+};
+
+// `count` lines of it, into the L2.
+static inline void fetch(Ahead* next, int64_t count) {
+  for (; count > 0 && next->lines > 0; --count, --next->lines, next->at += 64) __builtin_prefetch(next->at, 0, 2);
+}
+
 struct HeadKernels {
   bool fused;  // has fused multiply-add: which form LaneScales takes
   // rows x width elements of float32, bf16 or fp16 (by Dtype), `stride` apart, into float32 panels, `panel` floats apart
   void (*pack[3])(const void* from, int64_t stride, int64_t rows, int64_t width, float* to, int64_t panel);
   // z[v][32] for the first `lanes` rows of a panel of X^T
-  void (*logits)(const float* weight, int64_t panel, int64_t rows, int64_t width, const float* hidden, int64_t lanes, float* z);
+  void (*logits)(const float* weight, int64_t panel, int64_t rows, int64_t width, const float* hidden, int64_t lanes, float* z, Ahead next);
   // c[n][32] += sum_v g[v][n] weight[v][32], v < rows, n < lanes
   void (*hidden)(const float* g, const float* weight, int64_t rows, int64_t lanes, float* c);
   // c[v][0:columns] = or += sum_n g[v][n] hidden[n][32], n < count
@@ -99,7 +110,7 @@ constexpr int64_t TILE_B = PANEL * PANEL;  // elements in a panel of B
 struct HeadPairs {
   // rows x width elements, `stride` apart, into panels of A; zeros up to whole panels and 16 rows
   void (*pack)(const uint16_t* from, int64_t stride, int64_t rows, int64_t width, uint16_t* to, int64_t panel);
-  void (*product)(const uint16_t* a, int64_t panel, int64_t rows, int64_t depth, const uint16_t* b, int64_t columns, float* c);
+  void (*product)(const uint16_t* a, int64_t panel, int64_t rows, int64_t depth, const uint16_t* b, int64_t columns, float* c, Ahead next);
 };
 extern const HeadPairs head_pairs;
 

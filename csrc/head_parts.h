@@ -75,6 +75,9 @@ class Logits {
 #endif
   }
 
+  // Elements between the panels of a packed block: no multiple of 2 KB, so that the panels of one row do not share L1 sets.
+  static constexpr int64_t STRIDE = (BLOCK + 1) * PANEL;
+
   const bool tiles, words;  // words: the operands are bf16, two to a word, for tiles or pairs
 
   // `along`, if not null, is filled with X in panels over H; for tiles each of panels(N) panels of B.
@@ -110,21 +113,24 @@ class Logits {
   }
 
   // Floats that a packed block of W takes.
-  int64_t block_size() const { return wide_ * BLOCK; }
+  int64_t block_size() const { return wide_ / PANEL * STRIDE; }
 
   void pack(int64_t v, int64_t rows, float* block) const {
 #if defined(__x86_64__)
     if (words) {
       head_pairs.pack(static_cast<const uint16_t*>(weight_at(head_, v)), head_.weight_stride, rows, head_.width,
-                      reinterpret_cast<uint16_t*>(block), BLOCK * PANEL);
+                      reinterpret_cast<uint16_t*>(block), STRIDE);
       return;
     }
 #endif
-    k_.pack[static_cast<int>(head_.dtype)](weight_at(head_, v), head_.weight_stride, rows, head_.width, block, BLOCK * PANEL);
+    k_.pack[static_cast<int>(head_.dtype)](weight_at(head_, v), head_.weight_stride, rows, head_.width, block, STRIDE);
   }
 
-  // The finished logits of entries v to v + rows and the rows of panel p. `stride`: floats between the panels of the block.
-  void operator()(const float* block, int64_t stride, int64_t v, int64_t rows, int64_t p, float* z) const {
+  // The finished logits of entries v to v + rows and the rows of panel p. `stride`: elements between the panels of the block. The block
+  // of entry `after` is fetched meanwhile, in shares of the panels [first, end).
+  void operator()(const float* block, int64_t stride, int64_t v, int64_t rows, int64_t p, float* z, int64_t after, int64_t first,
+                  int64_t end) const {
+    const Ahead next = share(after, p - first, end - first);
     const int64_t lanes = lanes_of(head_.count, p);
 #if defined(__x86_64__)
     if (tiles) {
@@ -132,17 +138,25 @@ class Logits {
                          reinterpret_cast<const uint16_t*>(down_.get()) + p * PANEL * wide_, lanes, z, false);
     } else if (words) {
       head_pairs.product(reinterpret_cast<const uint16_t*>(block), stride, rows, head_.width,
-                         reinterpret_cast<const uint16_t*>(down_.get()) + p * PANEL * wide_, lanes, z);
+                         reinterpret_cast<const uint16_t*>(down_.get()) + p * PANEL * wide_, lanes, z, next);
     } else
 #endif
     {
-      k_.logits(block, stride, rows, head_.width, down_.get() + p * PANEL * head_.width, lanes, z);
+      k_.logits(block, stride, rows, head_.width, down_.get() + p * PANEL * head_.width, lanes, z, next);
     }
     if (head_.bias == nullptr && !(head_.softcap > 0.0)) return;
     k_.finish(z, rows, lanes, head_.bias == nullptr ? nullptr : head_.bias + v, static_cast<float>(head_.softcap));
   }
 
  private:
+  // Part `i` of `parts` of the BLOCK rows of W from v on; nothing where they do not lie together.
+  Ahead share(int64_t v, int64_t i, int64_t parts) const {
+    const int64_t rows = std::min(BLOCK, head_.vocab - v);
+    if (rows <= 0 || head_.weight_stride != head_.width) return {};
+    const int64_t lines = rows * head_.width * size_of(head_.dtype) / 64, begin = lines * i / parts;
+    return {static_cast<const char*>(weight_at(head_, v)) + begin * 64, lines * (i + 1) / parts - begin};
+  }
+
   void place(const float* row, int64_t n) {
     const int64_t p = n / PANEL, i = n % PANEL;
     if (!words) {

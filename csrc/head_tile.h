@@ -21,7 +21,7 @@ enum class Along { rows, columns };
 
 // c[R][VECTORS x LANES] = or += sum over k < depth; A element (i, k): a[32 i + k % 32 + (k / 32) panel], or a[i + 32 k].
 template <Along A, int R, int VECTORS>
-void tile(const float* a, int64_t panel, const float* b, int64_t depth, float* c, int64_t stride, bool add) {
+void tile(const float* a, int64_t panel, const float* b, int64_t depth, float* c, int64_t stride, bool add, Ahead* next, int64_t lines) {
   vec sum[R][VECTORS];
 #pragma GCC unroll 14
   for (int i = 0; i < R; ++i)
@@ -42,6 +42,7 @@ void tile(const float* a, int64_t panel, const float* b, int64_t depth, float* c
   if constexpr (A == Along::rows) {
     for (; depth > 0; depth -= PANEL, a += panel) {
       const int64_t n = depth < PANEL ? depth : PANEL;
+      fetch(next, lines);
       for (int64_t k = 0; k < n; ++k) step(a + k, PANEL);
     }
   } else {
@@ -56,7 +57,7 @@ void tile(const float* a, int64_t panel, const float* b, int64_t depth, float* c
     }
 }
 
-using Tile = void (*)(const float*, int64_t, const float*, int64_t, float*, int64_t, bool);
+using Tile = void (*)(const float*, int64_t, const float*, int64_t, float*, int64_t, bool, Ahead*, int64_t);
 
 template <Along A, int VECTORS, int R = TILE_ROWS>
 Tile tile_of(int64_t rows) {
@@ -69,46 +70,50 @@ Tile tile_of(int64_t rows) {
 
 // All rows of C against one piece of k: `columns` columns rounded up to whole vectors.
 template <Along A>
-void piece(const float* a, int64_t panel, const float* b, int64_t depth, int64_t rows, int64_t columns, float* c, int64_t stride, bool add) {
+void piece(const float* a, int64_t panel, const float* b, int64_t depth, int64_t rows, int64_t columns, float* c, int64_t stride, bool add,
+           Ahead* next, int64_t lines) {
   const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
   for (int64_t j = 0; j < columns; j += 2 * LANES) {
     const bool two = columns - j > LANES;
     for (int64_t t = 0, begin = 0; t < tiles; ++t) {
       const int64_t end = rows * (t + 1) / tiles;
       const Tile run = two ? tile_of<A, 2>(end - begin) : tile_of<A, 1>(end - begin);
-      run(a + begin * (A == Along::rows ? PANEL : 1), panel, b + j, depth, c + begin * stride + j, stride, add);
+      run(a + begin * (A == Along::rows ? PANEL : 1), panel, b + j, depth, c + begin * stride + j, stride, add, next, lines);
       begin = end;
     }
   }
 }
 
-void logits_product(const float* weight, int64_t panel, int64_t rows, int64_t width, const float* hidden, int64_t lanes, float* z) {
+void logits_product(const float* weight, int64_t panel, int64_t rows, int64_t width, const float* hidden, int64_t lanes, float* z, Ahead next) {
+  const int64_t steps = (width + PANEL - 1) / PANEL * ((rows + TILE_ROWS - 1) / TILE_ROWS), lines = (next.lines + steps - 1) / steps;
   for (int64_t k = 0; k < width; k += CHUNK) {
     const int64_t depth = width - k < CHUNK ? width - k : CHUNK;
-    piece<Along::rows>(weight + k / PANEL * panel, panel, hidden + k * PANEL, depth, rows, lanes, z, PANEL, k > 0);
+    piece<Along::rows>(weight + k / PANEL * panel, panel, hidden + k * PANEL, depth, rows, lanes, z, PANEL, k > 0, &next, lines);
   }
 }
 
 void hidden_product(const float* g, const float* weight, int64_t rows, int64_t lanes, float* c) {
+  Ahead none{};
   for (int64_t k = 0; k < rows; k += CHUNK) {
     const int64_t depth = rows - k < CHUNK ? rows - k : CHUNK;
-    piece<Along::columns>(g + k * PANEL, 0, weight + k * PANEL, depth, lanes, PANEL, c, PANEL, true);
+    piece<Along::columns>(g + k * PANEL, 0, weight + k * PANEL, depth, lanes, PANEL, c, PANEL, true, &none, 0);
   }
 }
 
 void weight_product(const float* g, int64_t panel, int64_t rows, const float* hidden, int64_t count, float* c, int64_t stride, int64_t columns,
                     bool add) {
+  Ahead none{};
   for (int64_t k = 0; k < count; k += CHUNK) {
     const int64_t depth = count - k < CHUNK ? count - k : CHUNK;
     const float* a = g + k / PANEL * panel;
     if (columns == PANEL) {
-      piece<Along::rows>(a, panel, hidden + k * PANEL, depth, rows, PANEL, c, stride, add || k > 0);
+      piece<Along::rows>(a, panel, hidden + k * PANEL, depth, rows, PANEL, c, stride, add || k > 0, &none, 0);
       continue;
     }
     for (int64_t v = 0; v < rows; v += TILE_ROWS) {  // the last panel of H: whole vectors, of which only the columns leave
       const int64_t n = rows - v < TILE_ROWS ? rows - v : TILE_ROWS;
       float part[TILE_ROWS * PANEL];
-      piece<Along::rows>(a + v * PANEL, panel, hidden + k * PANEL, depth, n, columns, part, PANEL, false);
+      piece<Along::rows>(a + v * PANEL, panel, hidden + k * PANEL, depth, n, columns, part, PANEL, false, &none, 0);
       for (int64_t i = 0; i < n; ++i) {
         for (int64_t j = 0; j < columns; ++j) {
           float* to = c + (v + i) * stride + j;

@@ -54,7 +54,7 @@ void tiles_backward(const Head& head, float* logits, const HeadStatistics& saved
         if (out.bias != nullptr && !add) std::fill_n(out.bias + v, rows, 0.0f);
         for (int64_t p = group; p < end; ++p) {
           float* const z = logits == nullptr ? own : logits + (p * head.vocab + v) * PANEL;
-          if (logits == nullptr) product(scratch, BLOCK * PANEL, v, rows, p, z);
+          if (logits == nullptr) product(scratch, Logits::STRIDE, v, rows, p, z, v + threads * BLOCK, group, end);
           gradient_of_block(head, k, saved, out, scales, gradients, v, rows, p, z);
           uint16_t *as_a[PARTS], *as_b[PARTS];
           for (int part = 0; part < PARTS; ++part) {

@@ -39,7 +39,7 @@ class Sweep {
       policy_loss(loss_, out_.loss, out_.metrics, grad_logp_.data(), grad_entropy_.data(), threads_);
       backward(with_gradient(0, count()), nullptr);
     } else {
-      const Buffer logits(head_logits_size(head_.vocab, std::min(count(), LOGITS_ROWS)));
+      const Buffer logits = tile();
       for (int64_t begin = 0; begin < count(); begin += LOGITS_ROWS) {
         const int64_t end = std::min(begin + LOGITS_ROWS, count());
         forward({rows_.begin() + begin, rows_.begin() + end}, logits.get());
@@ -57,6 +57,9 @@ class Sweep {
   }
 
  private:
+  // Of one size whatever the rows are, so that the next call finds it again; what is not touched takes no memory.
+  Buffer tile() const { return Buffer(head_logits_size(head_.vocab, LOGITS_ROWS)); }
+
   int64_t count() const { return static_cast<int64_t>(rows_.size()); }
 
   // Those of rows_[begin, end) whose gradient is not exactly 0; a NaN is not.
@@ -97,7 +100,7 @@ class Sweep {
     }
     if (some == 0) return;
     if (held + some > LOGITS_ROWS) flush();
-    if (held_.get() == nullptr) held_ = Buffer(head_logits_size(head_.vocab, std::min(count(), LOGITS_ROWS)));
+    if (held_.get() == nullptr) held_ = tile();
     const int64_t first = static_cast<int64_t>(held_rows_.size()), padded = (first + some + PANEL_ROWS - 1) / PANEL_ROWS * PANEL_ROWS;
     std::vector<int64_t> from;  // places in the tile
     for (int64_t i = begin, k = 0; i < end && k < some; ++i) {

@@ -13,6 +13,7 @@
 #include "linear_policy_loss.h"
 #include "logprob_entropy.h"
 #include "policy_loss.h"
+#include "recycle.h"
 #include "segment_credit.h"
 #include "segment_reduce.h"
 #include "segmenter.h"
@@ -64,6 +65,22 @@ void bind_logprob_entropy(py::module_& m) {
                                        pointer<void>(gradient), threads);
       },
       no_gil);
+}
+
+// A buffer of bytes for Python, which goes back where it came from when nobody refers to it.
+struct Recycled {
+  explicit Recycled(size_t size) : bytes(size), memory(acpo::recycle_take(size)) {}
+  Recycled(const Recycled&) = delete;
+  ~Recycled() { acpo::recycle_give(memory, bytes); }
+  const size_t bytes;
+  void* const memory;
+};
+
+void bind_memory(py::module_& m) {
+  m.attr("RECYCLED") = acpo::RECYCLED;
+  py::class_<Recycled>(m, "Recycled", py::buffer_protocol()).def(py::init<size_t>()).def_buffer([](Recycled& self) {
+    return py::buffer_info(static_cast<uint8_t*>(self.memory), static_cast<py::ssize_t>(self.bytes));
+  });
 }
 
 void bind_head(py::module_& m) {
@@ -264,6 +281,7 @@ void bind_policy_loss(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The CPU kernels and the segmenter of acpo_kernels.";
   bind_logprob_entropy(m);
+  bind_memory(m);
   bind_head(m);
   bind_hindsight_information(m);
   bind_segmenter(m);
