@@ -17,7 +17,7 @@ exactly 0. A maximum or a centre that moves shifts every t by one number, and th
 for its 16 pairs. Streams that change places give the same bits: every formula is the mirror image of its twin. A token that one stream
 alone forbids lies further than 4e37 from any other: the largest and the least t tell.
 
-Machine instructions on sm_90 for a pair of logits, loads and loop control included: 51 in bf16, 49 in fp32, of which 2.4 are exp2.
+Machine instructions on sm_90 for a pair of logits, loads and loop control included: 52 in bf16, 49 in fp32, of which 2.4 are exp2.
 An H200 at 4.8 TB/s leaves 26 to a bf16 pair and 52 to an fp32 pair: fp32 is bound by its one reading, bf16 by instructions at some 50 %
 of the bandwidth. Two readings, the second against the final normalisers, took 22 + 52. Not measured on a GPU.
 """
@@ -55,16 +55,21 @@ from .logits_rows import (
 )
 from .ragged import compact, device
 
-NEAR = tl.constexpr(0.3)  # |t| below which the series is used
+NEAR = tl.constexpr(0.3)  # |t| below which the terms of a pair go through the series
+WIDE = tl.constexpr(1.0)  # and what the sums are shifted by: once for 16 pairs, so it may be longer
 
 
 @triton.jit
-def _phi(t, e, g, over_e, over_g):
+def _phi(t, e, g, over_e, over_g, LIMIT: tl.constexpr):
     """e phi(t) and g phi(-t), where e exp(-t) = over_e and g exp(t) = over_g."""
     q = t * t
-    even = tl.fma(q, tl.fma(q, 0.0013908, 1.0 / 24), 0.5)  # the last coefficients are fitted: errors of 6e-9 and 1.3e-7 of the term
-    odd = tl.fma(q, 0.0083489, 1.0 / 6)
-    near = tl.abs(t) < NEAR
+    if LIMIT == NEAR:  # the last coefficients are fitted: errors of 6e-9 and 1.3e-7 of the term
+        even = tl.fma(q, tl.fma(q, 0.0013908, 1.0 / 24), 0.5)
+        odd = tl.fma(q, 0.0083489, 1.0 / 6)
+    else:  # the terms left out are 4e-9 and 5e-8 of the first
+        even = tl.fma(q, tl.fma(q, tl.fma(q, tl.fma(q, 1.0 / 3628800, 1.0 / 40320), 1.0 / 720), 1.0 / 24), 0.5)
+        odd = tl.fma(q, tl.fma(q, tl.fma(q, 1.0 / 362880, 1.0 / 5040), 1.0 / 120), 1.0 / 6)
+    near = tl.abs(t) < LIMIT
     forward = tl.where(near, e * q * tl.fma(-t, odd, even), tl.fma(e, t, over_e - e))
     backward = tl.where(near, g * q * tl.fma(t, odd, even), tl.fma(-g, t, over_g - g))
     return forward, backward
@@ -73,16 +78,16 @@ def _phi(t, e, g, over_e, over_g):
 @triton.jit
 def _moved(total, first_order, mass, fall, moved, shift, of_mass):
     """A sum of e phi(t) where every t becomes t + shift and every e is multiplied by fall: moved is fall exp(-shift), of_mass fall phi(shift)."""
-    lost = tl.where(tl.abs(shift) < NEAR, tl.fma(fall, shift, -of_mass), fall - moved)
+    lost = tl.where(tl.abs(shift) < WIDE, tl.fma(fall, shift, -of_mass), fall - moved)
     return tl.fma(moved, total, tl.fma(lost, first_order, of_mass * mass))
 
 
 @triton.jit
-def _move(a, b, c, e_a, e_b, mass_p, mass_q, forward, backward, s, z):
-    """The sums against maxima that rose by -a and -b (e_a = exp(a), e_b = exp(b)) and a centre that rose by c: every t becomes t + a - b + c."""
+def _move(a, b, c, e_a, e_b, e_c, e_minus_c, mass_p, mass_q, forward, backward, s, z):
+    """The sums against maxima that rose by -a and -b and a centre that rose by c: every t becomes t + a - b + c. e_x = exp(x)."""
     shift = a - b + c
-    p_moved, q_moved = e_b * tl.exp2(-c * LOG2E), e_a * tl.exp2(c * LOG2E)
-    of_p, of_q = _phi(shift, e_a, e_b, p_moved, q_moved)
+    p_moved, q_moved = e_b * e_minus_c, e_a * e_c
+    of_p, of_q = _phi(shift, e_a, e_b, p_moved, q_moved, WIDE)
     forward = _moved(forward, s, mass_p, e_a, p_moved, shift, of_p)
     backward = _moved(backward, -z, mass_q, e_b, q_moved, -shift, of_q)
     return forward, backward, tl.fma(e_a, s, e_a * shift * mass_p), tl.fma(e_b, z, e_b * shift * mass_q)
@@ -92,6 +97,12 @@ def _move(a, b, c, e_a, e_b, mass_p, mass_q, forward, backward, s, z):
 def _log_ratio(x, y):
     """log(x / y), x and y >= 1, to 0.06 and to two fifths of itself: the bits of a float32 number are its logarithm, linear between powers of two."""
     return (x.to(tl.int32, bitcast=True) - y.to(tl.int32, bitcast=True)).to(tl.float32) * (LN2 * 2.0**-23)
+
+
+@triton.jit
+def _exp(x):
+    e, a, b = _exp_parts(x)
+    return e * a * b
 
 
 @triton.jit
@@ -111,13 +122,14 @@ def _pair_step(x, y, m_p, r_p, w, m_q, r_q, forward, backward, s, z, centre, lea
     r_p += _losers(e, before_p)
     r_q += _losers(g, before_q)
     to = _log_ratio(1.0 + r_q, 1.0 + r_p)
+    c = to - centre
     forward, backward, s, z = _move(
-        d_p * per_t, d_q * per_t, to - centre, before_p, before_q, mass_p, mass_q, forward, backward, s, z
+        d_p * per_t, d_q * per_t, c, before_p, before_q, tl.exp2(c * LOG2E), tl.exp2(-c * LOG2E), mass_p, mass_q, forward, backward, s, z
     )  # fmt: skip
     t = tl.fma(u - v, per_t, to[:, None])
     rise = tl.exp2(to * LOG2E)[:, None]
     fall = tl.exp2(to * -LOG2E)[:, None]
-    of_p, of_q = _phi(t, e, g, g * fall, e * rise)
+    of_p, of_q = _phi(t, e, g, g * fall, e * rise, NEAR)
     forward += tl.sum(of_p, 1)
     backward += tl.sum(of_q, 1)
     s += tl.sum(e * t, 1)
@@ -127,9 +139,11 @@ def _pair_step(x, y, m_p, r_p, w, m_q, r_q, forward, backward, s, z, centre, lea
 
 @triton.jit
 def _divergence(total, first_order, mass):
-    """total/mass - (s - log1p(s)); s = (total - first_order)/mass is what rounding left of the centre, some 1e-6."""
+    """total/mass - (s - log1p(s)), which is first_order/mass + log1p(s); s = (total - first_order)/mass is what rounding left of the centre,
+    some 1e-6. A large divergence comes from the sum in which one stream's exponentials alone stand."""
     s = tl.div_rn(total - first_order, mass)
-    return tl.maximum(tl.div_rn(total, mass) - 0.5 * s * s, 0.0)
+    small = tl.div_rn(total, mass) - 0.5 * s * s
+    return tl.maximum(tl.where(small < 0.5, small, tl.div_rn(first_order, mass)), 0.0)
 
 
 @triton.jit(do_not_specialize=["inner_x", "outer_stride_x", "stride_x", "inner_y", "outer_stride_y", "stride_y", "inverse_temperature"])
@@ -165,10 +179,9 @@ def _hindsight_information_kernel(
     entropy = l_x + tl.div_rn(weighted * per_t, 1.0 + rest_x)
     a = tl.maximum(m_p - tl.maximum(top_x, LOWEST), lowest) * per_t
     b = tl.maximum(m_q - tl.maximum(top_y, LOWEST), lowest) * per_t
-    e_a, a_high, a_low = _exp_parts(a)
-    e_b, b_high, b_low = _exp_parts(b)
+    c = l_y - l_x - centre
     forward, backward, s, z = _move(
-        a, b, l_y - l_x - centre, e_a * a_high * a_low, e_b * b_high * b_low, _mass(m_p, r_p), _mass(m_q, r_q), forward, backward, s, z
+        a, b, c, _exp(a), _exp(b), _exp(c), _exp(-c), _mass(m_p, r_p), _mass(m_q, r_q), forward, backward, s, z
     )  # fmt: skip
     kl = _divergence(tl.sum(forward, axis=0), tl.sum(s, axis=0), 1.0 + rest_x)
     information = _divergence(tl.sum(backward, axis=0), -tl.sum(z, axis=0), 1.0 + rest_y)

@@ -48,7 +48,7 @@ def _expm1_series(x):
 
 @triton.jit
 def _exp_parts(d):
-    """(e, a, b) with exp(d) = e a b for d <= 0, e near 1, a and b powers of two: a large sum times exp(-100) then meets the small
+    """(e, a, b) with exp(d) = e a b for d <= 80, e near 1, a and b powers of two: a large sum times exp(-100) then meets the small
     number before it underflows. The integer part of d log2(e) is split off first: a product of 58 rounded to float32 would cost
     exp 1e-6 of itself. The series is half a unit more exact than exp2, and here it is not per logit."""
     d = tl.maximum(d, -170.0)
