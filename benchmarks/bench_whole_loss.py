@@ -105,7 +105,7 @@ def from_logits(b: int, length: int, v: int, dtype: torch.dtype, device: torch.d
 def from_hidden(b: int, length: int, h: int, v: int, dtype: torch.dtype, device: torch.device) -> Case:
     problem, n = Problem(b, length, v, device), b * length
     hidden, weight = torch.randn(n, h, device=device).to(dtype), (torch.randn(v, h, device=device) * (2 / h**0.5)).to(dtype)
-    problem.set_old(lambda r, wide=weight.double(): hidden[r].double() @ wide.T)
+    problem.set_old(lambda r: hidden[r].double() @ weight.double().T)
 
     def call(function, shape):
         return lambda: gradients(function, {"hidden": hidden.view(shape), "weight": weight}, {"loss": torch.ones((), device=device)})
