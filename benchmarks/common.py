@@ -27,6 +27,7 @@ ROUNDS = 30
 SECONDS = 4.0  # a call takes part in fewer than ROUNDS rounds when they would cost more than this; its row says in how many
 LEAST_ROUNDS = 3
 SHORTEST = 2e-4  # seconds between two readings of the clock: shorter calls are repeated between them
+HEAD_START = 2_000_000  # GPU cycles, a millisecond: the host has launched a call before the GPU reaches it
 PEER_LIMIT = 0.05  # bfloat16 arithmetic is off by 1e-3 to 1e-2 of the norm, a wrong formula by about 1
 SIZES = [f"size{i}" for i in range(4)]  # names for -k: "logprob_entropy and size0"
 V = 151_936  # the Qwen2.5 vocabulary
@@ -165,7 +166,8 @@ class HostClock:
 
 
 class DeviceClock:
-    """CUDA events around the call, the level-2 cache emptied before it; a launch-bound call as a replayed graph."""
+    """CUDA events around the call, the level-2 cache emptied before it; a launch-bound call as a replayed graph. The GPU waits a millisecond
+    before the first event: else the time in which Python launches would count."""
 
     _flush: Tensor | None = None
 
@@ -201,6 +203,7 @@ class DeviceClock:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if self.cold:
             DeviceClock._flush.zero_()
+        torch.cuda._sleep(HEAD_START)
         begin.record()
         for _ in range(self.number):
             self.run()
@@ -321,13 +324,14 @@ def _rates(model: Case | Ceiling, seconds: float) -> dict:
 
 
 def _relate(rows: list[dict]) -> None:
-    """ratio: this time over ours; percent: this rate over the best ceiling's of the same kind, FLOP where the case has FLOP."""
+    """ratio: this time over ours; percents: this rate over each ceiling's of the same kind; percent: over the best one's, FLOP where there are."""
     ours = next(row["seconds"] for row in rows if is_ours(row["provider"]))
     for rate in ("gb_s", "gflop_s"):
-        best = max((row[rate] for row in rows if row["kind"] == "ceiling" and row.get(rate)), default=None)
+        ceilings = {row["provider"]: row[rate] for row in rows if row["kind"] == "ceiling" and row.get(rate)}
         for row in rows:
-            if row.get(rate) and best:
-                row["percent"] = 100 * row[rate] / best
+            if row.get(rate) and ceilings:
+                row["percents"] = row.get("percents", {}) | {name: 100 * row[rate] / ceiling for name, ceiling in ceilings.items()}
+                row["percent"] = 100 * row[rate] / max(ceilings.values())
     for row in rows:
         if "seconds" in row:
             row["ratio"] = row["seconds"] / ours

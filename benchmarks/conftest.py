@@ -8,6 +8,7 @@ was measured is handed to it through a timer that reads out the recorded seconds
 from __future__ import annotations
 
 import gc
+import json
 import os
 import platform
 import subprocess
@@ -46,6 +47,7 @@ def pytest_addoption(parser):
     group.addoption("--shapes", choices=("small", "default", "large"), default="default", help="sizes: small tries the path, large is for a GPU")
     group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
     group.addoption("--threads", type=int, default=2, help="CPU threads of every provider (default 2)")
+    group.addoption("--rows", type=Path, metavar="FILE", help="JSON that is written anew after every case; what it holds of earlier sessions stays")
     group.addoption("--limit", type=float, default=0, metavar="SECONDS", help="begin no further case after this long (default: no limit)")
 
 
@@ -97,6 +99,8 @@ def run(request, benchmark):
     def record(rows: list[dict], seconds: list[float]) -> None:
         benchmark.extra_info["rows"] = rows
         request.config.stash[ROWS].extend(rows)
+        if request.config.getoption("--rows"):
+            keep(request.config.getoption("--rows"), request.node.nodeid, rows)
         REPLAY.seconds = iter(seconds)
         benchmark.pedantic(REPLAY.advance, rounds=len(seconds))
 
@@ -105,6 +109,15 @@ def run(request, benchmark):
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def keep(path: Path, name: str, rows: list[dict]) -> None:
+    """Adds a case to the file, in the form of --benchmark-json, whole at any instant: a run that is cut off keeps what it measured."""
+    data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"acpo": environment(), "benchmarks": []}
+    data["benchmarks"] = [b for b in data["benchmarks"] if b["fullname"] != name] + [{"fullname": name, "extra_info": {"rows": rows}}]
+    temporary = path.with_suffix(".writing")
+    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -128,13 +141,27 @@ def environment() -> dict:
     gpu = None
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        gpu = {"name": properties.name, "capability": f"{properties.major}.{properties.minor}", "memory_gb": properties.total_memory / 2**30}
+        gpu = {
+            "name": properties.name, "capability": f"{properties.major}.{properties.minor}", "memory_gb": properties.total_memory / 2**30,
+            "multiprocessors": properties.multi_processor_count, **gpu_state(),
+        }  # fmt: skip
     return {
         "commit": commit(), "python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__,
         "cuda": torch.version.cuda, "gpu": gpu, "cpu": cpu_name(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
         "extension": _cpu.available, "cpu_isa": _cpu._C.cpu_isa() if _cpu.available else "none", "peers": peers.versions(),
         "loadavg": os.getloadavg()[0],
     }  # fmt: skip
+
+
+def gpu_state() -> dict[str, str]:
+    """Driver, clocks, power and temperature, read only; empty where nvidia-smi is not there."""
+    names = ("driver_version", "clocks.sm", "clocks.mem", "power.limit", "temperature.gpu")
+    try:
+        command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0"]
+        values = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip().split(", ")
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(names, values, strict=False))
 
 
 def commit() -> str:

@@ -1,68 +1,119 @@
 #!/usr/bin/env bash
-# Tests and benchmarks on a machine with a GPU and no network, in under nine minutes: correctness first, then one JSON with the
-# device, versions, commit and rows, the table and the plots.
+# The tests on CUDA and the benchmarks with peers, on a machine with a GPU and without network, in under nine minutes.
 #
-#   benchmarks/gpu.sh --out FOLDER [--wheels FOLDER] [--verl verl/utils/kernel/kernels.py] [--only EXPRESSION] [--dry-run]
+#   python -m benchmarks.peers.fetch PEERS        # first, where there is a network: peers as wheels and single files (4 MB; see there)
+#   benchmarks/gpu.sh --out FOLDER [--wheels PEERS]... [--only EXPRESSION] [--seconds 525] [--dry-run]
 #
-# --wheels   peers as wheels (TRL 1.16, Liger 0.8.5, cut-cross-entropy, quack, nvidia-cutlass-dsl, and what they need that is not there):
-#            installed without dependencies into FOLDER/site, nothing else on the machine changes
-# --verl     verl's kernel file, read where it lies
-# --only     benchmarks by pytest's -k, e.g. "linear_logprob_entropy and not temperature"
+# --out      benchmarks.json (device, versions, commit, rows), written anew after EVERY case, so that a time-out loses nothing; table.md,
+#            ratios.png, roofline.png, tests.log, benchmarks.log, build.log
+# --wheels   installed without dependencies into a temporary folder: nothing else on the machine changes. Again for a second folder.
+# --only     benchmarks by pytest's -k, in one part, and no tests; e.g. "linear_logprob_entropy and size3"
+# --seconds  all in all. Parts have budgets of their own; what does not fit is named as skipped.
 # --dry-run  the same lanes on the CPU at small shapes (also what happens where there is no GPU)
 # Environment: PYTHON (python3), ACPO_COMMIT where the history did not travel along.
-set -euo pipefail
+#
+# A failing test does not stop the benchmarks: every case holds each provider against float64 before it is timed, and ours stops its case
+# there. The exit status is that of the worst of them. Parts run in processes of their own: a fault on the device ends one of them.
+set -uo pipefail
 cd "$(dirname "$0")/.."
-out= wheels= verl= only= device=cuda shapes=large
+out= only= seconds=525 device=cuda shapes=large threads=2 wheels=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --out) out=$2; shift 2 ;;
-    --wheels) wheels=$2; shift 2 ;;
-    --verl) verl=$2; shift 2 ;;
+    --wheels) wheels+=("$(cd "$2" && pwd)") || exit 2; shift 2 ;;
     --only) only=$2; shift 2 ;;
+    --seconds) seconds=$2; shift 2 ;;
     --dry-run) device=cpu; shift ;;
-    *) sed -n '2,15p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,20p' "$0" >&2; exit 2 ;;
   esac
 done
 [ -n "$out" ] || { echo "--out FOLDER is missing" >&2; exit 2; }
-mkdir -p "$out"; out=$(cd "$out" && pwd)
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 python=${PYTHON:-python3}
-begin=$SECONDS
-left() { echo $(( 525 - (SECONDS - begin) )); }  # nine minutes, less what the machine takes to start and stop a process
+begin=$SECONDS worst=0
+left() { echo $(( seconds - (SECONDS - begin) )); }
+note() { echo "[$(( SECONDS - begin )) s] $*"; }
 
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-if [ -n "$wheels" ]; then
-  "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$out/site" "$wheels"/*.whl
-  export PYTHONPATH="$out/site:$PYTHONPATH"
-fi
-[ -z "$verl" ] || export ACPO_VERL_KERNELS=$verl
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 CUBLAS_WORKSPACE_CONFIG=:4096:8
+for folder in ${wheels[@]+"${wheels[@]}"}; do
+  if ls "$folder"/*.whl >/dev/null 2>&1; then
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" "$folder"/*.whl || worst=1
+  fi
+  [ ! -d "$folder/files" ] || export ACPO_PEER_FILES="$folder/files"
+done
 if [ "$device" = cuda ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  echo "no CUDA device: a dry run on the CPU"
+  note "no CUDA device: a dry run on the CPU"
   device=cpu
 fi
+[ "$device" = cuda ] || { shapes=small threads=1; }  # small shapes only tie two threads up
 
-# The CPU kernels are optional here: without them the operations run on torch, and CUDA has its own.
+# Beside the tests: CUDA has its own kernels, but the segmenter and the training step need the extension.
+build=
 if ! "$python" -c 'import acpo_kernels._C' 2>/dev/null; then
-  timeout 120 "$python" setup.py -q build_ext --inplace >"$out/build.log" 2>&1 || echo "no C++ extension (see build.log): the CPU falls back to torch"
+  note "building the extension (build.log)"
+  timeout 150 "$python" setup.py -q build_ext --inplace >"$out/build.log" 2>&1 & build=$!
 fi
-"$python" -c 'import torch, triton, acpo_kernels; print("torch", torch.__version__, "triton", triton.__version__)'
+"$python" -c 'import platform, torch, triton; print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)' || exit 1
 
-# 1. Correctness: every operation's tests on this device. A failure ends the run: nothing that is wrong is timed.
-if [ "$device" = cuda ]; then
-  timeout 200 "$python" -m pytest tests -q -x -p no:cacheprovider -k "cuda" 2>&1 | tee "$out/tests.log"
+# 1. The tests of every operation on this device, the heavy ones first, in several processes where pytest-xdist is there (compiling is most of it).
+if [ -z "$only" ]; then
+  if [ "$device" = cuda ]; then
+    files=() many=()
+    for name in logprob_entropy linear_logprob_entropy linear_policy_loss hindsight_information policy_loss segment_credit segment_reduce chunks segments; do
+      files+=("tests/test_$name.py")
+    done
+    "$python" -c 'import xdist' 2>/dev/null && many=(-n 6 --dist load)
+    timeout -k 5 170 "$python" -m pytest "${files[@]}" -q -p no:cacheprovider ${many[@]+"${many[@]}"} -k cuda >"$out/tests.log" 2>&1
+  else
+    timeout -k 5 60 "$python" -m pytest tests/test_segment_reduce.py -q -p no:cacheprovider -k "by_hand or reference" >"$out/tests.log" 2>&1
+  fi
+  status=$?
+  [ $status = 0 ] || worst=$status
+  grep -aE "^(FAILED|ERROR)" "$out/tests.log" | head -20
+  note "tests: $(tail -1 "$out/tests.log")$([ $status != 124 ] || echo ' (cut off: not all of them ran)')"
+fi
+if [ -n "$build" ]; then
+  wait "$build" || { worst=1; note "no C++ extension: $(tail -1 "$out/build.log")"; }
+fi
+
+# 2. Benchmarks, what matters most first: part SECONDS EXPRESSION FILE...
+part() {
+  local limit=$1 expression=$2 spare=15 status
+  shift 2
+  [ "$limit" -le $(( $(left) - spare )) ] || limit=$(( $(left) - spare ))
+  if [ "$limit" -lt 15 ]; then
+    note "skipped, no time is left: $* $expression"
+    return
+  fi
+  timeout -k 5 "$limit" "$python" -m pytest "$@" -q -rs -p no:cacheprovider --benchmark --device "$device" --threads "$threads" --shapes "$shapes" \
+    --limit $(( limit * 3 / 4 )) --rows "$out/benchmarks.json" ${expression:+-k "$expression"} >>"$out/benchmarks.log" 2>&1
+  status=$?
+  [ $status = 0 ] || [ $status = 5 ] || worst=$status  # 5: no such case at these shapes
+  note "$* ${expression:+($expression)}: $([ $status = 124 ] && echo "cut off after $limit s" || tail -1 "$out/benchmarks.log")"
+}
+rm -f "$out/benchmarks.json" "$out/benchmarks.log"
+if [ -n "$only" ]; then
+  part "$(left)" "$only" benchmarks
 else
-  timeout 200 "$python" -m pytest tests/test_segment_reduce.py -q -x -p no:cacheprovider -k "by_hand or reference" 2>&1 | tee "$out/tests.log"
-  shapes=small
+  part 110 "" benchmarks/bench_logprob_entropy.py
+  part 130 "forward+backward and not shares and not temperature" benchmarks/bench_linear_logprob_entropy.py
+  part 70 "" benchmarks/bench_whole_loss.py
+  part 60 "" benchmarks/bench_hindsight_information.py benchmarks/bench_linear_hindsight_information.py
+  part 60 "" benchmarks/bench_policy_loss.py benchmarks/bench_segment_credit.py benchmarks/bench_segment_reduce.py
+  part 60 "" benchmarks/bench_linear_policy_loss.py
+  part 60 "" benchmarks/bench_step.py
+  part 60 "not forward+backward or shares or temperature" benchmarks/bench_linear_logprob_entropy.py
+  part 30 "" benchmarks/bench_empty_call.py
 fi
-[ "$device" = cuda ] && threads=2 || threads=1  # of the CPU lane: small shapes only tie two threads up
-
-# 2. Benchmarks: each case is checked against float64 before it is timed; what does not fit the time is named as skipped.
-status=0
-limit=$(( $(left) - 60 ))
-timeout "$(left)" "$python" -m pytest benchmarks -q -rs -p no:cacheprovider --benchmark --device "$device" --threads "$threads" --shapes "$shapes" --limit "$limit" \
-  ${only:+-k "$only"} --benchmark-json "$out/benchmarks.json" >"$out/benchmarks.log" 2>&1 || status=$?
-grep -E "^(FAILED|ERROR)|passed|failed" "$out/benchmarks.log" || true
 
 # 3. The table and the plots.
-"$python" -m benchmarks.report "$out/benchmarks.json" --out "$out" | tee "$out/table.md"
-echo "$(( SECONDS - begin )) seconds; results in $out"
-exit "$status"
+if [ -f "$out/benchmarks.json" ]; then
+  "$python" -m benchmarks.report "$out/benchmarks.json" --out "$out" >"$out/table.md" 2>&1 || worst=1
+  cat "$out/table.md"
+else
+  echo "nothing was measured (benchmarks.log)"; worst=1
+fi
+note "results in $out, exit status $worst"
+exit "$worst"
