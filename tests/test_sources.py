@@ -250,22 +250,9 @@ def test_a_run_on_gym_problems(tmp_path, gym):
 
     from acpo.cli import main
 
-    arguments = [
-        "problems.path=reasoning_gym:leg_counting",
-        "problems.train=8",
-        "problems.held_out=4",
-        "policy.from_config=tiny",
-        "policy.tokenizer=bytes",
-    ]
-    small = [
-        "policy.tokenizer=bytes",
-        "rollout.prompts=2",
-        "rollout.group_size=2",
-        "rollout.max_new_tokens=8",
-        "trainer.steps=1",
-        "eval.samples=0",
-        "verify.workers=1",
-    ]
-    (tmp_path / "gym.yaml").write_text("name: gym\n")
-    assert main(["train", str(tmp_path / "gym.yaml"), f"run_dir={tmp_path / 'run'}", *arguments, *small]) == 0
+    (tmp_path / "gym.yaml").write_text(
+        "problems: {path: 'reasoning_gym:leg_counting', train: 8, held_out: 4}\npolicy: {from_config: tiny, tokenizer: bytes, device: cpu}\n"
+        "rollout: {prompts: 2, group_size: 2, max_new_tokens: 8}\nverify: {workers: 1}\ntrainer: {steps: 1}\neval: {samples: 0}\n"
+    )
+    assert main(["train", str(tmp_path / "gym.yaml"), f"run_dir={tmp_path / 'run'}"]) == 0
     assert [r["step"] for r in records(tmp_path / "run")] == [0, 1]
