@@ -40,9 +40,8 @@ def main() -> None:
             for verifier in (mathematics, Verifier(VerifyConfig(), "exact")):
                 dispute, counts = agreement(rows, verifier, after)
                 said = ", ".join(f"{v:g} {k.removeprefix('verify/')}" for k, v in counts.items() if v and k != "verify/seconds")
-                print(
-                    f"{name:20} {verifier.kind:5} agrees on {1 - len(dispute) / len(rows):.4f} of {len(rows)} in {counts['verify/seconds']:.1f} s {said}"
-                )
+                share, seconds = 1 - len(dispute) / len(rows), counts["verify/seconds"]
+                print(f"{name:20} {verifier.kind:5} agrees on {share:.4f} of {len(rows)} in {seconds:.1f} s {said}")
                 for row in dispute[:5]:
                     print(
                         f"    {row['id']}: upstream {row['is_correct']}, ours {row['ours'].reward} ({row['ours'].status}); gold {row['gold'][-30:]!r}"
