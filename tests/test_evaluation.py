@@ -140,7 +140,7 @@ def test_a_model_folder_on_all_problems_of_a_file(tmp_path, capsys, finished_run
     assert found["problems"] == 2 and "step" not in found and {"eval/pass@2", "eval/majority@3"} <= set(found) and "eval/pass@1" not in found
     assert main(["eval", *arguments, "policy.device=cpu", "rollout.max_new_tokens=14"]) == 0
     shown = capsys.readouterr().out
-    assert f"2 problems of {path}" in " ".join(shown.split()).replace(" ", " ") or "2 problems of" in shown
+    assert "2 problems of" in shown
     assert "majority@3" in shown and "3 samples a problem at temperature 1" in shown
 
 
