@@ -41,6 +41,8 @@ def load_problems(config: Config) -> tuple[Chain | Multiplication | None, list[P
     if len(found) < 5:
         raise ConfigError(f"problems.path: {settings.path} holds {len(found)} problems: at least 5 are needed to keep one apart")
     train, held_out = split(found, settings.held_out, settings.seed)
+    if len({question_key(p) for p in found}) == 1:
+        raise ConfigError(f"problems.path: {settings.path} holds one question {len(found)} times: it cannot be trained on and held out as well")
     if not train or not held_out:
         raise ConfigError(f"problems.held_out = {settings.held_out:g} keeps {len(held_out)} of {len(found)} problems apart: give another share")
     return None, train, held_out

@@ -19,7 +19,7 @@ from acpo.policy import Policy
 from acpo.synthetic import tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-GOOD = '{"problem": "1+1", "answer": "2"}\n' * 10
+GOOD = "".join(f'{{"problem": "{i}+1", "answer": "{i + 1}"}}\n' for i in range(10))
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +54,7 @@ BAD = [
     ("missing problems", ["mini.yaml", "problems.task=", "problems.path=absent.jsonl"], 2, "problems.path: no such file: absent.jsonl"),
     ("malformed problems", ["mini.yaml", "problems.task=", "problems.path=malformed.jsonl"], 2, "malformed.jsonl, line 11: not valid JSON"),
     ("no problems", ["mini.yaml", "problems.task=", "problems.path=empty.jsonl"], 2, "empty.jsonl holds no problem"),
+    ("one question", ["mini.yaml", "problems.task=", "problems.path=one.jsonl"], 2, "one.jsonl holds one question 10 times"),
     ("too few problems", ["mini.yaml", "problems.task=", "problems.path=few.jsonl"], 2, "at least 5 are needed"),
     (
         "field missing", ["mini.yaml", "problems.task=", "problems.path=good.jsonl", "problems.answer=solution"], 2,
@@ -81,6 +82,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, code, m
     (tmp_path / "malformed.jsonl").write_text(GOOD + '{"problem": "2+2", "answer" "4"}\n')
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "few.jsonl").write_text(GOOD[: len(GOOD) // 10 * 4])
+    (tmp_path / "one.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n' * 10)
     tokenizer_without(tmp_path / "no_pad", "pad_token"), tokenizer_without(tmp_path / "no_eos", "eos_token", "pad_token")
     small = ["warmup.steps=0", "trainer.steps=1", "eval.samples=0"]
     overrides = arguments[1:]
@@ -185,13 +187,18 @@ def test_eval(finished_run, capsys):
     last = records(finished_run)[-1]
     assert main(["eval", str(finished_run), "--samples", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert found["step"] == 8 and found["eval/accuracy"] == last["eval/accuracy"] and found["problems"] == 16 and found["verifier"] == "exact match"
     assert (
-        found["step"] == 8
-        and found["eval/accuracy"] == last["eval/accuracy"]
-        and set(found) == {"step", "eval/accuracy", "eval/pass@1", "eval/pass@2"}
+        set(found["intervals"])
+        == {k for k in found if k.startswith("eval/")}
+        == {f"eval/{k}" for k in ("accuracy", "pass@1", "pass@2", "majority@2")}
     )
+    for name, (low, high) in found["intervals"].items():
+        assert 0 <= low <= found[name] <= high <= 1
     assert main(["eval", str(finished_run), "--samples", "0"]) == 0
-    assert capsys.readouterr().out == f"step 8  eval/accuracy {last['eval/accuracy']:.4g}\n"
+    shown = capsys.readouterr().out
+    assert "16 problems of chain, step 8" in shown and f"{last['eval/accuracy']:.4f}" in shown and "pass@" not in shown
+    assert "bootstrap over problems; verifier: exact match" in shown
 
 
 def test_eval_writes_nothing(tmp_path, finished_run, capsys):
@@ -220,6 +227,15 @@ def test_report_of_a_run_that_is_still_writing(tmp_path, finished_run):
         (["eval", "absent"], "no such configuration file: absent/config.yaml"),
         (["eval", "no_checkpoint"], "no_checkpoint/checkpoints holds no checkpoint"),
         (["eval", "no_checkpoint", "--samples", "-1"], "eval.samples must be at least 0, got -1"),
+        (["eval", "no_checkpoint", "absent"], "one run directory or --model must be given, got no_checkpoint and absent"),
+        (["eval", "no_checkpoint", "--model", "absent"], "one run directory or --model must be given, got no_checkpoint and absent"),
+        (["eval", "--model", "absent", "problems.path=absent.jsonl"], "problems.path: no such file: absent.jsonl"),
+        (["eval", "--model", "absent"], "one of problems.task and problems.path must be given, got neither"),
+        (["eval", "--preset", "gsm8k"], "--preset gsm8k needs --path: the file with the problems"),
+        (["eval", "--preset", "gsm9k", "--path", "x.jsonl"], "--preset must be one of aime, amc, math500, gsm8k, got 'gsm9k'"),
+        (["eval", "no_checkpoint", "--samples", "2", "--k", "1,3"], "--k must be numbers from 1 to --samples = 2, separated by commas, got '1,3'"),
+        (["eval", "no_checkpoint", "--k", "x"], "--k must be numbers from 1 to --samples = 8"),
+        (["eval", "no_checkpoint", "problems.pth=x"], "unknown setting 'problems.pth'; the nearest is 'problems.path'"),
         (["report", "absent"], "absent is no run directory: it has no metrics.jsonl"),
         (["report", "damaged"], "holds a line that is not JSON"),
         (["report", "no_checkpoint", "--out", "absent/x.png"], "No such file or directory"),
