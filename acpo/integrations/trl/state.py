@@ -6,6 +6,7 @@ TRL itself saves no generation batch: a run resumed inside one generates anew th
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ def save(trainer, folder: Path) -> None:
         return
     if trainer._acpo_in_stage_2 and trainer._acpo.settings.stages.kl_weight > 0:
         save_file(reference.tensors(trainer), folder / REFERENCE)
+        # Of a checkpoint with adapters in folders transformers reads those alone, and the policy's own, beside them, would be lost.
+        shutil.rmtree(folder / reference.ADAPTER, ignore_errors=True)
     curriculum, sampler = trainer._acpo_curriculum, trainer._acpo_sampler
     state = {
         "credit": trainer._acpo.state(), "stage_2": trainer._acpo_in_stage_2, "step": trainer._step, "buffer": others if inside else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import OFF, equal, logged, model_path, trainer, weights
+from tiny import OFF, equal, logged, model_path, trained, weights
 from trl import GRPOTrainer
 
 from acpo.integrations.trl import ACPOTrainer
@@ -38,11 +38,8 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_reliability_0_is_grpo_to_the_bit(tmp_path, variant):
     settings = {**OFF, **VARIANTS[variant]}
-    theirs, ours = trainer(GRPOTrainer, tmp_path / "theirs", **settings), trainer(ACPOTrainer, tmp_path / "ours", **settings)
-    start = weights(ours)
-    assert equal(start, weights(theirs))
-    theirs.train()
-    ours.train()
+    theirs, _ = trained(GRPOTrainer, tmp_path / "theirs", **settings)
+    ours, start = trained(ACPOTrainer, tmp_path / "ours", **settings)
     assert equal(weights(theirs), weights(ours)) and not equal(start, weights(ours))
     assert logged(theirs, "loss") == logged(ours, "loss") and logged(theirs, "reward") == logged(ours, "reward")
     assert logged(ours, "acpo/segments")[0] > 1.5 and set(logged(ours, "acpo/shaping")) == {0.0}
@@ -50,20 +47,15 @@ def test_reliability_0_is_grpo_to_the_bit(tmp_path, variant):
 
 def test_the_passes_of_attribution_leave_dropout_where_it_was(tmp_path):
     model = model_path(attention_dropout=0.3)
-    theirs, ours = (trainer(kind, tmp_path / kind.__name__, model=model, **OFF) for kind in (GRPOTrainer, ACPOTrainer))
-    theirs.train()
-    ours.train()
+    theirs, ours = (trained(kind, tmp_path / kind.__name__, model=model, **OFF)[0] for kind in (GRPOTrainer, ACPOTrainer))
     assert equal(weights(theirs), weights(ours))
 
 
 @pytest.mark.parametrize("variant", ["plain", "num_iterations", "reference", "entropy quantile", "loss cispo"])
 def test_our_kernels_agree_to_rounding(tmp_path, variant):
     settings = {**OFF, **VARIANTS[variant], "max_steps": 1, "max_grad_norm": 0.0, "optim": "sgd"}
-    theirs = trainer(GRPOTrainer, tmp_path / "theirs", **settings)
-    ours = trainer(ACPOTrainer, tmp_path / "ours", **{**settings, "use_acpo_kernels": True})
-    start = weights(ours)
-    theirs.train()
-    ours.train()
+    theirs, start = trained(GRPOTrainer, tmp_path / "theirs", **settings)
+    ours, _ = trained(ACPOTrainer, tmp_path / "ours", **{**settings, "use_acpo_kernels": True})
     assert abs(logged(theirs, "loss")[0] - logged(ours, "loss")[0]) < 1e-5
     assert abs(logged(theirs, "entropy")[0] - logged(ours, "entropy")[0]) < 1e-5
     moved = {name: value - start[name] for name, value in weights(theirs).items()}

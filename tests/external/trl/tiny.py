@@ -63,7 +63,7 @@ def problems(count: int = 16, chat: bool = True) -> Dataset:
 def arguments(kind: type[GRPOConfig], folder: Path, **changes) -> GRPOConfig:
     settings = {
         "output_dir": str(folder), "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": [], "disable_tqdm": True,
-        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4, "max_completion_length": 16, "max_steps": 3,
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4, "max_completion_length": 12, "max_steps": 3,
         "logging_steps": 1, "save_strategy": "no", "learning_rate": 1e-3, "lr_scheduler_type": "constant", **changes,
     }  # fmt: skip
     if kind is ACPOConfig:
@@ -83,6 +83,14 @@ def trainer(kind: type[GRPOTrainer], folder: Path, *, model=None, reward_funcs=c
 
 def weights(own: GRPOTrainer) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in own.model.named_parameters()}
+
+
+def trained(kind: type[GRPOTrainer], folder: Path, **changes) -> tuple[GRPOTrainer, dict[str, torch.Tensor]]:
+    """The trainer after its run, and the weights before it. The random state is set where a trainer is made: one is made and run at a time."""
+    own = trainer(kind, folder, **changes)
+    start = weights(own)
+    own.train()
+    return own, start
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
