@@ -78,7 +78,7 @@ class StepCredit:
             raise ValueError(f"{where}: segmenter.fixed, attribution.control and credit.mask = 'filler' are experiments of our own loop")
         if total_steps is None and (config.stages.two or config.entropy.controller in ("target", "step")):
             raise ValueError(f"{where}: total_steps must be given with stages.two or entropy.controller = {config.entropy.controller!r}")
-        self.tokenizer, self.group_size, self.total_steps = tokenizer, group_size, total_steps
+        self.tokenizer, self.group_size = tokenizer, group_size
         self.segmenter = Segmenter.from_tokenizer(
             tokenizer, vocab_size=vocab_size, min_tokens=config.segmenter.min_tokens, max_tokens=config.segmenter.max_tokens,
             max_segments=config.segmenter.max_segments, target_tokens=config.segmenter.target_tokens,
@@ -96,6 +96,15 @@ class StepCredit:
     def stage(self) -> int:
         """1, or 2 from the batch after the switch on: then the loop keeps near a snapshot of the policy taken at the switch."""
         return self.stages.stage
+
+    @property
+    def total_steps(self) -> int:
+        """How many steps training takes, 0 where nobody said."""
+        return self.stages.total_steps
+
+    @total_steps.setter
+    def total_steps(self, steps: int) -> None:
+        self.stages.total_steps = steps
 
     @property
     def needs_entropy(self) -> bool:

@@ -1,0 +1,108 @@
+"""Step-level credit inside slime: one function for `--custom-advantage-function-path acpo.integrations.slime.step_credit`.
+
+slime hands each data-parallel rank its samples, and a group may lie across ranks: what the credit needs is gathered over the data-parallel group
+and every rank computes the same. The sources that need no forward of their own can be used (tree). Settings of the method come from
+`args.acpo`, a mapping that `--custom-config-path` can set. See docs/integrations/slime.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from .functional import StepCredit
+
+SETTINGS = {"attribution.source": "tree"}
+NEEDED = ("tokens", "response_lengths", "loss_masks", "rewards", "sample_indices")
+
+_credit: StepCredit | None = None  # one run a process: calibrators live as long as it does
+
+
+def step_credit(args, rollout_data: dict[str, Any]) -> None:
+    """Sets rollout_data["advantages"] and ["returns"], lists of one tensor [response length] a sample.
+
+    Needs `--disable-rewards-normalization`: rewards are then the verifier's outcomes in [0, 1], and groups are compared here. Errors: ValueError that
+    names the flag or the field.
+    """
+    global _credit
+    _check(args, rollout_data)
+    if _credit is None:
+        _credit = make_credit(args)
+    lengths = [int(n) for n in rollout_data["response_lengths"]]
+    responses = [_tensor(tokens, torch.int64)[len(tokens) - n :] for tokens, n in zip(rollout_data["tokens"], lengths, strict=True)]
+    written = [_tensor(mask, torch.bool) for mask in rollout_data["loss_masks"]]
+    own = list(zip(map(int, rollout_data["sample_indices"]), responses, written, map(float, rollout_data["rewards"]), strict=True))
+    everyone, first = _gathered(own)
+    index, ids, masks, rewards = zip(*everyone, strict=True)
+    padded = torch.nn.utils.rnn.pad_sequence(list(ids), batch_first=True)
+    there = torch.arange(padded.shape[1]) < torch.tensor([len(row) for row in ids]).unsqueeze(1)
+    result = _credit(
+        padded, there, torch.tensor(rewards), groups=[i // args.n_samples_per_prompt for i in index],
+        written=torch.nn.utils.rnn.pad_sequence(list(masks), batch_first=True),
+    )  # fmt: skip
+    device = _device(rollout_data)
+    advantages = [result.advantages[first + b, :n].to(device) for b, n in enumerate(lengths)]
+    rollout_data["advantages"], rollout_data["returns"] = advantages, [value.clone() for value in advantages]
+
+
+def make_credit(args) -> StepCredit:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.hf_checkpoint, trust_remote_code=True)
+    settings = {**SETTINGS, **dict(getattr(args, "acpo", None) or {})}
+    credit = StepCredit(
+        tokenizer, group_size=args.n_samples_per_prompt, vocab_size=getattr(args, "vocab_size", None), settings=settings, where="args.acpo"
+    )
+    if credit.needs_hindsight or credit.needs_entropy:
+        raise ValueError(
+            "args.acpo: slime's advantage function sees neither hidden states nor entropies, so attribution.source must be 'tree', and credit.token and "
+            f"entropy.controller 'none'; got {settings}"
+        )
+    return credit
+
+
+def _check(args, rollout_data: dict[str, Any]) -> None:
+    if getattr(args, "rewards_normalization", True):
+        raise ValueError("acpo.integrations.slime needs --disable-rewards-normalization: the rewards must be the verifier's outcomes")
+    if getattr(args, "context_parallel_size", 1) > 1:
+        raise ValueError(
+            f"acpo.integrations.slime does not support --context-parallel-size {args.context_parallel_size}: each rank must hold whole rollouts"
+        )
+    for name in NEEDED:
+        if rollout_data.get(name) is None:
+            raise ValueError(f"rollout_data must hold {name!r}, got {', '.join(map(repr, rollout_data))}")
+
+
+def _gathered(own: list[tuple]) -> tuple[list[tuple], int]:
+    """The samples of all data-parallel ranks in the order of the ranks, and where this rank's begin."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return own, 0
+    group = _data_parallel_group()
+    parts: list[list[tuple]] = [[] for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather_object(parts, own, group=group)
+    rank = torch.distributed.get_rank(group)
+    return [sample for part in parts for sample in part], sum(map(len, parts[:rank]))
+
+
+def _data_parallel_group():
+    """Megatron's; without Megatron all processes."""
+    try:
+        from megatron.core import mpu
+    except ImportError:
+        return None
+    return mpu.get_data_parallel_group()
+
+
+def _tensor(values, dtype: torch.dtype) -> Tensor:
+    return torch.as_tensor(values).detach().to("cpu", dtype)
+
+
+def _device(rollout_data: dict[str, Any]) -> torch.device:
+    for name in ("kl", "log_probs", "rollout_log_probs"):
+        values = rollout_data.get(name)
+        if values:
+            return values[0].device
+    return torch.device("cpu")

@@ -1,0 +1,64 @@
+"""Without attribution, bonus, curriculum and second stage ACPOTrainer is GRPOTrainer, to the bit; with our kernels, to rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import OFF, equal, logged, model_path, trained, weights
+from trl import GRPOTrainer
+
+from acpo.integrations.trl import ACPOTrainer
+
+LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+VARIANTS = {
+    "plain": {},
+    **{f"loss {name}": {"loss_type": name} for name in LOSSES},
+    "num_iterations": {"num_iterations": 2},
+    "steps_per_generation": {"steps_per_generation": 4},
+    "old log-probs": {"steps_per_generation": 1},
+    "reference": {"beta": 0.04},
+    "batch scale": {"scale_rewards": "batch"},
+    "no scale": {"scale_rewards": "none"},
+    "entropy quantile": {"top_entropy_quantile": 0.2},
+    "off-policy mask": {"off_policy_mask_threshold": 0.5, "num_iterations": 2},
+    "truncated masked": {"mask_truncated_completions": True},
+    "two-sided clip": {"delta": 1.5, "epsilon_high": 0.28, "num_iterations": 2},
+    "TRL's entropy bonus": {"entropy_coef": 0.01},
+    "adaptive entropy": {"use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef": 0.01},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "bfloat16": {"bf16": True},
+    "padding": {"pad_to_multiple_of": 8},
+    "sequence level": {"importance_sampling_level": "sequence", "loss_type": "cispo"},
+    "hindsight everywhere": {"acpo_settings": {"credit.scope": "all"}},
+    "weights": {"acpo_form": "weights"},
+    "no attribution": {"acpo_source": "none", "acpo_form": "none", "importance_sampling_level": "sequence", "acpo_reliability": None},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_reliability_0_is_grpo_to_the_bit(tmp_path, variant):
+    settings = {**OFF, **VARIANTS[variant]}
+    theirs, _ = trained(GRPOTrainer, tmp_path / "theirs", **settings)
+    ours, start = trained(ACPOTrainer, tmp_path / "ours", **settings)
+    assert equal(weights(theirs), weights(ours)) and not equal(start, weights(ours))
+    assert logged(theirs, "loss") == logged(ours, "loss") and logged(theirs, "reward") == logged(ours, "reward")
+    assert logged(ours, "acpo/segments")[0] > 1.5 and set(logged(ours, "acpo/shaping")) == {0.0}
+
+
+def test_the_passes_of_attribution_leave_dropout_where_it_was(tmp_path):
+    model = model_path(attention_dropout=0.3)
+    theirs, ours = (trained(kind, tmp_path / kind.__name__, model=model, **OFF)[0] for kind in (GRPOTrainer, ACPOTrainer))
+    assert equal(weights(theirs), weights(ours))
+
+
+@pytest.mark.parametrize("variant", ["plain", "num_iterations", "reference", "entropy quantile", "loss cispo"])
+def test_our_kernels_agree_to_rounding(tmp_path, variant):
+    settings = {**OFF, **VARIANTS[variant], "max_steps": 1, "max_grad_norm": 0.0, "optim": "sgd"}
+    theirs, start = trained(GRPOTrainer, tmp_path / "theirs", **settings)
+    ours, _ = trained(ACPOTrainer, tmp_path / "ours", **{**settings, "use_acpo_kernels": True})
+    assert abs(logged(theirs, "loss")[0] - logged(ours, "loss")[0]) < 1e-5
+    assert abs(logged(theirs, "entropy")[0] - logged(ours, "entropy")[0]) < 1e-5
+    moved = {name: value - start[name] for name, value in weights(theirs).items()}
+    assert max(float(value.abs().max()) for value in moved.values()) > 1e-6
+    for name, value in weights(ours).items():
+        torch.testing.assert_close(value - start[name], moved[name], rtol=1e-3, atol=1e-7)
