@@ -91,7 +91,7 @@ def trainer_batch(ids: torch.Tensor) -> Batch:
 
 def test_hindsight_acts_on_groups_without_variance_and_is_measured_on_the_others(tmp_path, warmed):
     """All rollouts until there is a first measure, then one right and one wrong of each other group; the price is counted."""
-    trainer = trainer_of(tmp_path, "attribution.source=hindsight", "credit.mask=none", weights=warmed)
+    trainer = trainer_of(tmp_path, "attribution.source=hindsight", "credit.mask=none", "rollout.prompts=12", weights=warmed)
     for boundaries in (0, 1000):
         trainer.attributors.by_name["hindsight"].reliability.boundaries = boundaries
         before = trainer.counters["tokens/forward_extra"]
@@ -501,8 +501,8 @@ def test_dynamic_sampling_counts_what_it_throws_away(tmp_path, warmed):
     generated = []
     generate = trainer._generate
 
-    def counting(prompts):
-        samples = generate(prompts)
+    def counting(prompts, round_):
+        samples = generate(prompts, round_)
         generated.append((len(prompts), sum(len(s.ids) for s in samples)))
         return samples
 
