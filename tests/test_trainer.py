@@ -91,7 +91,7 @@ def trainer_batch(ids: torch.Tensor) -> Batch:
 
 def test_hindsight_acts_on_groups_without_variance_and_is_measured_on_the_others(tmp_path, warmed):
     """All rollouts until there is a first measure, then one right and one wrong of each other group; the price is counted."""
-    trainer = trainer_of(tmp_path, "attribution.source=hindsight", "credit.mask=none", "rollout.prompts=12", weights=warmed)
+    trainer = trainer_of(tmp_path, "attribution.source=hindsight", "credit.mask=none", "rollout.prompts=16", weights=warmed)
     for boundaries in (0, 1000):
         trainer.attributors.by_name["hindsight"].reliability.boundaries = boundaries
         before = trainer.counters["tokens/forward_extra"]
@@ -108,6 +108,22 @@ def test_hindsight_acts_on_groups_without_variance_and_is_measured_on_the_others
     fixed = trainer_of(tmp_path / "fixed", "attribution.source=hindsight", "credit.mask=none", "attribution.reliability=1", weights=warmed)
     batch, outcome, attribution, _, _ = rolled_out(fixed)
     assert torch.equal(batch.sequence["hindsight"], attribution.rows), "nothing to measure: nothing more to look at"
+
+
+def test_which_rollouts_hindsight_looks_at_changes_no_score(tmp_path, warmed):
+    """Their old_logp and entropy come from the pass over the head that reads both streams: to the bit those of the plain one."""
+    trainer = trainer_of(tmp_path, "attribution.source=hindsight", *MANY, weights=warmed)
+    trainer.step_number += 1
+    indices, batch, outcome = trainer._rollout()
+    found = {}
+    for name, looks in (("none", torch.zeros(64)), ("some", torch.arange(64) % 3 == 0), ("all", torch.ones(64))):
+        trainer.attributors.looks = lambda *_, looks=looks: looks.bool()
+        trainer._score(batch, outcome, indices)
+        found[name] = batch.token["old_logp"].clone(), batch.token["entropy"].clone()
+        assert (batch.token.get("kl", torch.zeros(1)) != 0).any() == looks.any()
+        batch.token = {name: value for name, value in batch.token.items() if name in ("ids", "rollout_logp")}
+    for name in ("some", "all"):
+        assert all(torch.equal(x, y) for x, y in zip(found["none"], found[name], strict=True)), name
 
 
 def problem_of(trainer, batch, b):
@@ -501,8 +517,8 @@ def test_dynamic_sampling_counts_what_it_throws_away(tmp_path, warmed):
     generated = []
     generate = trainer._generate
 
-    def counting(prompts, round_):
-        samples = generate(prompts, round_)
+    def counting(prompts):
+        samples = generate(prompts)
         generated.append((len(prompts), sum(len(s.ids) for s in samples)))
         return samples
 
