@@ -223,10 +223,15 @@ def linear_policy_loss(
         ref_logp, kl_weight, rollout_logp, rollout_cap, denominator, denominators,
     )  # fmt: skip
     n = ids.shape[0]
-    results = [torch.zeros(shape) for shape in ((), 10, n, n)]
+    results = [hidden.new_zeros(shape, dtype=torch.float32) for shape in ((), 10, n, n)]
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
+<<<<<<< HEAD
     makers = (torch.zeros, empty, torch.empty)
     gradients = [make(shape if need else (0,), dtype=torch.float32) for make, shape, need in zip(makers, shapes, needs, strict=True)]
+=======
+    makers = (hidden.new_zeros, hidden.new_empty, hidden.new_empty)
+    gradients = [make(shape if need else 0, dtype=torch.float32) for make, shape, need in zip(makers, shapes, needs, strict=True)]
+>>>>>>> small
     wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
     _C.linear_policy_loss(head, settings, *map(_address, (*results, *wanted)), torch.get_num_threads())
     return *results, *gradients

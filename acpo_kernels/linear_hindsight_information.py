@@ -56,7 +56,7 @@ def _forward_cpu(hidden, hindsight_hidden, weight, ids, bias, temperature, tempe
     active = reference.active_rows(ids, mask)
     check.ids_in_range(ids, active, weight.shape[0])
     if _cpu.available and hidden.dtype != torch.float64:
-        results = tuple(torch.zeros(ids.shape) for _ in range(6))
+        results = tuple(ids.new_zeros(ids.shape, dtype=torch.float32) for _ in range(6))
         _cpu.head_hindsight(hidden, hindsight_hidden, weight, ids, bias, temperature, temperatures, softcap, active.nonzero(), results)
         return results
     return _torch.linear_hindsight_information(hidden, hindsight_hidden, weight, ids, bias, temperature, temperatures, softcap, mask)

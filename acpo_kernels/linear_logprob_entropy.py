@@ -62,7 +62,7 @@ def _forward_cpu(hidden, weight, ids, bias, temperature, temperatures, softcap, 
     check.ids_in_range(ids, active, weight.shape[0])
     if not _cpu.available or hidden.dtype == torch.float64:
         return _torch.linear_logprob_entropy(hidden, weight, ids, bias, temperature, temperatures, softcap, mask)
-    results = tuple(torch.zeros(ids.shape) for _ in range(4))
+    results = tuple(ids.new_zeros(ids.shape, dtype=torch.float32) for _ in range(4))
     _cpu.head_forward(hidden, weight, ids, bias, temperature, temperatures, softcap, active.nonzero(), results)
     return results
 
@@ -77,9 +77,15 @@ def _backward_cpu(
     need_hidden, need_weight, need_bias = needs
     rows = reference.active_rows(ids, mask) & _torch.has_upstream(grad_logp, grad_entropy)
     gradients = (
+<<<<<<< HEAD
         torch.zeros(hidden.shape if need_hidden else 0, dtype=hidden.dtype),
         _cpu.empty(weight.shape if need_weight else (0,), weight.dtype),
         torch.empty(weight.shape[0] if need_bias else 0),
+=======
+        hidden.new_zeros(hidden.shape if need_hidden else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        weight.new_empty(weight.shape[0] if need_bias else 0, dtype=torch.float32),
+>>>>>>> small
     )
     wanted = [g if need else None for g, need in zip(gradients, needs, strict=True)]
     statistics, upstream = (entropy, maximum, logsumexp), (grad_logp, grad_entropy)

@@ -99,7 +99,7 @@ def _cpu_backward(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsum
     statistics = (entropy, maximum, logsumexp)
     if not _cpu.available:
         return _torch_backward(grad_logp, grad_entropy, logits, ids, *statistics, temperature, temperatures, mask)
-    gradient = torch.empty(logits.shape, dtype=logits.dtype)
+    gradient = logits.new_empty(logits.shape)
     _cpu.logprob_entropy_backward(grad_logp, grad_entropy, logits, ids, statistics, temperature, temperatures, mask, gradient)
     return gradient
 

@@ -175,13 +175,14 @@ def segment_credit(
         mean = (spread * ordinary).sum() / ordinary.sum().clamp(min=1.0)
         scale = (mean if form == "weights" else mean.sqrt()) + 1e-6
     tokens = torch.ones(segments.num_tokens, dtype=dtype, device=scores.device) if mask is None else mask.to(dtype)
+    of_token = segments.segment_ids()
 
     if form == "additive":
         shaping = rho * gain * (phi / scale).clamp(-3.0, 3.0) * ordinary
         per_segment = torch.where(shaping == 0, advantages[sequence], advantages[sequence] + shaping)  # -0.0 + 0.0 is not -0.0
         weights = torch.ones_like(phi)
     else:
-        count = segment_reduce(tokens, segments)  # n_k
+        count = torch.zeros_like(phi).index_add(0, of_token, tokens)  # n_k
         raw = (1.0 + gain * advantages[sequence].sign() * phi / scale).clamp(1.0 - bound, 1.0 + bound)
         others = per_sequence.index_add(0, sequence, ordinary)
         mean = per_sequence.index_add(0, sequence, raw * ordinary) / others.clamp(min=1.0)
@@ -191,7 +192,7 @@ def segment_credit(
         conserve = torch.where(weighted > 0, total / weighted, 1.0)
         weights = torch.where((others >= 2)[sequence], weights * conserve[sequence], 1.0)
         per_segment = advantages[sequence] * weights
-    token_advantages = per_segment[segments.segment_ids()]
+    token_advantages = per_segment[of_token]
     return SegmentCredit(torch.where(tokens > 0, token_advantages, 0.0), weights)
 
 
