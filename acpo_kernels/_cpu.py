@@ -173,7 +173,7 @@ def empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """torch.empty for a gradient of weight: a large one takes the memory of the last one that was freed, which spares its page faults."""
     size = math.prod(shape) * dtype.itemsize
     if not available or size < _C.RECYCLED or torch.are_deterministic_algorithms_enabled():  # torch.empty writes NaN into it then
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(_C.Recycled(size), dtype=dtype).view(shape)
 
 
@@ -225,13 +225,8 @@ def linear_policy_loss(
     n = ids.shape[0]
     results = [hidden.new_zeros(shape, dtype=torch.float32) for shape in ((), 10, n, n)]
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
-<<<<<<< HEAD
-    makers = (torch.zeros, empty, torch.empty)
+    makers = (hidden.new_zeros, empty, hidden.new_empty)
     gradients = [make(shape if need else (0,), dtype=torch.float32) for make, shape, need in zip(makers, shapes, needs, strict=True)]
-=======
-    makers = (hidden.new_zeros, hidden.new_empty, hidden.new_empty)
-    gradients = [make(shape if need else 0, dtype=torch.float32) for make, shape, need in zip(makers, shapes, needs, strict=True)]
->>>>>>> small
     wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
     _C.linear_policy_loss(head, settings, *map(_address, (*results, *wanted)), torch.get_num_threads())
     return *results, *gradients

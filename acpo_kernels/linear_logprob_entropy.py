@@ -77,15 +77,9 @@ def _backward_cpu(
     need_hidden, need_weight, need_bias = needs
     rows = reference.active_rows(ids, mask) & _torch.has_upstream(grad_logp, grad_entropy)
     gradients = (
-<<<<<<< HEAD
-        torch.zeros(hidden.shape if need_hidden else 0, dtype=hidden.dtype),
-        _cpu.empty(weight.shape if need_weight else (0,), weight.dtype),
-        torch.empty(weight.shape[0] if need_bias else 0),
-=======
         hidden.new_zeros(hidden.shape if need_hidden else 0),
-        weight.new_empty(weight.shape if need_weight else 0),
+        _cpu.empty(weight.shape if need_weight else (0,), weight.dtype),
         weight.new_empty(weight.shape[0] if need_bias else 0, dtype=torch.float32),
->>>>>>> small
     )
     wanted = [g if need else None for g, need in zip(gradients, needs, strict=True)]
     statistics, upstream = (entropy, maximum, logsumexp), (grad_logp, grad_entropy)
