@@ -1,4 +1,4 @@
-"""`logprob_entropy` beside torch.compile, eager torch, TRL and quack; ceilings: a copy of the logits, one read of them (amax).
+"""`logprob_entropy` beside torch.compile, eager torch, TRL, flash-attn and quack; ceilings: a copy of the logits, one read of them (amax).
 
 Bytes: forward N V s, forward + backward 3 N V s (two phases: read, then read and write).
 """
@@ -40,7 +40,8 @@ def case(n: int, v: int, dtype: torch.dtype, mode: str, device: torch.device, te
         return logprob_entropy(z, ids, temperature=temperature)
 
     found, absent = peers.find("logprob_entropy", device)
-    one_output = {"quack"}
+    found.pop("Liger GRPO", None)  # timed as a whole loss (bench_whole_loss.py): here it would have to copy the logits
+    one_output = {"quack", "flash-attn"}
     providers = {"ours": Provider(call(ours))} | {
         name: Provider(call(f), *(("log-prob alone", "logp") if name in one_output else ())) for name, f in found.items()
     }

@@ -96,6 +96,12 @@ part() {
 rm -f "$out/benchmarks.json" "$out/benchmarks.log"
 if [ -n "$only" ]; then
   part "$(left)" "$only" benchmarks
+elif [ "$device" = cpu ]; then  # a dry run: every file, one type, few processes
+  part 90 "not bfloat16" benchmarks/bench_logprob_entropy.py benchmarks/bench_linear_logprob_entropy.py benchmarks/bench_whole_loss.py
+  part 90 "not bfloat16" \
+    benchmarks/bench_hindsight_information.py benchmarks/bench_linear_hindsight_information.py benchmarks/bench_policy_loss.py \
+    benchmarks/bench_segment_credit.py benchmarks/bench_segment_reduce.py benchmarks/bench_linear_policy_loss.py benchmarks/bench_empty_call.py
+  part 60 "mixed" benchmarks/bench_step.py
 else
   part 110 "" benchmarks/bench_logprob_entropy.py
   part 130 "forward+backward and not shares and not temperature" benchmarks/bench_linear_logprob_entropy.py
