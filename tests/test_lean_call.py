@@ -193,14 +193,11 @@ def test_not_taken_in_a_trace(compiled, taken):
 def test_not_taken_in_a_transform(taken):
     calls = taken("segment_reduce")
     segments, rows = segments_of([[2, 1]]), torch.randn(4, 3)
-    try:
-        mapped = torch.func.vmap(lambda x: ops.segment_reduce(x, segments))(rows)
-    except RuntimeError:  # a torch that has no rule for it
-        mapped = None
-    gradient = torch.func.grad(lambda x: (ops.segment_reduce(x, segments) * torch.tensor([2.0, 5.0])).sum())(rows[0])
+    mapped = torch.func.vmap(lambda x: ops.segment_reduce(x, segments))(rows)  # torch's own loop over the rows
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda x: ops.segment_reduce(x, segments).sum())(rows[0])
     assert calls == []
-    assert gradient.tolist() == [2.0, 2.0, 5.0]
-    assert mapped is None or torch.equal(mapped, torch.stack([ops.segment_reduce(x, segments) for x in rows]))
+    assert torch.equal(mapped, torch.stack([ops.segment_reduce(x, segments) for x in rows]))
 
 
 def test_a_tensor_that_is_not_what_lies_in_its_memory(taken):
