@@ -104,12 +104,11 @@ def _row_scale(row, inverse_temperature, temperatures_ptr, HAS_TEMPERATURES: tl.
 
 
 @triton.jit
-def _words(x_ptr, start, size, MASKED: tl.constexpr, VEC: tl.constexpr):
-    offs = start + (tl.arange(0, THREADS) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
+def _load(at, offs, size, MASKED: tl.constexpr):
     if MASKED:
-        x = tl.load(x_ptr + offs, mask=offs < size, other=-INF)
+        x = tl.load(at + offs, mask=offs < size, other=-INF)
     else:
-        x = tl.load(x_ptr + offs)
+        x = tl.load(at + offs)
     return x
 
 
@@ -119,23 +118,48 @@ def _join(a, b, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _tile(x_ptr, start, size, MASKED: tl.constexpr, ALIGNED: tl.constexpr):
-    """[THREADS, EACH] of a row in float32: each thread reads whole 16-byte words, or, where rows are not aligned, elements that lie
-    THREADS apart, of which a warp reads 32 neighbours."""
-    if ALIGNED == 1:
-        offs = start + tl.arange(0, THREADS)[:, None] + (tl.arange(0, EACH) * THREADS)[None, :]
-        if MASKED:
-            x = tl.load(x_ptr + offs, mask=offs < size, other=-INF)
-        else:
-            x = tl.load(x_ptr + offs)
+def _words(x_ptr, start, size, MASKED: tl.constexpr, VEC: tl.constexpr):
+    """[THREADS, VEC]: 16 bytes for each thread."""
+    return _load(x_ptr, start + (tl.arange(0, THREADS) * VEC)[:, None] + tl.arange(0, VEC)[None, :], size, MASKED)
+
+
+@triton.jit
+def _two(x_ptr, offs, size, MASKED: tl.constexpr, GAP: tl.constexpr):
+    return tl.join(_load(x_ptr, offs, size, MASKED), _load(x_ptr, offs + GAP, size, MASKED))
+
+
+@triton.jit
+def _words_by_element(x_ptr, start, size, MASKED: tl.constexpr, VEC: tl.constexpr):
+    """The same elements in the same places, where 16 bytes do not begin at a multiple of 16: one at a time."""
+    offs = start + tl.arange(0, THREADS) * VEC
+    if VEC == 4:
+        x = tl.join(_two(x_ptr, offs, size, MASKED, 2), _two(x_ptr, offs + 1, size, MASKED, 2))
     else:
-        WORD: tl.constexpr = THREADS * ALIGNED
-        x = _join(_words(x_ptr, start, size, MASKED, ALIGNED), _words(x_ptr, start + WORD, size, MASKED, ALIGNED), ALIGNED)
-        if ALIGNED == 4:
-            y = _join(
-                _words(x_ptr, start + 2 * WORD, size, MASKED, ALIGNED), _words(x_ptr, start + 3 * WORD, size, MASKED, ALIGNED), ALIGNED
-            )  # fmt: skip
-            x = _join(x, y, 2 * ALIGNED)
+        even = tl.join(_two(x_ptr, offs, size, MASKED, 4), _two(x_ptr, offs + 2, size, MASKED, 4))
+        odd = tl.join(_two(x_ptr, offs + 1, size, MASKED, 4), _two(x_ptr, offs + 3, size, MASKED, 4))
+        x = tl.join(even, odd)
+    return tl.reshape(x, [THREADS, VEC])
+
+
+@triton.jit
+def _word(x_ptr, start, size, MASKED: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr):
+    if ALIGNED > 1:
+        x = _words(x_ptr, start, size, MASKED, VEC)
+    else:
+        x = _words_by_element(x_ptr, start, size, MASKED, VEC)
+    return x
+
+
+@triton.jit
+def _tile(x_ptr, start, size, MASKED: tl.constexpr, ALIGNED: tl.constexpr):
+    """[THREADS, EACH] of a row in float32. Which thread has which element does not depend on where the row lies, so neither do its bits."""
+    VEC: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
+    APART: tl.constexpr = THREADS * VEC
+    x = _join(_word(x_ptr, start, size, MASKED, ALIGNED, VEC), _word(x_ptr, start + APART, size, MASKED, ALIGNED, VEC), VEC)
+    if VEC == 4:
+        c = _word(x_ptr, start + 2 * APART, size, MASKED, ALIGNED, VEC)
+        d = _word(x_ptr, start + 3 * APART, size, MASKED, ALIGNED, VEC)
+        x = _join(x, _join(c, d, VEC), 2 * VEC)
     return x.to(tl.float32)
 
 

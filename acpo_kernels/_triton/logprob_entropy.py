@@ -1,25 +1,18 @@
 """CUDA kernels of `logprob_entropy`. The contract, the equations and the four results are in acpo_kernels/logprob_entropy.py.
 
-Forward: one program a row, which reads N V s bytes once. Each LANE (one of BLOCK positions) keeps its own running maximum m, the
-sum r of exp(x - m) over its elements but one that holds m, and w = sum of exp(x - m) (m - x). A step reads four elements a lane and
-plays a knock-out of minimum and maximum among them and m: whoever loses is a term of the sum, the last winner is the new m. So the
-maximum is left out of r exactly, ties and all, without a comparison. Lanes meet once, after the loop: no shuffle or barrier inside
-it. Because most terms are taken against the maximum of their own lane, the arguments of exp2 are small, and the plain product with
-log2(e) is exact enough; where lanes meet the product is compensated.
+Forward: one program a row, which reads N V s bytes once (logits_rows.py tells how).
 
-Machine instructions on sm_90, loads and loop control included: 380 for 32 logits of bf16 in the forward, 11.9 a logit, of which 1.25
-are exp2. An H200 leaves 12.9 to a bf16 logit read at 4.8 TB/s, 16.9 at 85 % of a copy of 4.3 TB/s, and twice that to fp32. The
-backward, which reads and writes, has twice that again: 800 for 32, 25 a logit, the scalars of the row included, against 25.8 and
-33.8 in bf16. Not measured on a GPU.
+Machine instructions on sm_90, loads and loop control included: 188 for 16 logits of bf16 in the forward, 11.8 a logit, and 166 of fp32,
+10.4 a logit, of which 1.06 are exp2. An H200 leaves 12.9 to a bf16 logit read at 4.8 TB/s, 16.9 at 85 % of a copy of 4.3 TB/s, and
+twice that to fp32. The backward, which reads and writes, has twice that again: 800 for 32, 25 a logit, the scalars of the row
+included, against 25.8 and 33.8 in bf16. Not measured on a GPU.
 
-A row that is not 16-byte aligned (V = 50,257 in bf16 begins anywhere) is read element by element, 32 neighbours a warp: 64 bytes an
-instruction, of which a multiprocessor issues one a cycle, 112 GB/s at 1.755 GHz against its 36 GB/s of an H200's 4.8 TB/s. Wide
-loads from the next 16-byte boundary on would give each lane other elements in each row: its sums, and so its bits, would depend on
-where the row lies (contract 5), so they are left out on purpose.
+A row that is not 16-byte aligned (V = 50,257 in bf16 begins anywhere) is read element by element, by the threads that would have read
+the words, so that its bits do not depend on where it lies (contract 5). A warp's instruction then takes 64 bytes out of 512, four
+lines of L1, of which eight instructions in a row use the same: 16 bytes a cycle and multiprocessor, 3.7 TB/s of an H200 at 1.755 GHz.
 
-Few rows: a row is one program, whatever N. With N below the number of multiprocessors a call takes as long as one row does (300 KB
-at the some 10 GB/s that 8 KB in flight give). A split by V alone would cost every large call a second set of lanes meeting, some
-60 instructions a lane against 10 a logit: 11 % at two parts of 151,936, where bf16 has no slot to spare.
+Few rows: a row is one program, whatever N. With N below the number of multiprocessors a call takes as long as one row does: 300 KB
+at the some 7 GB/s that 4 KB in flight give, 43 us.
 
 Backward: one program for each CHUNK of a row: reads N V s bytes and writes as many. dlogits_j = exp(u_j) (a + b u_j), and the
 chosen token's own entry by expm1. The gradient may take the place of the logits: each element is read once, by the thread that
