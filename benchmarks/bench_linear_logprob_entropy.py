@@ -21,7 +21,7 @@ from .common import SIZES, Case, Ceiling, Expected, Provider, V, copy_ceiling, g
 
 # (N, H, V)
 SHAPES = {
-    ("small", "cpu"): [(16, 128, 1000)], ("default", "cpu"): [(256, 896, V)], ("large", "cpu"): [(256, 896, V), (256, 1536, V)],
+    ("small", "cpu"): [(16, 128, 1000)], ("default", "cpu"): [(64, 896, V)], ("large", "cpu"): [(256, 896, V), (256, 1536, V)],
     ("small", "cuda"): [(64, 128, 5000)], ("default", "cuda"): [(8192, 896, V)],
     ("large", "cuda"): [(8192, h, V) for h in (896, 1536, 2048, 4096)],
 }  # fmt: skip

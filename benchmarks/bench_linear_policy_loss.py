@@ -14,11 +14,11 @@ from acpo_kernels import linear_logprob_entropy, linear_policy_loss, policy_loss
 from .bench_linear_logprob_entropy import SHAPES as HEADS
 from .bench_linear_logprob_entropy import SHARES, bare_products, inputs, rows_of
 from .bench_linear_logprob_entropy import expected as head_expected
-from .common import SIZES, Case, Expected, Provider, V, copy_ceiling, gradients
+from .common import SIZES, Case, Expected, Provider, copy_ceiling, gradients
 from .hierarchy import segments_of
 from .peers import plain
 
-SHAPES = HEADS | {("default", "cpu"): [(128, 896, V)]}
+SHAPES = HEADS
 
 
 def case(n, h, v, dtype, device) -> Case:
