@@ -39,7 +39,11 @@ trap 'rm -rf "$site"' EXIT
 export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 CUBLAS_WORKSPACE_CONFIG=:4096:8
 for folder in ${wheels[@]+"${wheels[@]}"}; do
   if ls "$folder"/*.whl >/dev/null 2>&1; then
-    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" "$folder"/*.whl || worst=1
+    install=("$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site")
+    # One wheel that does not fit this Python stops pip: then each by itself, and what is missing is named in the table.
+    "${install[@]}" "$folder"/*.whl 2>/dev/null || for wheel in "$folder"/*.whl; do
+      "${install[@]}" "$wheel" 2>/dev/null || note "does not install here: $(basename "$wheel")"
+    done
   fi
   [ ! -d "$folder/files" ] || export ACPO_PEER_FILES="$folder/files"
 done
@@ -47,7 +51,10 @@ if [ "$device" = cuda ] && ! "$python" -c 'import sys, torch; sys.exit(not torch
   note "no CUDA device: a dry run on the CPU"
   device=cpu
 fi
-[ "$device" = cuda ] || { shapes=small threads=1; }  # small shapes only tie two threads up
+if [ "$device" = cpu ]; then  # small shapes only tie two threads up, and compiling is most of their time
+  shapes=small threads=1
+  export TORCH_COMPILE_DISABLE=1
+fi
 
 # Beside the tests: CUDA has its own kernels, but the segmenter and the training step need the extension.
 build=
