@@ -517,8 +517,8 @@ def test_dynamic_sampling_counts_what_it_throws_away(tmp_path, warmed):
     generated = []
     generate = trainer._generate
 
-    def counting(prompts):
-        samples = generate(prompts)
+    def counting(prompts, round_):
+        samples = generate(prompts, round_)
         generated.append((len(prompts), sum(len(s.ids) for s in samples)))
         return samples
 
