@@ -45,13 +45,6 @@ def rollout_data(rows=range(8)) -> dict:
     responses = [TOKENIZER(TEXTS[b])["input_ids"] for b in rows]
     lengths = [len(r) for r in responses]
     return {
-<<<<<<< HEAD
-        "tokens": [torch.tensor(PROMPT + r) for r in responses], "response_lengths": lengths, "total_lengths": [len(PROMPT) + n for n in lengths],
-        "loss_masks": [torch.ones(n, dtype=torch.int) for n in lengths], "rewards": [REWARDS[b] for b in rows],
-        "sample_indices": [8 + b for b in rows],
-        "log_probs": [torch.zeros(n) for n in lengths], "kl": [torch.zeros(n, dtype=torch.bfloat16) for n in lengths], "values": None,
-    }  # fmt: skip
-=======
         "tokens": [torch.tensor(PROMPT + r) for r in responses],
         "response_lengths": lengths,
         "total_lengths": [len(PROMPT) + n for n in lengths],
@@ -62,7 +55,6 @@ def rollout_data(rows=range(8)) -> dict:
         "kl": [torch.zeros(n, dtype=torch.bfloat16) for n in lengths],
         "values": None,
     }
->>>>>>> frameworks
 
 
 def expected() -> list[torch.Tensor]:

@@ -58,13 +58,8 @@ def make_credit(args) -> StepCredit:
     )
     if credit.needs_hindsight or credit.needs_entropy:
         raise ValueError(
-<<<<<<< HEAD
-            "args.acpo: slime's advantage function sees neither hidden states nor entropies, so attribution.source must be 'tree', and "
-            f"credit.token and entropy.controller 'none'; got {settings}"
-=======
             "args.acpo: slime's advantage function sees neither hidden states nor entropies, so attribution.source must be 'tree', credit.token "
             f"and entropy.controller 'none'; got {settings}"
->>>>>>> frameworks
         )
     return credit
 
