@@ -47,7 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
     compare.add_argument("--launch", default="", help='words in front of every run\'s command, such as "nice -n 10"')
     compare.add_argument("--report", action="store_true", help="write the table of what is finished, run nothing")
     compare.add_argument("--one", default="", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if rest:  # argparse takes positional arguments in one place; settings of `eval` may stand behind its options as well
+        if options.verb != "eval" or any(word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.run += rest
 
     from .checkpoint import CheckpointError
     from .compare import RunError

@@ -69,8 +69,8 @@ def place(problem: Problem, seed: int) -> float:
 
 
 def split(found: list[Problem], held_out: float, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """(training, held out), in the order of the data. A share holds out the places below it, the very smallest in any case. A number n holds out at most n problems (more only where
-    the last question stands there several times): the smallest places below a fifth, and the very smallest in any case."""
+    """(training, held out), in the order of the data. A share holds out the places below it. A number n holds out at most n problems (more only where
+    the last question stands there several times): the smallest places below a fifth. Either way the very smallest in any case."""
     places = [place(p, seed) for p in found]
     if held_out < 1:
         limit = max(held_out, math.nextafter(min(places, default=0.0), 1.0))

@@ -7,10 +7,10 @@ from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the verifier's workers import the configuration, and with it this package: without torch
+    import torch
+    from torch import Tensor
 
-if TYPE_CHECKING:
     from ..config import Config
     from ..policy import Policy
 
@@ -90,6 +90,8 @@ def checked_sample(
         raise ValueError(f"a rollout that stopped must hold one end token, its last: of {len(ids)} tokens {ends[:3]} are end tokens")
     if reason == "length" and (ends or len(ids) != max_new_tokens):
         raise ValueError(f"a rollout that was cut must have max_new_tokens = {max_new_tokens} tokens and no end token, got {len(ids)}")
+    import torch
+
     values = torch.tensor(logp, dtype=torch.float32, device=device)
     return Sample(torch.tensor(ids, dtype=torch.int64, device=device), values, reason == "stop")
 
@@ -104,4 +106,6 @@ def check_lengths(prompts: list[list[int]], max_new_tokens: int, most: int, name
 
 def request_seeds(count: int, generator: torch.Generator) -> list[int]:
     """A seed for each place, whether or not its rollout is finished already."""
+    import torch
+
     return torch.randint(2**62, (count,), generator=generator, device=generator.device).tolist()
