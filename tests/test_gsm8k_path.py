@@ -19,7 +19,15 @@ from acpo.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG, FIXTURE = ROOT / "configs" / "gsm8k.yaml", ROOT / "tests" / "fixtures" / "problems.jsonl"
-SMALL = "rollout.prompts=2", "rollout.group_size=3", "rollout.max_new_tokens=24", "trainer.threads=1", "policy.device=cpu", "trainer.steps=2"
+SMALL = (
+    "problems.held_out=0.2",
+    "rollout.prompts=2",
+    "rollout.group_size=3",
+    "rollout.max_new_tokens=24",
+    "trainer.threads=1",
+    "policy.device=cpu",
+    "trainer.steps=2",
+)
 
 
 @pytest.fixture(autouse=True)
