@@ -29,12 +29,13 @@ def tile_rows(vocab_size: int, device: str = "cpu") -> int:
 
 class _Head:
     """Logits of one row tile at a time. A product always sees a whole tile, the last one padded with zero rows, so that what a row
-    gives does not depend on N."""
+    gives does not depend on N; on the CPU H is padded too: with an odd H, BLAS on AMD sums a row as its place in memory has it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, softcap: float | None, active: Tensor):
         self.weight, self.bias, self.softcap, self.active = weight, bias, softcap, active
         self.dtype = reference.working_dtype(weight.dtype)
-        self.working_weight = weight.to(self.dtype)
+        self.width = weight.shape[1]
+        self.working_weight = self._widened(weight.to(self.dtype))
         self.rows = tile_rows(weight.shape[0], weight.device.type)
 
     def tiles(self) -> Iterator[slice]:
@@ -45,19 +46,24 @@ class _Head:
         return torch.where(self.active[rows].unsqueeze(-1), hidden[rows], 0.0).to(self.dtype)
 
     def logits(self, hidden: Tensor, rows: slice) -> Tensor:
-        tile = reference.head_logits(self._padded(self.hidden(hidden, rows)), self.working_weight, self.bias, self.softcap)
+        tile = self._widened(self._padded(self.hidden(hidden, rows)))
+        tile = reference.head_logits(tile, self.working_weight, self.bias, self.softcap)
         return tile[: rows.stop - rows.start]
 
     def logits_of(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Those of some active rows, at most a tile of them."""
-        tile = self._padded(hidden[rows].to(self.dtype))
+        tile = self._widened(self._padded(hidden[rows].to(self.dtype)))
         return reference.head_logits(tile, self.working_weight, self.bias, self.softcap)[: rows.shape[0]]
 
     def grad_hidden(self, grad_logits: Tensor) -> Tensor:
-        return (self._padded(grad_logits) @ self.working_weight)[: grad_logits.shape[0]]
+        return (self._padded(grad_logits) @ self.working_weight)[: grad_logits.shape[0], : self.width]
 
     def before_softcap(self, logits: Tensor, grad: Tensor) -> Tensor:
         return grad if self.softcap is None else grad * (1.0 - (logits / self.softcap).square())
+
+    def _widened(self, rows: Tensor) -> Tensor:
+        missing = -self.width % 8 if rows.device.type == "cpu" else 0
+        return torch.nn.functional.pad(rows, (0, missing)) if missing else rows
 
     def _padded(self, tile: Tensor) -> Tensor:
         missing = self.rows - tile.shape[0]
