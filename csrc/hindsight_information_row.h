@@ -14,13 +14,15 @@
 // * plainly, from four sums, two of which the log-probs want anyway:
 //     sum e_p h(D) = R sum e_q - sum e_p - sum e_p D,   sum e_q h(-D) = sum e_p / R - sum e_q + sum e_q D
 // * carefully, term by term: e D^2 (a(D^2) +- D b(D^2)) where |D| < 1, relative error 1.1e-7; the plain form elsewhere.
-// The plain form cancels. Each lane's sums over a block have a relative error, e say, of the exponential (1.1e-7 at most, 5e-8 in the root
-// mean square) and of float32 sums, so those over a mass A = sum e_p + R sum e_q of lanes A_i err by the root of the sum of (e A_i)^2, at most
-// e sqrt(max A_i x A), and by e A if all lanes err alike, as lanes do that hold the same numbers. So a block may be summed plainly if afterwards
-//   K >= A / 24, with A of all plain blocks so far, and K >= A where the lanes are nearly equal,   and   K >= 2 A_i of each lane of this block
-// where K is the divergence so far, less the price of the centre. K never falls, so at the end the plain blocks have added at most
-// e sqrt(24 / 2) K, 1.7e-7 K, or e K. Otherwise the block is summed again, carefully: it is in the L1 or L2 still. What the last block would
-// have been allowed is what the next one tries first.
+// The plain form cancels. Each lane's sums over a block have a relative error of the exponential (1.1e-7 at most, e = 5e-8 in the root mean
+// square) and of float32 sums. Where errors are independent, those of lanes A_i with the mass A = sum e_p + R sum e_q add up to
+// e sqrt(sum A_i^2) <= e sqrt(max A_i x A). So a block may be summed plainly if afterwards, K being the divergence so far,
+//   K - k^2 M >= A / 24 with A of all plain blocks so far,   and   K - k^2 M >= 2 A_i of each lane of this block;
+// K never falls, so that at the end these blocks have added at most e sqrt(24 / 2) K = 1.7e-7 K. Errors are not independent where the logits
+// have few values or lie close together, which the exponential rounds alike (then the bound is 24 e K). So besides
+// * the blocks that were summed carefully were summed plainly too, and the two forms must agree to 1e-7 over all of them (Trust),
+// * of a sample of the block's neighbouring columns no more than a sixteenth lie within T / 32 of each other (crowded).
+// What does not pass is summed again, carefully, from the L1 or L2. What a block would have been allowed is what the next one tries first.
 //
 // Memory: each logit is read once from DRAM or L3, and again from L1 or L2 (up to 2 x 16 KB) where its group has a new maximum or its
 // block must be summed again. The price of a pair of vectors in the plain form, AVX-512: 2 x 13 for the sums of row_sums.h, 1 for the
@@ -36,7 +38,8 @@ namespace acpo {
 namespace {
 
 constexpr float NEAR = 1.0f;  // D^2 below which the series is used
-constexpr double PLAIN = 1.0 / 24.0;
+constexpr double PLAIN = 1.0 / 24.0, AGREE = 1e-7;
+constexpr int CROWD = 16;
 
 // Of at most a group, in float32.
 struct Terms {
@@ -61,13 +64,26 @@ struct Terms {
   vec information(vec one_over_r) const { return Simd::add(Simd::add(Simd::sub(Simd::mul(far_p, one_over_r), far_q), far_qd), near_q); }
 };
 
-// Of a group of both streams. In the plain form kl and information are sums of e_p D T and e_q D T.
+// Of a group of both streams: sums of e_p, e_p u, e_q, e_p D T and e_q D T, and where it was summed carefully the divergences.
 struct PairGroup {
-  vec s_p[2], w_p[2], s_q[2], kl, information;
+  vec s_p, w_p, s_q, d_p, d_q, kl, information;
   typename Simd::Met met_p, met_q;
 
   bool raised() const { return met_p.negative() || met_q.negative(); }
   bool past(float cut) const { return met_p.past(cut) || met_q.past(cut); }
+};
+
+// How far the plain form was off where a block was summed in both.
+struct Trust {
+  double off = 0.0, sum = 0.0;
+
+  void learn(double plain, double careful) {
+    if (!(fabs(plain - careful) <= MAX)) return;
+    off += plain - careful;
+    sum += careful;
+  }
+  void scale(double by) { off *= by, sum *= by; }
+  bool good() const { return sum > 0.0 && fabs(off) <= AGREE * sum; }
 };
 
 struct PairWalk {
@@ -76,9 +92,10 @@ struct PairWalk {
   float shift = 0.0f;  // centre T
   bool only_p = false, only_q = false;
   double plain_p = 0.0, plain_q = 0.0;  // masses that were summed plainly
-  bool plain = false, low = false;      // how the next block is tried
-  int groups = 0;                       // of this block, which is
-  vec mass_p = Simd::set(0.0f), mass_q = mass_p, kl_sum = mass_p, information_sum = mass_p;
+  Trust of_kl, of_information;
+  bool plain = false, low = false;  // how the next block is tried
+  int groups = 0;                   // of this block
+  vec mass_p = Simd::set(0.0f), mass_q = mass_p, d_p = mass_p, d_q = mass_p, kl_sum = mass_p, information_sum = mass_p;
 
   bool begun() const { return p.row.top > -INF && q.row.top > -INF; }
 
@@ -97,6 +114,8 @@ struct PairWalk {
     information = moved_divergence(information, mass_q, mass_p, rise_q, rise_p, -centre, -(to * exp_of.per_t));
     plain_p *= exp(-rise_p);
     plain_q *= exp(-rise_q);
+    of_kl.scale(exp(-rise_p));
+    of_information.scale(exp(-rise_q));
     set_centre(to, exp_of);
   }
 
@@ -138,8 +157,7 @@ struct PairWalk {
   __attribute__((always_inline)) void sum_pair(const T* x, const T* y, const Exp& exp_of, PairGroup& g) {
     const vec zero = Simd::set(0.0f), cut = Simd::set(exp_of.cut), m_p = p.top, m_q = q.top;
     const vec per_t = Simd::set(static_cast<float>(exp_of.per_t)), c = Simd::set(shift), near = Simd::set(NEAR);
-    for (int k = 0; k < 2; ++k) g.s_p[k] = g.w_p[k] = g.s_q[k] = zero;
-    vec of_p[2] = {zero, zero}, of_q[2] = {zero, zero};
+    g.s_p = g.w_p = g.s_q = g.d_p = g.d_q = zero;
     Terms terms;
     terms.clear();
     for (int64_t j = 0; j < GROUP; j += 2 * W) {
@@ -155,23 +173,21 @@ struct PairWalk {
         for (int k = 0; k < 4; ++k) u[k] = Simd::at_most(u[k], cut);
       }
       exp_of(u, e);
+      g.s_p = Simd::add(g.s_p, Simd::add(e[0], e[1]));
+      g.s_q = Simd::add(g.s_q, Simd::add(e[2], e[3]));
       for (int k = 0; k < 2; ++k) {
-        g.s_p[k] = Simd::add(g.s_p[k], e[k]);
-        g.s_q[k] = Simd::add(g.s_q[k], e[k + 2]);
-        g.w_p[k] = Simd::fma(e[k], u[k], g.w_p[k]);
-      }
-      for (int k = 0; k < 2; ++k) {
-        if (plainly) {
-          of_p[k] = Simd::fma(e[k], d[k], of_p[k]);
-          of_q[k] = Simd::fma(e[k + 2], d[k], of_q[k]);
-        } else {
+        g.w_p = Simd::fma(e[k], u[k], g.w_p);
+        g.d_p = Simd::fma(e[k], d[k], g.d_p);
+        g.d_q = Simd::fma(e[k + 2], d[k], g.d_q);
+        if (!plainly) {
           const vec by_t = Simd::mul(d[k], per_t), d2 = Simd::mul(by_t, by_t);
           terms.add(e[k], e[k + 2], by_t, d2, Simd::not_less(d2, near));
         }
       }
     }
-    g.kl = plainly ? Simd::add(of_p[0], of_p[1]) : terms.kl(Simd::set(static_cast<float>(exp(-centre))));
-    g.information = plainly ? Simd::add(of_q[0], of_q[1]) : terms.information(Simd::set(static_cast<float>(exp(centre))));
+    if (plainly) return;
+    g.kl = terms.kl(Simd::set(static_cast<float>(exp(-centre))));
+    g.information = terms.information(Simd::set(static_cast<float>(exp(centre))));
   }
 
   template <bool plainly, class T>
@@ -188,80 +204,92 @@ struct PairWalk {
     return !g.raised();
   }
 
-  // The divergences of one group in the careful form.
-  template <class T>
-  void add_carefully(const T* x, const T* y, const PairGroup& g, const Exp& exp_of) {
+  static bool finite(const PairGroup& g) {
     const vec both = Simd::add(g.kl, g.information), none = Simd::sub(both, both);  // 0, or NaN where a term is not finite
-    if (Simd::count(Simd::equal(none, none)) != W) {
-      add_slowly(x, y, GROUP, exp_of);
-      return;
-    }
-    kl_sum = Simd::add(kl_sum, g.kl);
-    information_sum = Simd::add(information_sum, g.information);
+    return Simd::count(Simd::equal(none, none)) == W;
   }
 
-  // False, having done nothing, where a stream holds a new maximum.
+  // False, having done nothing, where a stream holds a new maximum or a NaN.
   template <class T>
   bool add_group(const T* x, const T* y, const Exp& exp_of) {
     PairGroup g;
     if (!(plain ? try_group<true>(x, y, exp_of, g) : try_group<false>(x, y, exp_of, g))) return false;
     p.take(g.s_p, g.w_p, exp_of);
-    const vec none[2] = {Simd::set(0.0f), Simd::set(0.0f)};
-    q.take(g.s_q, none, exp_of);
-    mass_p = Simd::add(mass_p, Simd::add(g.s_p[0], g.s_p[1]));
-    mass_q = Simd::add(mass_q, Simd::add(g.s_q[0], g.s_q[1]));
-    if (plain) {
+    q.take(g.s_q, Simd::set(0.0f), exp_of);
+    mass_p = Simd::add(mass_p, g.s_p);
+    mass_q = Simd::add(mass_q, g.s_q);
+    d_p = Simd::add(d_p, g.d_p);
+    d_q = Simd::add(d_q, g.d_q);
+    if (!plain && finite(g)) {
       kl_sum = Simd::add(kl_sum, g.kl);
       information_sum = Simd::add(information_sum, g.information);
-    } else {
-      add_carefully(x, y, g, exp_of);
+    } else if (!plain) {
+      add_slowly(x, y, GROUP, exp_of);
     }
     ++groups;
     return true;
   }
 
-  static bool alike(vec lanes) {
-    const float most = Simd::reduce_max(lanes);
-    return most - Simd::reduce_min(lanes) < most * (1.0f / 32.0f);
+  // The divergences alone of a group without a larger maximum.
+  template <class T>
+  __attribute__((noinline)) void add_terms(const T* x, const T* y, const Exp& exp_of) {
+    PairGroup g;
+    if (!exp_of.cold || !try_group<false>(x, y, exp_of, g) || !finite(g)) return add_slowly(x, y, GROUP, exp_of);
+    kl += Simd::sum(g.kl) * exp_of.inverse;
+    information += Simd::sum(g.information) * exp_of.inverse;
   }
 
   // Ends a block, whose groups end before x and y.
   template <class T>
-  void close(const T* x, const T* y, const Exp& exp_of) {
+  __attribute__((noinline)) void close(const T* x, const T* y, const Exp& exp_of) {
     if (groups == 0) return;
-    const double r = exp(-centre), one_over_r = exp(centre), inverse = exp_of.inverse;
+    const double r = exp(-centre), one_over_r = exp(centre), inverse = exp_of.inverse, d_scale = inverse * exp_of.per_t;
     const double block_p = Simd::sum(mass_p) * inverse, block_q = Simd::sum(mass_q) * inverse;
-    double of_kl = Simd::sum(kl_sum) * inverse, of_information = Simd::sum(information_sum) * inverse;
-    if (plain) {
-      of_kl = (r * block_q - block_p) - of_kl * exp_of.per_t;
-      of_information = (one_over_r * block_p - block_q) + of_information * exp_of.per_t;
+    const double plain_kl = (r * block_q - block_p) - Simd::sum(d_p) * d_scale;
+    const double plain_information = (one_over_r * block_p - block_q) + Simd::sum(d_q) * d_scale;
+    const double careful_kl = Simd::sum(kl_sum) * inverse, careful_information = Simd::sum(information_sum) * inverse;
+    const double before_kl = kl, before_information = information;
+    kl += plain ? plain_kl : careful_kl;
+    information += plain ? plain_information : careful_information;
+    if (!plain) {
+      of_kl.learn(plain_kl, careful_kl);
+      of_information.learn(plain_information, careful_information);
     }
     const float to = true_shift(exp_of);
-    const double off = to * exp_of.per_t - centre, all_p = mass(p, exp_of), all_q = mass(q, exp_of);
-    const double least_kl = kl + of_kl - off * off * all_p, least_information = information + of_information - off * off * all_q;
-    const double here_p = plain_p + block_p, here_q = plain_q + block_q, part = alike(mass_p) || alike(mass_q) ? 1.0 : PLAIN;
-    const bool enough = least_kl >= part * (here_p + r * here_q) && least_information >= part * (here_q + one_over_r * here_p) &&
-                        least_kl >= 2.0 * inverse * Simd::reduce_max(mass_p) && least_information >= 2.0 * inverse * Simd::reduce_max(mass_q);
+    const double k = to * exp_of.per_t - centre, all_p = mass(p, exp_of), all_q = mass(q, exp_of);
+    const double here_p = plain_p + block_p, here_q = plain_q + block_q;
+    const bool enough = of_kl.good() && is_enough(kl - k * k * all_p, here_p + r * here_q, mass_p, inverse) &&  //
+                        of_information.good() && is_enough(information - k * k * all_q, here_q + one_over_r * here_p, mass_q, inverse) &&
+                        !crowded(x - groups * GROUP, groups, exp_of.per_t) && !crowded(y - groups * GROUP, groups, exp_of.per_t);
     if (plain && enough) {
       plain_p = here_p;
       plain_q = here_q;
+    } else if (plain) {
+      kl = before_kl;
+      information = before_information;
+      for (int64_t back = groups * GROUP; back > 0; back -= GROUP) add_terms(x - back, y - back, exp_of);
     }
-    if (plain && !enough) {
-      kl_sum = information_sum = Simd::set(0.0f);
-      for (int64_t back = groups * GROUP; back > 0; back -= GROUP) {
-        PairGroup g;
-        try_group<false>(x - back, y - back, exp_of, g);
-        add_carefully(x - back, y - back, g, exp_of);
-      }
-      of_kl = Simd::sum(kl_sum) * inverse;
-      of_information = Simd::sum(information_sum) * inverse;
-    }
-    kl += of_kl;
-    information += of_information;
     plain = enough;
     groups = 0;
-    mass_p = mass_q = kl_sum = information_sum = Simd::set(0.0f);
-    if (off * off * all_p > kl || off * off * all_q > information) move(all_p, all_q, p.row.top, q.row.top, to, exp_of);
+    mass_p = mass_q = d_p = d_q = kl_sum = information_sum = Simd::set(0.0f);
+    if (k * k * all_p > kl || k * k * all_q > information) move(all_p, all_q, p.row.top, q.row.top, to, exp_of);
+  }
+
+  template <class T>
+  static bool crowded(const T* x, int groups, double per_t) {
+    const vec wide = Simd::set(static_cast<float>(1.0 / (32.0 * 32.0 * per_t * per_t)));
+    int near = 0;
+    for (int64_t j = 0; j < groups * GROUP; j += GROUP / 2) {
+      vec a, b;
+      Simd::load_pair(x + j, &a, &b);
+      const vec d = Simd::sub(a, b);
+      near += Simd::count(Simd::not_less(wide, Simd::mul(d, d)));
+    }
+    return near * CROWD > groups * 2 * W;
+  }
+
+  static bool is_enough(double divergence, double mass, vec lanes, double inverse) {
+    return divergence >= PLAIN * mass && divergence >= 2.0 * inverse * Simd::reduce_max(lanes);
   }
 };
 
@@ -287,7 +315,7 @@ void scan_pair(const void* policy, const void* hindsight, int64_t vocab, double 
     const float to = walk.true_shift(exp_of);
     if (had_begun) {
       walk.move(mass_p, mass_q, top_p, top_q, to, exp_of);
-      walk.add_slowly(x + i, y + i, n, exp_of);
+      whole ? walk.add_terms(x + i, y + i, exp_of) : walk.add_slowly(x + i, y + i, n, exp_of);
     } else {  // one of the streams was -inf so far
       walk.set_centre(to, exp_of);
       walk.add_slowly(x, y, i + n, exp_of);

@@ -145,6 +145,16 @@ bool has_nan(const T* x, int64_t n) {
   return false;
 }
 
+// The sums of a row beside a larger maximum.
+inline void rise(float to, double per_t, RowSums& r) {
+  if (r.top > -INF) {
+    const double d = static_cast<double>(to) - r.top, e = exp(-d * per_t);
+    r.weighted = e > 0.0 ? e * (r.weighted + (1.0 + r.rest) * d) : 0.0;
+    r.rest = (1.0 + r.rest) * e;
+  }
+  r.top = to + 0.0f;  // never -0: 0 beside it would look like a larger maximum
+}
+
 // Adds elements to the sums of a row, whatever their number: what holds a larger maximum than those before, and the end of a row.
 // Takes -inf for nothing exactly.
 template <class T>
@@ -156,12 +166,7 @@ __attribute__((noinline)) void add_slowly(const T* x, int64_t n, const Exp& exp_
   const float top = Simd::reduce_max(Simd::max(Simd::load(tail.padded), high));  // without the NaN
   const bool raised = top > r.top;
   if (raised) {
-    if (r.top > -INF) {
-      const double d = static_cast<double>(top) - r.top, e = exp(-d * exp_of.per_t);
-      r.weighted = e > 0.0 ? e * (r.weighted + (1.0 + r.rest) * d) : 0.0;
-      r.rest = (1.0 + r.rest) * e;
-    }
-    r.top = top;
+    rise(top, exp_of.per_t, r);
     r.bad = r.bad || top == INF;
   } else if (r.top == -INF) {
     r.bad = r.bad || has_nan(x, n);
@@ -187,9 +192,9 @@ __attribute__((noinline)) void add_slowly(const T* x, int64_t n, const Exp& exp_
   r.weighted += Simd::sum(w) * exp_of.inverse;
 }
 
-// Of a group, in float32.
+// Of a group, in float32: of e and of e u.
 struct GroupSums {
-  vec s[2], w[2];
+  vec s, w;
   typename Simd::Met met;
 };
 
@@ -198,7 +203,7 @@ struct GroupSums {
 template <bool low, class T>
 __attribute__((always_inline)) inline void sum_group(const T* x, vec m, const Exp& exp_of, GroupSums& g) {
   const vec zero = Simd::set(0.0f), cut = Simd::set(exp_of.cut);
-  g.s[0] = g.s[1] = g.w[0] = g.w[1] = zero;
+  g.s = g.w = zero;
   for (int64_t j = 0; j < GROUP; j += LOCKSTEP * W) {
     vec u[LOCKSTEP], e[LOCKSTEP];
     for (int k = 0; k < LOCKSTEP; k += 2) {
@@ -211,8 +216,8 @@ __attribute__((always_inline)) inline void sum_group(const T* x, vec m, const Ex
       for (int k = 0; k < LOCKSTEP; ++k) u[k] = Simd::at_most(u[k], cut);
     }
     exp_of(u, e);
-    for (int k = 0; k < LOCKSTEP; ++k) g.s[k % 2] = Simd::add(g.s[k % 2], e[k]);
-    for (int k = 0; k < LOCKSTEP; ++k) g.w[k % 2] = Simd::fma(e[k], u[k], g.w[k % 2]);
+    for (int k = 0; k < LOCKSTEP; k += 2) g.s = Simd::add(g.s, Simd::add(e[k], e[k + 1]));
+    for (int k = 0; k < LOCKSTEP; ++k) g.w = Simd::fma(e[k], u[k], g.w);
   }
 }
 
@@ -232,33 +237,39 @@ struct Walk {
 
   bool can_sum(const Exp& exp_of) const { return row.top > -INF && exp_of.cold; }
 
-  void take(const vec (&s)[2], const vec (&w)[2], const Exp& exp_of) {
-    sum = Simd::add(sum, Simd::add(s[0], s[1]));
-    weighted = Simd::add(weighted, Simd::add(w[0], w[1]));
+  void take(vec s, vec w, const Exp& exp_of) {
+    sum = Simd::add(sum, s);
+    weighted = Simd::add(weighted, w);
     if (++pending == GROUPS) empty(exp_of);
+  }
+
+  // False where the group holds a larger maximum or a NaN.
+  template <class T>
+  __attribute__((always_inline)) bool try_group(const T* x, const Exp& exp_of) {
+    GroupSums g;
+    if (!low) {
+      sum_group<false>(x, top, exp_of, g);
+      if (g.met.negative()) return false;
+      low = g.met.past(exp_of.cut);
+    }
+    if (low) {
+      g.met = {};
+      sum_group<true>(x, top, exp_of, g);
+      if (g.met.negative()) return false;
+    }
+    take(g.s, g.w, exp_of);
+    return true;
   }
 
   template <class T>
   void add_group(const T* x, const Exp& exp_of) {
-    GroupSums g;
-    if (can_sum(exp_of) && !low) {
-      sum_group<false>(x, top, exp_of, g);
-      low = !g.met.negative() && g.met.past(exp_of.cut);
-      if (!g.met.past(exp_of.cut) && !g.met.negative()) return take(g.s, g.w, exp_of);
-    }
-    if (can_sum(exp_of) && low) {
-      GroupSums again;
-      sum_group<true>(x, top, exp_of, again);
-      if (!again.met.negative()) return take(again.s, again.w, exp_of);
-    }
-    add_slowly(x, GROUP, exp_of);
+    if (!can_sum(exp_of) || !try_group(x, exp_of)) add_slowly(x, GROUP, exp_of);
   }
 
   template <class T>
   void add_slowly(const T* x, int64_t n, const Exp& exp_of) {
     empty(exp_of);
     acpo::add_slowly(x, n, exp_of, row);
-    row.top = row.top + 0.0f;  // not -0: 0 - -0 would be a negative u
     top = Simd::set(row.top);
   }
 };

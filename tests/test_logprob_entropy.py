@@ -214,6 +214,20 @@ def test_confident_rows_whose_target_is_another(run):
     check(run, logits, ids, **grads)
 
 
+def test_rows_with_columns_far_below_the_maximum(run):
+    """Finite, -inf, before and after a new maximum; and a maximum of -0, beside which a 0 is no larger one."""
+    logits, ids, grads = case(4, 9000)
+    logits[:, 3] = 9.0
+    logits[0, 2000:] -= 250.0
+    logits[1, 1500:3000] = -INF
+    logits[2, 2500:2600] = -200.0
+    logits[2, 7000] = 14.0
+    logits[3] = -torch.relu(logits[3])
+    ids[:] = 3
+    check(run, logits, ids, **grads)
+    check(run, logits.bfloat16(), ids, temperature=0.05, **grads)
+
+
 @pytest.mark.parametrize("margin", [86.0, 90.0, 100.0, 120.0])
 def test_margins_near_underflow(run, margin):
     logits = torch.zeros(1, 5000)
