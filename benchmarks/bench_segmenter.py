@@ -1,44 +1,64 @@
-"""Speed of the segmenter beside what one would write in Python: python -m benchmarks.bench_segmenter [rounds]
+"""Speed of the segmenter beside what one would write in Python, on every dev trace of ../shared/data with Qwen2's tokenizer (at small shapes, and
+where those are not: this repository's documents, a byte a token).
 
-Needs ../shared/data: every dev trace, Qwen2's tokenizer. The Python ways get the same ids and the same markers and need not map their
-boundaries back to tokens nor choose among them, which the segmenter does. Interleaved rounds, lower quartile.
+The Python ways get the same ids and the same markers and need not map their boundaries back to tokens nor choose among them, which the
+segmenter does; so they are no other implementations of it: baselines, which the table sets in italics. Ours must give the same segments on one thread
+and on two, and no segment or sequence outside its limits.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
-from acpo_kernels import Segmenter
+from acpo.policy import byte_tokenizer
+from acpo_kernels import Segmenter, Segments
 from acpo_kernels._token_bytes import token_bytes
 from acpo_kernels.segmenter import ALOUD, MARKERS
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+from . import common
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"
 TRACES = ("traces_r1_math", "traces_r1llama8b_reasoning", "steps_rtseg", "steps_thought_anchors_web")
-VOCAB = 151_936
+VOCAB, LONGEST = 151_936, 256
+CPU = torch.device("cpu")
 
 
-def traces() -> list[str]:
-    texts = []
-    for name in TRACES:
-        with open(DATA / name / "dev.jsonl", encoding="utf-8") as file:
-            texts += [json.loads(line)["trace"] for line in file]
-    return texts
+class Texts:
+    """ids, packed, with their tokenizer."""
+
+    def __init__(self, shapes: str):
+        self.real = shapes != "small" and (DATA / "tokenizer_qwen2").is_dir()
+        self.tokenizer = self.read() if self.real else byte_tokenizer().backend_tokenizer
+        self.vocab = VOCAB if self.real else self.tokenizer.get_vocab_size()
+        texts = []
+        if self.real:
+            for name in TRACES:
+                with open(DATA / name / "dev.jsonl", encoding="utf-8") as file:
+                    texts += [json.loads(line)["trace"] for line in file]
+        else:
+            texts = [path.read_text(encoding="utf-8")[:4000] for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        self.ids = torch.tensor([i for e in encodings for i in e.ids])
+        self.cu = torch.tensor([0, *(len(e.ids) for e in encodings)]).cumsum(0)
+
+    @staticmethod
+    def read():
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(DATA / "tokenizer_qwen2" / "tokenizer.json"))
+
+    def segmenter(self, threads: int) -> Segmenter:
+        return Segmenter.from_tokenizer(self.tokenizer, vocab_size=self.vocab, max_tokens=LONGEST, threads=threads)
 
 
-def packed(tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
-    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return torch.tensor([i for e in encodings for i in e.ids]), torch.tensor([0, *(len(e.ids) for e in encodings)]).cumsum(0)
-
-
-def python_ways(tokenizer, ids: list[list[int]]) -> dict[str, Callable[[], object]]:
+def python_ways(texts: Texts) -> dict[str, Callable[[], object]]:
     """What the segmenter replaces, over the same sequences."""
     import regex
 
@@ -46,71 +66,64 @@ def python_ways(tokenizer, ids: list[list[int]]) -> dict[str, Callable[[], objec
     pattern = regex.compile(
         rf"\n\s*\n|\n|[.!?][\"')*]*\s+(?=[A-Z0-9\"'(\[\\$*_#`])|[\u3002\uff01\uff1f]|(?:{words})\b|</think>|\\boxed\{{|[Aa]nswer(?: is|:)"
     )
-    text = [t.decode("utf-8", "replace") for t in token_bytes(tokenizer)]
-    table = [1.0 if pattern.search(t) else 0.0 for t in text] + [0.0] * (VOCAB - len(text))
-
-    def decode_and_regex():
-        return [[m.end() for m in pattern.finditer(t)] for t in tokenizer.decode_batch(ids, skip_special_tokens=False)]
-
-    def token_table():
-        return [[table[i] for i in sequence] for sequence in ids]
-
-    def decode_and_split():
-        return [t.split("\n\n") for t in tokenizer.decode_batch(ids, skip_special_tokens=False)]
-
-    return {"decode + regex": decode_and_regex, "a table a token, in Python": token_table, "decode + str.split": decode_and_split}
-
-
-def lower_quartiles(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of each call, all of them in turn, round after round; a slow call takes part in three rounds."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):  # the first one warms up
-        for name, call in calls.items():
-            if turn > 3 and times[name][0] > 0.5:
-                continue
-            begin = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - begin)
-    return {name: sorted(t[1:])[(len(t) - 1) // 4] for name, t in times.items()}
-
-
-def main() -> None:
-    from tokenizers import Tokenizer
-
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 30
-    path = DATA / "tokenizer_qwen2" / "tokenizer.json"
-    begin = time.perf_counter()
-    tokenizer = Tokenizer.from_file(str(path))
-    reading = time.perf_counter() - begin
-    begin = time.perf_counter()
-    one = Segmenter.from_tokenizer(tokenizer, vocab_size=VOCAB, threads=1)
-    building = time.perf_counter() - begin
-    two = Segmenter.from_tokenizer(tokenizer, vocab_size=VOCAB, threads=2)
-    ids, cu = packed(tokenizer, traces())
-    sequences = [ids[a:b].tolist() for a, b in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True)]
-    entropy = torch.rand(ids.numel(), generator=torch.Generator().manual_seed(0))
-    found = one.read(ids, cu)
-    batch, batch_cu = torch.cat([ids] * (1 + 512 * 2048 // ids.numel()))[: 512 * 2048], torch.arange(513) * 2048
-    batch_entropy = torch.rand(batch.numel(), generator=torch.Generator().manual_seed(0))
-    calls: dict[str, Callable[[], object]] = {
-        "scores, 1 thread": lambda: one.scores(ids, cu),
-        "scores, 2 threads": lambda: two.scores(ids, cu),
-        "scores + partition, 1 thread": lambda: one(ids, cu),
-        "scores + partition, 2 threads": lambda: two(ids, cu),
-        "partition with entropy after reading, 1 thread": lambda: one(ids, cu, scores=found, entropy=entropy),
-        **python_ways(tokenizer, sequences),
-        "batch of 512 x 2048: all, with entropy, 2 threads": lambda: two(batch, batch_cu, entropy=batch_entropy),
+    text = [t.decode("utf-8", "replace") for t in token_bytes(texts.tokenizer)]
+    table = [1.0 if pattern.search(t) else 0.0 for t in text] + [0.0] * (texts.vocab - len(text))
+    sequences = [texts.ids[a:b].tolist() for a, b in zip(texts.cu[:-1].tolist(), texts.cu[1:].tolist(), strict=True)]
+    decode = texts.tokenizer.decode_batch
+    return {
+        "decode + regex": lambda: [[m.end() for m in pattern.finditer(t)] for t in decode(sequences, skip_special_tokens=False)],
+        "a table a token, in Python": lambda: [[table[i] for i in sequence] for sequence in sequences],
+        "decode + str.split": lambda: [t.split("\n\n") for t in decode(sequences, skip_special_tokens=False)],
     }
-    print(f"{cu.numel() - 1} traces, {ids.numel()} tokens; tokenizer.json read in {reading:.2f} s, segmenter built from it in {building:.2f} s")
-    print(f"load {os.getloadavg()[0]:.2f}")
-    seconds = lower_quartiles(calls, rounds)
-    regex = seconds["decode + regex"]
-    for name, s in seconds.items():
-        tokens = batch.numel() if name.startswith("batch") else ids.numel()
-        ratio = "" if name.startswith("batch") else f"   {regex / s:7.1f} x decode + regex"
-        print(f"  {name:52s}{s * 1e3:10.2f} ms {tokens / s / 1e6:8.2f} M tokens/s{ratio}")
-    print(f"load {os.getloadavg()[0]:.2f}")
 
 
-if __name__ == "__main__":
-    main()
+def why_wrong(found: Segments, again: Segments, cu: Tensor) -> str:
+    if not torch.equal(found.token_offsets, again.token_offsets) or not torch.equal(found.sequence_offsets, again.sequence_offsets):
+        return "one thread cuts elsewhere than two"
+    if not torch.equal(found.token_offsets[found.sequence_offsets], cu):
+        return "segments do not fill their sequences"
+    longest = int(found.lengths.max())
+    return f"a segment of {longest} tokens, at most {LONGEST} allowed" if longest > LONGEST else ""
+
+
+def measured(mode: str, shape: dict, calls: dict[str, Callable[[], object]], wrong: str, baselines: dict[str, str]) -> tuple[list[dict], list[float]]:
+    assert not wrong, f"segmenter {mode}: ours is wrong, nothing was timed: {wrong}"
+    timed = common.interleave(calls, CPU)
+    rows = common.timed_rows({"op": "segmenter", "mode": mode, "shape": shape, "dtype": "int64", "device": "cpu", "threads": 2}, timed, baselines)
+    return rows, timed[next(iter(calls))][0]
+
+
+@pytest.fixture
+def texts(device, shapes) -> Texts:
+    if device.type != "cpu":
+        pytest.skip("runs on the host")
+    return Texts(shapes)
+
+
+def test_segmenter(run, texts):
+    one, two = texts.segmenter(1), texts.segmenter(2)
+    ids, cu = texts.ids, texts.cu
+    calls = {
+        "ours, 2 threads": lambda: two(ids, cu), "ours, 1 thread": lambda: one(ids, cu), "ours, scores alone, 2 threads": lambda: two.scores(ids, cu),
+        "ours, scores alone, 1 thread": lambda: one.scores(ids, cu), **python_ways(texts),
+    }  # fmt: skip
+    baselines = dict.fromkeys(list(calls)[4:], "finds candidates, chooses nothing")
+    shape = {"B": len(cu) - 1, "N": len(ids)}
+    run.record(*measured("scores and partition", shape, calls, why_wrong(two(ids, cu), one(ids, cu), cu), baselines))
+
+
+def test_segmenter_batch(run, texts, shapes):
+    """A step's rollouts with their entropy."""
+    b, length = (512, 2048) if shapes != "small" else (4, 256)
+    ids, cu = texts.ids.repeat(1 + b * length // len(texts.ids))[: b * length], torch.arange(b + 1) * length
+    entropy = torch.rand(len(ids))
+    one, two = texts.segmenter(1), texts.segmenter(2)
+    calls = {"ours, 2 threads": lambda: two(ids, cu, entropy=entropy), "ours, 1 thread": lambda: one(ids, cu, entropy=entropy)}
+    wrong = why_wrong(*(call() for call in calls.values()), cu)
+    run.record(*measured("with entropy", {"B": b, "N": b * length}, calls, wrong, {}))
+
+
+def test_segmenter_build(run, texts):
+    """From a tokenizer in memory, beside reading that tokenizer from its file."""
+    calls = {"ours": lambda: texts.segmenter(2)} | ({"reading tokenizer.json": texts.read} if texts.real else {})
+    run.record(*measured("built from a tokenizer", {"V": texts.vocab}, calls, "", {"reading tokenizer.json": "by the tokenizers library"}))

@@ -87,6 +87,7 @@ class Case:
     ceilings: dict[str, Ceiling] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)  # peers that are not here, and why
     launch_bound: bool = False  # on CUDA: timed as a graph, without emptying the cache
+    curve: str = ""  # the size over which this case is a point of a curve
     budgeted: bool = True  # False: one row, where the budget (how far float32 happened to be off there) is chance
 
     @property
@@ -293,6 +294,20 @@ def measure(case: Case) -> tuple[list[dict], list[float]]:
     return rows, timed[next(filter(is_ours, timed))][0]
 
 
+def timed_rows(common: dict, timed: dict[str, tuple[list[float], str]], baselines: dict[str, str]) -> list[dict]:
+    """Rows of calls whose own file checked ours, the first of them. baselines {name: note} compute something else and are there for scale."""
+    rows, load = [], os.getloadavg()[0]
+    for name, (seconds, clock) in timed.items():
+        first = quartile(seconds)
+        kind = {"kind": "baseline", "note": baselines[name]} if name in baselines else {"kind": "provider", "correct": True}
+        rows.append({
+            **common, "provider": name, **kind, "seconds": first, "spread": quartile(seconds, 0.75) / first - 1, "rounds": len(seconds),
+            "clock": clock, "load": [load, load], "cold": False,
+        })  # fmt: skip
+    _relate(rows)
+    return rows
+
+
 def is_ours(name: str) -> bool:
     return name == "ours" or name.startswith("ours,")
 
@@ -312,7 +327,7 @@ def _verdict(name: str, provider: Provider, case: Case, expected: dict) -> dict:
 def _common(case: Case) -> dict:
     return {
         "op": case.op, "mode": case.mode, "shape": dict(case.shape), "dtype": dtype_text(case.dtype), "device": case.device.type,
-        "threads": torch.get_num_threads(), "cold": not case.launch_bound,
+        "threads": torch.get_num_threads(), "cold": not case.launch_bound, **({"curve": case.curve} if case.curve else {}),
     }  # fmt: skip
 
 

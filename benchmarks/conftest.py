@@ -62,7 +62,9 @@ def pytest_collection_modifyitems(config, items):
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
-            if config.getoption("--benchmark"):
+            if item.path.stem == "bench_scaling" and "scaling" not in config.option.keyword:
+                item.add_marker(pytest.mark.skip(reason="curves are measured with -k scaling"))
+            elif config.getoption("--benchmark"):
                 item.add_marker(pytest.mark.benchmark(timer=REPLAY.clock, group=item.path.stem.removeprefix("bench_")))
             else:
                 item.add_marker(pytest.mark.skip(reason="measures only with --benchmark"))

@@ -2,8 +2,8 @@
 
     python -m benchmarks.report results/*.json [--out FOLDER]
 
-Prints one table a file and draws ratios.png (time over ours) and roofline.png (rate over operational intensity, with the ceilings of
-the same run). A row whose result was wrong or not checked is refused: it is neither printed as a time nor drawn but named below the
+Prints one table a file and draws ratios.png (time over ours), roofline.png (rate over operational intensity, with the ceilings of the same
+run) and, of rows of bench_scaling.py, scaling.png. A row whose result was wrong or not checked is refused: it is neither printed as a time nor drawn but named below the
 table, and where it carries a time all the same, or is ours, the exit status is 1.
 """
 
@@ -109,7 +109,7 @@ def _cells(row: dict) -> tuple[str, ...]:
     else:
         rate = f"{row['gb_s']:.1f} GB/s" if row.get("gb_s") else ""
     return (
-        f"{row['op']} {row['mode']}", _shape(row), row["dtype"], f"*{row['provider']}*" if row["kind"] == "ceiling" else row["provider"],
+        f"{row['op']} {row['mode']}", _shape(row), row["dtype"], f"*{row['provider']}*" if row["kind"] in ("ceiling", "baseline") else row["provider"],
         time_text(row["seconds"]), f"{row['ratio']:.2f}", rate, f"{row['percent']:.0f} %" if row.get("percent") else "",
         "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB", "" if row.get("error") is None else f"{row['error']:.1e}",
         f"{row['rounds']}, {100 * row['spread']:.0f} %",
@@ -132,7 +132,7 @@ def load(path: str | Path) -> tuple[dict, list[dict]]:
 
 
 def draw(rows: list[dict], folder: Path, title: str) -> list[Path]:
-    """ratios.png and roofline.png of the rows that were checked."""
+    """ratios.png, roofline.png and, where there are curves, scaling.png of the rows that were checked."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -175,6 +175,24 @@ def draw(rows: list[dict], folder: Path, title: str) -> list[Path]:
         axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(paths[1], dpi=150)
+    curves = sorted({(row["op"] + " " + row["mode"], row["curve"]) for row in rows if row.get("curve")})
+    if curves:
+        paths.append(folder / "scaling.png")
+        figure, axes = plt.subplots(-(-len(curves) // 3), 3, figsize=(12, 3 * -(-len(curves) // 3)), squeeze=False)
+        for axis, (case, along) in zip(axes.flat, curves, strict=False):
+            own = [row for row in rows if row.get("curve") == along and f"{row['op']} {row['mode']}" == case and row["kind"] == "provider"]
+            for provider in sorted({row["provider"] for row in own}, key=lambda p: (not p.startswith("ours"), p)):
+                points = sorted(
+                    ((row["threads"] if along == "threads" else row["shape"][along]), row["seconds"]) for row in own if row["provider"] == provider
+                )
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=provider)
+            axis.set(xscale="log", yscale="log", xlabel=along, ylabel="seconds", title=case)
+            axis.title.set_size(8)
+            axis.legend(fontsize=6)
+        for axis in axes.flat[len(curves) :]:
+            axis.set_visible(False)
+        figure.tight_layout()
+        figure.savefig(paths[-1], dpi=150)
     plt.close("all")
     return paths
 
