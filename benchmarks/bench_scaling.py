@@ -50,7 +50,9 @@ def test_scaling_threads(curve, device, threads):
     if device.type == "cuda":
         pytest.skip("of the CPU")
     torch.set_num_threads(threads)
-    curve("threads", bench_logprob_entropy.case(64, V, torch.bfloat16, "forward", device))
+    case = bench_logprob_entropy.case(64, V, torch.bfloat16, "forward", device)
+    case.shape["threads"] = threads
+    curve("threads", case)
 
 
 @pytest.mark.parametrize("n", LENGTHS)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 ROUNDS = 30
-SECONDS = 4.0  # a call takes part in fewer than ROUNDS rounds when they would cost more than this; its row says in how many
+SECONDS = 2.0  # a call takes part in fewer than ROUNDS rounds when they would cost more than this; its row says in how many
 LEAST_ROUNDS = 3
 SHORTEST = 2e-4  # seconds between two readings of the clock: shorter calls are repeated between them
 HEAD_START = 2_000_000  # GPU cycles, a millisecond: the host has launched a call before the GPU reaches it

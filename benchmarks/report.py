@@ -3,8 +3,9 @@
     python -m benchmarks.report results/*.json [--out FOLDER]
 
 Prints one table a file and draws ratios.png (time over ours), roofline.png (rate over operational intensity, with the ceilings of the same
-run) and, of rows of bench_scaling.py, scaling.png. A row whose result was wrong or not checked is refused: it is neither printed as a time nor drawn but named below the
-table, and where it carries a time all the same, or is ours, the exit status is 1.
+run) and, of rows of bench_scaling.py, scaling.png. A row whose result was wrong or not checked is refused: it is neither printed as a time
+nor drawn but named below the table, and where it carries a time all the same, or is ours, the exit status is 1. Italics are no providers:
+ceilings, and baselines that compute something else.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ COLUMNS = ("operation", "shape", "dtype", "provider", "lower quartile", "x ours"
 
 
 def refused(rows: list[dict]) -> list[dict]:
-    """Providers whose result was wrong, or that carry a time without a check."""
-    return [row for row in rows if row["kind"] in ("provider", "ceiling") and row.get("correct") is not True]
+    """Rows whose result was wrong, or that carry a time without a check."""
+    return [row for row in rows if row["kind"] in ("provider", "ceiling", "part") and row.get("correct") is not True]
 
 
 def table(rows: list[dict]) -> str:
     """Markdown: the timed rows, and beneath them what is absent and what was refused."""
-    parts = [row for row in rows if row["kind"] == "part"]
-    rows = [row for row in rows if row["kind"] != "part"]
     bad = refused(rows)
-    lines = [
-        line for outcomes in dict.fromkeys(row["outcomes"] for row in parts) for line in step_table([r for r in parts if r["outcomes"] == outcomes])
-    ]
+    parts = [row for row in rows if row["kind"] == "part"]
+    rows = [row for row in rows if row["kind"] != "part" or row in bad]
+    lines = []
+    for outcomes in dict.fromkeys(row["outcomes"] for row in parts):
+        own = [row for row in parts if row["outcomes"] == outcomes]
+        lines += [] if any(row in bad for row in own) else step_table(own)
     timed = [row for row in rows if "seconds" in row and row not in bad]
     if timed:
         lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
@@ -109,7 +111,7 @@ def _cells(row: dict) -> tuple[str, ...]:
     else:
         rate = f"{row['gb_s']:.1f} GB/s" if row.get("gb_s") else ""
     return (
-        f"{row['op']} {row['mode']}", _shape(row), row["dtype"], f"*{row['provider']}*" if row["kind"] in ("ceiling", "baseline") else row["provider"],
+        f"{row['op']} {row['mode']}", _shape(row), row["dtype"], row["provider"] if row["kind"] == "provider" else f"*{row['provider']}*",
         time_text(row["seconds"]), f"{row['ratio']:.2f}", rate, f"{row['percent']:.0f} %" if row.get("percent") else "",
         "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB", "" if row.get("error") is None else f"{row['error']:.1e}",
         f"{row['rounds']}, {100 * row['spread']:.0f} %",
@@ -182,9 +184,7 @@ def draw(rows: list[dict], folder: Path, title: str) -> list[Path]:
         for axis, (case, along) in zip(axes.flat, curves, strict=False):
             own = [row for row in rows if row.get("curve") == along and f"{row['op']} {row['mode']}" == case and row["kind"] == "provider"]
             for provider in sorted({row["provider"] for row in own}, key=lambda p: (not p.startswith("ours"), p)):
-                points = sorted(
-                    ((row["threads"] if along == "threads" else row["shape"][along]), row["seconds"]) for row in own if row["provider"] == provider
-                )
+                points = sorted((row["shape"][along], row["seconds"]) for row in own if row["provider"] == provider)
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=provider)
             axis.set(xscale="log", yscale="log", xlabel=along, ylabel="seconds", title=case)
             axis.title.set_size(8)
@@ -217,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
     timed = any("seconds" in row for row in everything)
     for path in draw(everything, out, "; ".join(dict.fromkeys(titles))) if timed else ():
         print(path)
-    return 1 if any("seconds" in row or row["provider"].startswith("ours") for row in refused(everything)) else 0
+    return 1 if any("seconds" in row or row["kind"] == "part" or row["provider"].startswith("ours") for row in refused(everything)) else 0
 
 
 if __name__ == "__main__":

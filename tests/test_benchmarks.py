@@ -7,14 +7,18 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
+import types
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from acpo_kernels import logprob_entropy, reference
-from benchmarks import accuracy, common, peers, report
+from acpo_kernels import Segments, logprob_entropy, reference
+from benchmarks import accuracy, bench_segmenter, common, peers, report
+from benchmarks.peers import fetch
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -177,13 +181,156 @@ def test_accuracy_measures_what_it_says():
 
 
 def test_accuracy_says_where_ours_is_behind():
-    values = {"ours, avx2": 1e-3, "reference, float32": 0.0, "eager": 1.0, "TRL": 1e-7}
-    line = "margin 40, logp: ours, avx2 1.0e-03, TRL 1.0e-07"
+    values = {"ours, avx2": 1e-3, "float32": 0.0, "eager": 1.0, "TRL": 1e-7, "reference, float32": 1e-3}
 
-    def verdict(**changed):
-        return accuracy.not_best({"margin 40": {"logp": {**values, **changed}}})
+    def verdict(what="margin 40", quantity="logp", **changed):
+        return accuracy.not_best({what: {quantity: {**values, **changed}}})
 
-    assert verdict() == ([line], [])
-    assert verdict(**{"reference, float32": 8e-4}) == ([], [line])
-    assert verdict(**{"ours, avx2": 2e-7}) == ([], [])
-    assert len(verdict(**{"ours, avx2": float("nan")})[0]) == 1
+    assert verdict() == ["margin 40, logp: ours, avx2 1.0e-03, float32 0.0e+00"]
+    assert verdict(**{"float32": 1e-7}) == ["margin 40, logp: ours, avx2 1.0e-03, float32 1.0e-07"], "the reference is no excuse"
+    assert verdict(**{"ours, avx2": 2e-7}) == []
+    assert verdict(**{"products alone": 4e-4}) != [] and verdict(**{"products alone": 6e-4}) == [], "twice what the products bring"
+    assert verdict("bf16 logits", "gradient") == [] and verdict("bf16 logits", "logp") != [], "stored as bfloat16"
+    assert len(verdict(**{"ours, avx2": float("nan"), "products alone": 1.0})) == 1
+
+
+def test_accuracy_marks_every_column_by_the_same_rule():
+    found = {"ours": 3e-5, "TRL": 1e-5, "eager": 1e-3, "products alone": 2e-5, "cce": float("nan")}
+    header, _, row = accuracy.table({"far": {"logp": found}}).splitlines()
+    assert header == "| input | | ours | products alone | TRL | eager | cce |"
+    assert row == "| far | logp | **3e-5** | 2e-5 | **1e-5** | 1e-3 | NaN |"
+
+
+def test_products_alone_are_the_least_that_float32_products_bring():
+    torch.manual_seed(0)
+    hidden, weight, ids = torch.randn(8, 64), torch.randn(500, 64) * 0.2, torch.randint(500, (8,))
+    errors = accuracy.linear_errors(accuracy.ProductsAlone.apply, hidden, weight, ids)
+    assert set(errors) == {"logp", "entropy", "dHidden", "dW"} and 0 < max(errors.values()) < 1e-5
+    exact = accuracy.linear_errors(accuracy.ProductsAlone.apply, hidden.round(), weight.round(), ids)
+    assert exact["logp"] < 1e-15, "products of small integers are exact, and all else is in float64"
+
+
+# --- the whole step -----------------------------------------------------------------------------------------------------------------
+
+
+def step_rows(**changed: float) -> list[dict]:
+    acpo = {"rollout": 1.0, "score": 0.1, "hindsight": 0.05, "information": 0.17, "segment": 0.002, "attribute": 0.004, "credit": 0.0, "update": 0.5,
+            "optimizer": 0.3, "rest": 0.001}  # fmt: skip
+    grpo = {**acpo, "score": 0.2, "hindsight": 0.0, "information": 0.0, "attribute": 0.0} | changed
+    common = {"op": "step", "shape": {"B": 4, "N": 100}, "outcomes": "mixed", "dtype": "float32", "device": "cpu", "threads": 2, "rounds": 5,
+              "read": 0.5, "correct": True, "kind": "part"}  # fmt: skip
+    modes = {"acpo": acpo, "grpo": grpo, "trl": {"score": 1.0, "update": 2.0}}
+    return [{**common, "mode": m, "provider": part, "note": part, "part_seconds": s} for m, parts in modes.items() for part, s in parts.items()]
+
+
+def test_the_step_table_by_hand():
+    """GRPO's step is 2.003 s; the extra forward is half of its scoring, 0.1 s; scoring in all took 0.02 s more than both, the rest 0.004."""
+    text = report.table(step_rows())
+    assert "| information | information |  | 170 ms |  | 8.49 % | 16.95 % |" in text
+    assert "| sum |  | 2 s | 2.13 s | 3 s | 6.19 % | 12.36 % |" in text
+    assert "at the price of the scoring forward a token: 100 ms, 5.0 % of the GRPO step, 10.0 % without rollouts." in text
+    assert "All else that ACPO adds before the loss: 24 ms, 1.2 % and 2.4 %; of it the information kernel, beyond that forward, 20 ms." in text
+    assert "TRL on the same rollouts, without them: 3 s (5 measured), 4.29x GRPO's same parts, 2.66x the whole ACPO step." in text
+
+
+def test_parts_that_were_not_checked_are_refused(tmp_path):
+    rows = step_rows()
+    rows[3] |= {"correct": False, "why": "other rollouts"}
+    text = report.table(rows)
+    assert "| sum |" not in text and "refused: step acpo B=4 N=100 float32 information: other rollouts" in text
+    (tmp_path / "step.json").write_text(json.dumps({"benchmarks": [{"extra_info": {"rows": rows}}]}))
+    assert report.main([str(tmp_path / "step.json")]) == 1
+
+
+# --- files and plots ----------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_kept_case_by_case_and_session_by_session(tmp_path):
+    out = tmp_path / "rows.json"
+    for expression in ("segment_credit and weights and size0", "segment_credit and additive and size0"):
+        result = run_pytest("--benchmark", "--shapes", "small", "--threads", "1", "-k", expression, f"--rows={out}")
+        assert result.returncode == 0, result.stdout + result.stderr
+    environment, rows = report.load(out)
+    assert {row["op"] for row in rows} == {"segment_credit weights", "segment_credit additive"}
+    assert {"commit", "torch", "peers"} <= environment.keys() and not list(tmp_path.glob("*.writing"))
+
+
+def test_the_gpu_script_measures_a_case_and_names_a_wrong_option(tmp_path):
+    script = ["bash", str(ROOT / "benchmarks" / "gpu.sh")]
+    wrong = subprocess.run([*script, "--wrong"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "--dry-run" in wrong.stderr
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = [*script, "--dry-run", "--out", str(tmp_path / "out"), "--only", "segment_credit and weights and size0"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "| segment_credit weights forward |" in result.stdout
+    assert {"benchmarks.json", "benchmarks.log", "table.md", "ratios.png", "roofline.png"} <= {p.name for p in (tmp_path / "out").iterdir()}
+
+
+def test_plots_leave_out_what_was_refused(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = []
+    barh = Axes.barh
+    monkeypatch.setattr(Axes, "barh", lambda self, labels, *a, **k: (drawn.extend(labels), barh(self, labels, *a, **k))[1])
+    monkeypatch.setattr(common, "ROUNDS", 3)
+    rows, _ = common.measure(case_of({"ours": logprob_entropy, "peer": reference.logprob_entropy, "other": reference.logprob_entropy}))
+    for row in rows:
+        row["curve"] = "N"
+        row["correct"] = row["provider"] != "other"
+    assert [p.name for p in report.draw(rows, tmp_path, "a title")] == ["ratios.png", "roofline.png", "scaling.png"]
+    assert [label.rsplit(": ", 1)[1] for label in drawn] == ["peer"]
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5_000 for name in ("ratios", "roofline", "scaling"))
+
+
+def test_percents_name_every_ceiling():
+    rows = [
+        {"provider": n, "kind": k, "seconds": s, "gb_s": 1 / s}
+        for n, k, s in (("ours", "provider", 2.0), ("copy", "ceiling", 1.0), ("amax", "ceiling", 0.5))
+    ]
+    common._relate(rows)
+    assert rows[0]["percents"] == {"copy": 50.0, "amax": 25.0} and rows[0]["percent"] == 25.0
+
+
+# --- peers by path ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_peer_by_path_needs_its_folder_and_its_file(tmp_path, monkeypatch):
+    monkeypatch.delenv("ACPO_PEER_FILES", raising=False)
+    peers.by_path.cache_clear()
+    with pytest.raises(peers.Absent, match=r"ACPO_PEER_FILES does not name a folder that holds a/b\.py"):
+        peers.by_path("a/b.py")
+    monkeypatch.setenv("ACPO_PEER_FILES", str(tmp_path))
+    with pytest.raises(peers.Absent, match=r"no such file: .*a/b\.py"):
+        peers.by_path("a/b.py")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.py").write_text("from no_such_package_there.part import value\n")
+    with pytest.raises(peers.Absent, match=r"a/b\.py does not import: ModuleNotFoundError"):
+        peers.by_path("a/b.py")
+    (tmp_path / "a" / "b.py").write_text("from acpopeer.part import value\n")
+    part = types.ModuleType("acpopeer.part")
+    part.value = 7
+    assert peers.by_path("a/b.py", acpopeer=types.ModuleType("acpopeer"), acpopeer_part=part).value == 7
+    assert not {"acpopeer", "acpopeer.part"} & sys.modules.keys(), "stubs do not stay behind"
+    peers.by_path.cache_clear()
+
+
+def test_fetch_reads_one_file_of_a_wheel_and_of_a_source_package(tmp_path):
+    with zipfile.ZipFile(tmp_path / "p-1.whl", "w") as wheel:
+        wheel.writestr("p/q.py", "x = 1")
+    (tmp_path / "q.py").write_text("x = 2")
+    with tarfile.open(tmp_path / "p-1.tar.gz", "w:gz") as source:
+        source.add(tmp_path / "q.py", "p-1/p/q.py")
+    assert fetch.member(tmp_path / "p-1.whl", "p/q.py") == b"x = 1" and fetch.member(tmp_path / "p-1.tar.gz", "p/q.py") == b"x = 2"
+
+
+def test_the_segmenter_benchmark_refuses_segments_that_differ_or_do_not_fit():
+    def segments(tokens, sequences):
+        return Segments(torch.tensor(tokens), torch.tensor(sequences))
+
+    whole, cu = segments([0, 3, 5, 9], [0, 2, 3]), torch.tensor([0, 5, 9])
+    assert bench_segmenter.why_wrong(whole, whole, cu) == ""
+    assert "one thread" in bench_segmenter.why_wrong(whole, segments([0, 2, 5, 9], [0, 2, 3]), cu)
+    assert "do not fill" in bench_segmenter.why_wrong(whole, whole, torch.tensor([0, 6, 9]))
+    long = segments([0, 300], [0, 1])
+    assert "300 tokens" in bench_segmenter.why_wrong(long, long, torch.tensor([0, 300]))
