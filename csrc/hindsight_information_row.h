@@ -17,9 +17,10 @@
 // The plain form cancels. Each lane's sums over a block have a relative error of the exponential (1.1e-7 at most, e = 5e-8 in the root mean
 // square) and of float32 sums. Where errors are independent, those of lanes A_i with the mass A = sum e_p + R sum e_q add up to
 // e sqrt(sum A_i^2) <= e sqrt(max A_i x A). So a block may be summed plainly if afterwards, K being the divergence so far,
-//   K - k^2 M >= A / 24 with A of all plain blocks so far,   and   K - k^2 M >= 2 A_i of each lane of this block;
-// K never falls, so that at the end these blocks have added at most e sqrt(24 / 2) K = 1.7e-7 K. Errors are not independent where the logits
-// have few values or lie close together, which the exponential rounds alike (then the bound is 24 e K). So besides
+//   K - k^2 M >= A / 24 with A of all plain blocks so far,   and   K - k^2 M >= 2 A_i of each lane of this block.
+// K - h(k) M is the least of sum e_p h(D) over all centres, a sum of non-negative terms: it never falls, so that at the end these blocks have
+// added at most about e sqrt(24 / 2) = 1.7e-7 of it. Errors are not independent where the logits have few values or lie close together,
+// which the exponential rounds alike (then the bound is 24 e). So besides
 // * the blocks that were summed carefully were summed plainly too, and the two forms must agree to 1e-7 over all of them (Trust),
 // * of a sample of the block's neighbouring columns no more than a sixteenth lie within T / 32 of each other (crowded).
 // What does not pass is summed again, carefully, from the L1 or L2. What a block would have been allowed is what the next one tries first.
@@ -38,8 +39,8 @@ namespace acpo {
 namespace {
 
 constexpr float NEAR = 1.0f;  // D^2 below which the series is used
-constexpr double PLAIN = 1.0 / 24.0, AGREE = 1e-7;
-constexpr int CROWD = 16;
+constexpr double PLAIN = 1.0 / 24.0, AGREE = 1e-7;  // divergence over mass, difference over divergence
+constexpr int CROWD = 16;                           // one neighbouring pair in so many may lie close together
 
 // Of at most a group, in float32.
 struct Terms {

@@ -2,15 +2,15 @@
 // maximum m and the temperature T,
 //   rest     = sum of exp((x_j - m) / T) over all j but ONE that holds the maximum    so that a confident row does not lose it
 //   weighted = sum of exp((x_j - m) / T) (m - x_j) >= 0                               beside 1
-// The row is walked once in groups of 32 vectors that stay in L1: is there a larger maximum, then the group's sums against
-// the running one, whose rare changes rescale what was summed. Sums are float32 in 2 accumulators x lanes that are emptied
-// after 16 additions, and their sums after 8 (equal terms all round the same way, and their errors add up); from there on
-// sums are double.
+// The row is walked once in groups of 32 vectors: each is summed against the maximum so far, and again, slowly, where it turns out to hold
+// a larger one, whose rare changes rescale what was summed before. Sums are float32 in one accumulator of lanes, to which pairs are added,
+// emptied after 16 additions, and their sums after 8 (equal terms all round the same way, and their errors add up); from there on sums
+// are double.
 //
-// The price of a vector: 1 max, sub, max, 10 for the exponential (fma, sub, fms, fma; 5 fma; scale), add, fma: 15
-// instructions on two 512-bit ports, 7.5 cycles, 8.1 at the clock of 512-bit arithmetic (0.93 of the scalar one, Sapphire
-// Rapids at 4.15 GHz); 9.2 measured on a row in L2, 2.2 ns. bf16 adds a shift and an and for two vectors, twice.
-// Reading 64 bytes takes a core 1.5 ns from L3 (39 MB) and 3.4 to 4 ns from DRAM (311 MB).
+// The price of a vector, AVX-512: sub, a maximum of bits, 10 for the exponential (fma, sub, fms, fma; fma, mul, fma; permute, shift, add),
+// add, fma: 14 instructions, 7 of them for the two multipliers. Zen 4, which does two 512-bit instructions a cycle, one of them an fma:
+// 7 cycles at least, 9.5 measured on rows in L3 (3.67 GHz). bf16 adds a shift and an and for two vectors. Reading 64 bytes takes a core
+// 4 cycles from L3 and 11 from DRAM, both cores reading.
 //
 // Compiled once per instruction set: internal linkage, and no inline function of the standard library (see floats.h).
 #pragma once
