@@ -70,10 +70,10 @@ def place(problem: Problem, seed: int) -> float:
 
 def split(found: list[Problem], held_out: float, seed: int) -> tuple[list[Problem], list[Problem]]:
     """(training, held out), in the order of the data. A share holds out the places below it. A number n holds out at most n problems (more only where
-    the last question stands there several times): the smallest places below a fifth. Either way the very smallest in any case."""
+    the last question stands there several times): the smallest places below a fifth, and the very smallest in any case."""
     places = [place(p, seed) for p in found]
     if held_out < 1:
-        limit = max(held_out, math.nextafter(min(places, default=0.0), 1.0))
+        limit = held_out
     else:
         ordered = sorted(places)
         below = [x for x in ordered[: int(held_out)] if x < FIFTH] or ordered[:1]

@@ -23,7 +23,7 @@ SHORT = ((127, 129), (3, 0, 1), (), (1025,))
 def everything_on(device):
     torch.set_default_device(device)
     yield
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)  # "cpu" would leave a function mode behind
 
 
 def case(seed: int = 0, lengths=LENGTHS, terminal=TERMINAL):
