@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,14 +29,16 @@ class Policy(nn.Module):
     """One module from prompts and responses to log-probs or a loss, so that DDP and FSDP see every parameter.
 
     Rollouts go through the body right-padded: under causal attention no real token sees the padding, so no mask is needed, and the
-    padding is dropped before the head.
+    padding is dropped before the head. packed=True: one behind the other in a single row without padding, told apart by positions
+    that begin anew (flash attention: its variable-length kernel; sdpa: a mask of N x N).
     """
 
-    def __init__(self, model: nn.Module, pad_id: int, dtype: torch.dtype = torch.float32):
+    def __init__(self, model: nn.Module, pad_id: int, dtype: torch.dtype = torch.float32, packed: bool = False):
         super().__init__()
         self.model = model
         self.pad_id = pad_id
         self.dtype = dtype
+        self.packed = packed
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or not head.weight.is_floating_point() or "float8" in str(head.weight.dtype):
             raise ConfigError(f"policy: the head must be a plain linear layer (no LoRA, no fp8), got {type(head).__name__}")
@@ -84,12 +87,30 @@ class Policy(nn.Module):
     def hidden(self, prompts: list[list[int]], responses: list[Tensor]) -> Tensor:
         """The hidden states [N,H] that predict the response tokens."""
         rows = [torch.cat([torch.tensor(p, device=r.device, dtype=r.dtype), r]) for p, r in zip(prompts, responses, strict=True)]
+        if self.packed:
+            return self._packed_hidden(rows, [len(p) for p in prompts])
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id).to(self.device)
         start = torch.tensor([len(p) - 1 for p in prompts], device=self.device).unsqueeze(1)
         end = start + torch.tensor([len(r) for r in responses], device=self.device).unsqueeze(1)
         at = torch.arange(ids.shape[1], device=self.device)
         with self.precision():
             return pack(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state, (at >= start) & (at < end))
+
+    def _packed_hidden(self, rows: list[Tensor], starts: list[int]) -> Tensor:
+        lengths = [len(r) for r in rows]
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        ends = torch.tensor([0, *itertools.accumulate(lengths)])
+        # Row t predicts token t + 1: the rows of a response are those from the end of its prompt to the token before its last.
+        chosen = torch.cat([torch.arange(e + s - 1, e + n - 1) for e, s, n in zip(ends.tolist(), starts, lengths, strict=False)])
+        extra = {}
+        if self.model.config._attn_implementation.startswith("flash_attention"):  # otherwise read back from the positions, in every layer
+            offsets = ends.to(self.device, torch.int32)
+            extra = dict(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=max(lengths), max_length_k=max(lengths))
+        with self.precision():
+            out = self.model.base_model(
+                input_ids=torch.cat(rows).unsqueeze(0).to(self.device), position_ids=positions.unsqueeze(0).to(self.device), use_cache=False, **extra
+            ).last_hidden_state[0]
+        return out[chosen.to(self.device)]
 
     @torch.no_grad()
     def branch_logp(self, packed: list[Packed], ids: list[Tensor], temperature: float) -> list[Tensor]:
@@ -147,7 +168,8 @@ def build(config: Config) -> tuple[Policy, object]:
         raise ConfigError(
             f"policy: the tokenizer has {len(tokenizer)} entries and the model only {model.get_output_embeddings().weight.shape[0]} logits"
         )
-    return Policy(model.to(device), tokenizer.pad_token_id, getattr(torch, settings.dtype)), tokenizer
+    packed = settings.packing == "packed" or (settings.packing == "auto" and settings.attention == "flash_attention_2")
+    return Policy(model.to(device), tokenizer.pad_token_id, getattr(torch, settings.dtype), packed), tokenizer
 
 
 def _device(name: str) -> torch.device:

@@ -227,7 +227,7 @@ class Trainer:
         temperature, size = self.config.rollout.temperature, self.config.rollout.group_size
         rows = batch.sequence["hindsight"] = self.attributors.looks("hindsight", outcome)
         looked_at = set(rows.nonzero().flatten().tolist())
-        for part in batch.micro_batches(list(range(len(batch))), self.config.trainer.micro_batch_tokens):
+        for part in batch.micro_batches(list(range(len(batch))), self.config.trainer.micro_batch_tokens, self.policy.packed):
             hidden = self.policy.hidden([batch.prompts[b] for b in part], batch.responses(part))
             logp, entropy = self.policy.score(hidden, torch.cat(batch.responses(part)), temperature)
             batch.put(part, old_logp=logp, entropy=entropy, **({"hidden": hidden} if self.attributors.head is not None else {}))
@@ -292,7 +292,7 @@ class Trainer:
 
     @torch.no_grad()
     def _reference_logp(self, batch: Batch) -> None:
-        for part in batch.micro_batches(list(range(len(batch))), self.config.trainer.micro_batch_tokens):
+        for part in batch.micro_batches(list(range(len(batch))), self.config.trainer.micro_batch_tokens, self.policy.packed):
             hidden = self.reference.hidden([batch.prompts[b] for b in part], batch.responses(part))
             batch.put(part, ref_logp=self.reference.score(hidden, torch.cat(batch.responses(part)), self.config.rollout.temperature).logp)
         self.counters["tokens/forward_extra"] += batch.segments.num_tokens + sum(map(len, batch.prompts))
@@ -313,7 +313,7 @@ class Trainer:
             lengths = batch.segments.cu_seqlens.diff()
             tokens = sum(batch.lengths[b] for b in rows)
             self.optimizer.zero_grad(set_to_none=True)
-            for part_rows in batch.micro_batches(rows, config.trainer.micro_batch_tokens):
+            for part_rows in batch.micro_batches(rows, config.trainer.micro_batch_tokens, self.policy.packed):
                 part = batch.select(part_rows)
                 if loss_config.denominator == "tokens":
                     denominator: float | Tensor = float(max(tokens, 1))
