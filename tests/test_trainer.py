@@ -21,7 +21,7 @@ import pytest
 import torch
 from loop import parameters, records, rolled_out, settings, steps, trainer_of, without_times, write_config
 
-from acpo import checkpoint, config
+from acpo import checkpoint, config, state
 from acpo import trainer as module
 from acpo.batch import Batch
 from acpo.config import METHODS, ConfigError, value_of
@@ -51,7 +51,7 @@ def test_a_step_as_the_parts_say(tmp_path, warmed):
     texts = trainer.tokenizer.batch_decode(batch.responses(), skip_special_tokens=True)
     for b, (prompt, text) in enumerate(zip(batch.prompts, texts, strict=True)):
         assert prompt == batch.prompts[b // size * size]
-        problem = next(p for p in trainer.train_problems if trainer._prompt(p.prompt) == prompt)
+        problem = next(p for p in trainer.train_problems if trainer.prompts.prompt(p.prompt) == prompt)
         assert outcome[b] == (re.findall("^A(.*)$", text, re.M)[-1:] == [problem.answer])
     torch.testing.assert_close(batch.token["old_logp"], batch.token["rollout_logp"], rtol=0, atol=1e-5)
     # Lines are steps, the answer is the terminal segment and nothing else is.
@@ -79,7 +79,7 @@ def test_a_step_as_the_parts_say(tmp_path, warmed):
 def test_the_place_of_the_answer_line(tmp_path, ids, start):
     """Counted in tokens: a policy may sample the padding token, which a decoder leaves out."""
     trainer = trainer_of(tmp_path)
-    batch = trainer_batch(torch.tensor(ids(trainer._encode)))
+    batch = trainer_batch(torch.tensor(ids(trainer.prompts.encode)))
     trainer._segment(batch)
     assert batch.segments.terminal.tolist() == [start is not None]
     assert start is None or batch.segments.token_offsets[-2].item() == start
@@ -103,7 +103,7 @@ def test_hindsight_acts_on_groups_without_variance_and_is_measured_on_the_others
         assert looks[same].all() and (looks.all() if boundaries == 0 else int(looks[~same].sum()) == int((~same).sum()) // 2)
         touched = (batch.token["kl"] != 0) & ~looks[batch.segments.sequence_ids()]
         assert not touched.any()
-        extra = sum(batch.lengths[b] + len(trainer._hinted(problem_of(trainer, batch, b))) for b in looks.nonzero().flatten().tolist())
+        extra = sum(batch.lengths[b] + len(trainer.prompts.hinted(problem_of(trainer, batch, b))) for b in looks.nonzero().flatten().tolist())
         assert trainer.counters["tokens/forward_extra"] - before == extra
     fixed = trainer_of(tmp_path / "fixed", "attribution.source=hindsight", "credit.mask=none", "attribution.reliability=1", weights=warmed)
     batch, outcome, attribution, _, _ = rolled_out(fixed)
@@ -127,7 +127,7 @@ def test_which_rollouts_hindsight_looks_at_changes_no_score(tmp_path, warmed):
 
 
 def problem_of(trainer, batch, b):
-    return next(p for p in trainer.train_problems if trainer._prompt(p.prompt) == batch.prompts[b])
+    return next(p for p in trainer.train_problems if trainer.prompts.prompt(p.prompt) == batch.prompts[b])
 
 
 # --- (a) micro-batches --------------------------------------------------------------------------------------------------------------
@@ -307,10 +307,10 @@ def test_killed_at_any_instant_and_continued_ends_the_same(tmp_path, finished_ru
 
 def trainer_of_run(run: Path) -> Trainer:
     """A trainer that takes a copied run for its own."""
-    for state in (run / "checkpoints").glob("*/state.json"):
-        content = json.loads(state.read_text())
+    for path in (run / "checkpoints").glob("*/state.json"):
+        content = json.loads(path.read_text())
         content["config"]["run_dir"] = str(run)
-        state.write_text(json.dumps(content))
+        path.write_text(json.dumps(content))
     chosen = config.load(run / "config.yaml", [f"run_dir={run}"])
     return Trainer(chosen, Run(chosen))
 
@@ -412,11 +412,11 @@ def test_a_policy_that_blows_up_is_one_clear_error(tmp_path, warmed, minibatches
 
 def test_weights_that_are_not_numbers_are_not_saved(tmp_path, warmed):
     trainer = trainer_of(tmp_path, weights=warmed)
-    trainer._save("step-1")
+    state.save(trainer, "step-1")
     with torch.no_grad():
         trainer.policy.model.model.norm.weight[3] = float("inf")
     with pytest.raises(TrainingError, match=r"the policy's weights are not finite .* the last checkpoint stands"):
-        trainer._save("step-2")
+        state.save(trainer, "step-2")
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-1"]
 
 
@@ -477,9 +477,9 @@ def test_every_source_form_and_control_resumes_to_the_same_numbers(tmp_path, war
     common = ("rollout.group_size=8", "trainer.steps=4", "stages.switch_share=0.5", "attribution.reliability=0.7", *own)
     whole, broken = trainer_of(tmp_path / "a", *common, weights=warmed), trainer_of(tmp_path / "b", *common, weights=warmed)
     first, second = steps(whole, 4), steps(broken, 2)
-    broken._save("step-2")
+    state.save(broken, "step-2")
     again = trainer_of(tmp_path / "b", *common)
-    again._resume()
+    state.resume(again)
     second += steps(again, 2)
     assert [without_times(m) for m in first] == [without_times(m) for m in second]
     assert all(torch.equal(parameters(whole)[n], p) for n, p in again.policy.named_parameters())
