@@ -22,7 +22,7 @@
 // added at most about e sqrt(24 / 2) = 1.7e-7 of it. Errors are not independent where the logits have few values or lie close together,
 // which the exponential rounds alike (then the bound is 24 e). So besides
 // * the blocks that were summed carefully were summed plainly too, and the two forms must agree to 1e-7 over all of them (Trust),
-// * of a sample of the block's neighbouring columns no more than a sixteenth lie within T / 32 of each other (crowded).
+// * of a sample of the block's columns no more than a sixteenth lie within T / 32 of their neighbour, or of the one half a group before (crowded).
 // What does not pass is summed again, carefully, from the L1 or L2. What a block would have been allowed is what the next one tries first.
 //
 // Memory: each logit is read once from DRAM or L3, and again from L1 or L2 (up to 2 x 16 KB) where its group has a new maximum or its
@@ -279,14 +279,16 @@ struct PairWalk {
   template <class T>
   static bool crowded(const T* x, int groups, double per_t) {
     const vec wide = Simd::set(static_cast<float>(1.0 / (32.0 * 32.0 * per_t * per_t)));
-    int near = 0;
+    int beside = 0, ahead = 0;
+    vec a, b, before = Simd::set(INF);
     for (int64_t j = 0; j < groups * GROUP; j += GROUP / 2) {
-      vec a, b;
       Simd::load_pair(x + j, &a, &b);
-      const vec d = Simd::sub(a, b);
-      near += Simd::count(Simd::not_less(wide, Simd::mul(d, d)));
+      const vec d = Simd::sub(a, b), d2 = Simd::sub(a, before);
+      beside += Simd::count(Simd::not_less(wide, Simd::mul(d, d)));
+      ahead += Simd::count(Simd::not_less(wide, Simd::mul(d2, d2)));
+      before = a;
     }
-    return near * CROWD > groups * 2 * W;
+    return std::max(beside, ahead) * CROWD > groups * 2 * W;
   }
 
   static bool is_enough(double divergence, double mass, vec lanes, double inverse) {

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from acpo_kernels import HindsightInformation
+
 NAMES = (
     "apart", "close", "closer", "nearly equal", "a heavy token late", "rising", "another offset", "nothing in common",
     "half impossible in the policy", "half impossible in both", "temperatures",
@@ -44,3 +46,8 @@ def streams(name: str, vocab: int, rows: int = 3, seed: int = 0) -> tuple[Tensor
         case "temperatures":
             temperature = torch.tensor([0.5, 1.0, 2.0]).repeat(rows)[:rows]
     return logits, hindsight, ids, temperature
+
+
+def assert_bitwise(actual, wanted):
+    for name, x, y in zip(HindsightInformation._fields, actual, wanted, strict=True):
+        assert torch.equal(x.nan_to_num(nan=7e30), y.nan_to_num(nan=7e30)), name
