@@ -47,12 +47,17 @@ def pytest_addoption(parser):
     group.addoption("--shapes", choices=("small", "default", "large"), default="default", help="sizes: small tries the path, large is for a GPU")
     group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
     group.addoption("--threads", type=int, default=2, help="CPU threads of every provider (default 2)")
+    group.addoption(
+        "--seconds", type=float, default=common.SECONDS, metavar="S",
+        help=f"a provider whose {common.ROUNDS} rounds take longer takes part in fewer, at least {common.LEAST_ROUNDS} (default {common.SECONDS:g})",
+    )  # fmt: skip
     group.addoption("--rows", type=Path, metavar="FILE", help="JSON that is written anew after every case; what it holds of earlier sessions stays")
     group.addoption("--limit", type=float, default=0, metavar="SECONDS", help="begin no further case after this long (default: no limit)")
 
 
 def pytest_configure(config):
     config.stash[ROWS], config.stash[BEGIN] = [], time.monotonic()
+    common.SECONDS = config.getoption("--seconds")
     if config.getoption("--benchmark") and not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install -e '.[bench]'")
     config.option.benchmark_quiet = True  # its table knows ours alone; ours is printed below
