@@ -311,6 +311,7 @@ def trainer_of_run(run: Path) -> Trainer:
         content = json.loads(state.read_text())
         content["config"]["run_dir"] = str(run)
         state.write_text(json.dumps(content))
+        checkpoint.seal(state.parent)
     chosen = config.load(run / "config.yaml", [f"run_dir={run}"])
     return Trainer(chosen, Run(chosen))
 
