@@ -6,12 +6,9 @@ under that layer's own keys. So `method=grpo` on the command line turns a config
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import math
 import re
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +16,9 @@ from typing import Any, Literal
 
 import yaml
 
+from .layers import ConfigError, flatten, keys, read_yaml, typed, value_of
 from .methods import METHODS
 from .rollout.settings import ServerConfig, VLLMConfig
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used: the message names the key, what was wanted and what came."""
 
 
 @dataclass
@@ -283,7 +277,7 @@ def method_settings(layer: dict[str, Any], where: str) -> Config:
     """The method's settings, for a loop that is not ours: nested or dotted ones of METHOD over the defaults. The rest is that loop's."""
     flat = flatten(layer)
     for key in flat:
-        if key in keys() and key.partition(".")[0] not in METHOD:
+        if key in keys(Config) and key.partition(".")[0] not in METHOD:
             raise ConfigError(f"{where}: {key!r} belongs to our own loop; wanted settings of {', '.join(METHOD)}")
     config = Config()
     _apply(config, flat, where)
@@ -291,40 +285,12 @@ def method_settings(layer: dict[str, Any], where: str) -> Config:
     return config
 
 
-def read_yaml(path: Path) -> dict:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no such configuration file: {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a mapping of settings, got {type(tree).__name__}")
-    return tree
-
-
-def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted ones."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            flat.update(flatten(value, name + "."))
-        else:
-            flat[name] = value
-    return flat
-
-
 def _override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"an override must be key=value, got {text!r}")
     key = key.strip()
-    kind = keys().get(key)
+    kind = keys(Config).get(key)
     if value == "" or ((kind is str or typing.get_origin(kind) is Literal) and value[0] not in "'\""):
         return key, value  # text is what was typed, not the number or the truth value that YAML reads in it
     try:
@@ -333,22 +299,9 @@ def _override(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
-    """Every setting's dotted name and type."""
-    hints = typing.get_type_hints(cls)
-    out: dict[str, Any] = {}
-    for item in dataclasses.fields(cls):
-        kind = hints[item.name]
-        if dataclasses.is_dataclass(kind):
-            out.update(keys(kind, f"{prefix}{item.name}."))
-        else:
-            out[f"{prefix}{item.name}"] = kind
-    return out
-
-
 def _apply(config: Config, layer: dict[str, Any], where: str, expand: bool = True) -> None:
     """Sets a layer's settings. expand=False: a later layer names another method, whose settings stand instead of this one's."""
-    known = keys()
+    known = keys(Config)
     for key in layer:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
@@ -357,29 +310,7 @@ def _apply(config: Config, layer: dict[str, Any], where: str, expand: bool = Tru
         layer = {**METHODS.get(layer["method"], {}), **layer}
     for key, value in layer.items():
         parent, _, leaf = key.rpartition(".")
-        setattr(value_of(config, parent) if parent else config, leaf, _typed(key, value, known[key], where))
-
-
-def _typed(key: str, value: Any, kind: Any, where: str) -> Any:
-    if typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
-        if value not in choices:
-            wanted = ", ".join(repr(c) for c in choices)
-            near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
-            raise ConfigError(f"{where}: {key} must be one of {wanted}, got {value!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        return value
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 2e-4 as a string
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
-    if isinstance(kind, types.UnionType) or not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{where}: {key} must be {'an' if kind is int else 'a'} {kind.__name__}, got {value!r}")
-    if kind is float and not math.isfinite(value):
-        raise ConfigError(f"{where}: {key} must be finite, got {value}")
-    return value
+        setattr(value_of(config, parent) if parent else config, leaf, typed(key, value, known[key], where))
 
 
 _POSITIVE = (
@@ -403,13 +334,6 @@ _NOT_NEGATIVE = (
     "problems.seed", "problems.distractors", "problems.decoys", "attribution.slope", "credit.value_gain", "segmenter.fixed",
     "entropy.covariance_weight", "loss.rollout_cap", "rollout.vllm.max_model_len", "rollout.server.retries",
 )  # fmt: skip
-
-
-def value_of(config: Config, key: str) -> Any:
-    target: Any = config
-    for part in key.split("."):
-        target = getattr(target, part)
-    return target
 
 
 def _check(config: Config) -> None:
@@ -486,15 +410,3 @@ def _check_run(config: Config) -> None:
 
 def to_dict(config: Config) -> dict:
     return dataclasses.asdict(config)
-
-
-def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
-    """Settings that differ between two configurations, as `key: a -> b`."""
-    out = []
-    for key in sorted({*a, *b}):
-        left, right = a.get(key), b.get(key)
-        if isinstance(left, dict) and isinstance(right, dict):
-            out += differences(left, right, f"{prefix}{key}.")
-        elif left != right:
-            out.append(f"{prefix}{key}: {left!r} -> {right!r}")
-    return out

@@ -13,50 +13,70 @@ from torch import Tensor, nn
 from .checkpoint import put
 
 LIMIT = 3  # one is bad luck with a batch, three in a row are not
+STANDS = "the last checkpoint stands; a lower optimizer.learning_rate is the usual way out"
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the last checkpoint stands."""
+
+
+class NotFinite(ArithmeticError):
+    """What was about to change the weights."""
+
+
+def finite(what: str, value: Tensor) -> float:
+    number = float(value.detach())
+    if not math.isfinite(number):
+        raise NotFinite(f"the {what} is {number}")
+    return number
 
 
 class Guard:
-    def __init__(self) -> None:
-        self.skipped = 0  # optimiser steps of this run
+    def __init__(self, path: Path):
+        """path: where the diagnosis goes."""
+        self.path = path
+        self.left_out = 0  # optimiser steps of the run
         self.in_a_row: list[str] = []
 
     def taken(self) -> None:
         """An optimiser step was fine."""
         self.in_a_row.clear()
 
-    def skip(self, why: str) -> bool:
-        """An optimiser step is left out; whether that is one too many."""
-        self.skipped += 1
-        self.in_a_row.append(why)
-        return len(self.in_a_row) >= LIMIT
+    def leave_out(self, error: NotFinite, where: str, model: nn.Module, batch: dict[str, Tensor], **more: Any) -> None:
+        """Counts an optimiser step that is not taken. TrainingError where it is one too many."""
+        self.left_out += 1
+        self.in_a_row.append(f"{where}: {error}")
+        if len(self.in_a_row) < LIMIT:
+            return
+        self._diagnose(model, batch, more)
+        raise TrainingError(f"{error} at {where}, {LIMIT} times in a row: {self.path} says what was at hand; {STANDS}")
 
-    def diagnose(self, path: Path, model: nn.Module, values: dict[str, Tensor], **more: Any) -> None:
-        """Writes what was at hand: why each step was left out, the weights, the gradients that are not finite, and the batch's values."""
-        gradients = [name for name, p in model.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
+    def _diagnose(self, model: nn.Module, batch: dict[str, Tensor], more: dict[str, Any]) -> None:
+        weights = dict(model.named_parameters())
         found = {
             **more,
             "left_out": self.in_a_row,
-            "left_out_in_all": self.skipped,
+            "left_out_in_all": self.left_out,
             "torch": torch.__version__,
-            "weights": {name: _look(p) for name, p in model.named_parameters() if not bool(p.isfinite().all())} or "all finite",
-            "largest_weight": _number(max(float(p.abs().max()) for p in model.parameters() if p.numel())),
-            "gradients_not_finite": gradients,
-            "batch": {name: _look(v) for name, v in values.items() if v.is_floating_point()},
+            "largest_weight": _number(max((float(p.detach().abs().max()) for p in weights.values() if p.numel()), default=0.0)),
+            "weights_not_finite": [name for name, p in weights.items() if not bool(p.isfinite().all())],
+            "gradients_not_finite": [name for name, p in weights.items() if p.grad is not None and not bool(p.grad.isfinite().all())],
+            "batch": {name: _look(v) for name, v in batch.items() if v.is_floating_point()},
         }
-        put(path, lambda p: p.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8"))
+        put(self.path, lambda path: path.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8"))
 
     def state(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+        return {"left_out": self.left_out, "in_a_row": self.in_a_row}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.skipped, self.in_a_row = state["skipped"], list(state["in_a_row"])
+        self.left_out, self.in_a_row = state["left_out"], list(state["in_a_row"])
 
 
 def _look(values: Tensor) -> dict[str, Any]:
-    values = values.detach().float()
-    finite = values[values.isfinite()]
-    least, most = (_number(float(f(finite))) if len(finite) else None for f in (torch.min, torch.max))
-    return {"count": values.numel(), "not_finite": values.numel() - len(finite), "min": least, "max": most}
+    values = values.detach().double()
+    known = values[values.isfinite()]
+    least, most = (_number(float(f(known))) if len(known) else None for f in (torch.min, torch.max))
+    return {"count": values.numel(), "not_finite": values.numel() - len(known), "min": least, "max": most}
 
 
 def _number(value: float) -> float | str:

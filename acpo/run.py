@@ -26,6 +26,10 @@ class RunTakenError(RuntimeError):
     """Another process works in this run's directory."""
 
 
+class Stopped(Exception):
+    """The run was asked to end early and did, behind a checkpoint of where it was."""
+
+
 class Run:
     def __init__(self, config: Config):
         self.config = config

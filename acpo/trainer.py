@@ -15,11 +15,8 @@ import copy
 import hashlib
 import json
 import math
-import resource
 import time
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cached_property
 
 import numpy as np
@@ -29,33 +26,31 @@ from torch import Tensor
 from acpo_kernels import Segmenter
 from acpo_kernels.segmenter import Reading
 
-from . import checkpoint, credit, verify
+from . import checkpoint, credit, state, verify
 from .attribution import Attribution, answer_copies
 from .attributors import Attributors
 from .batch import Batch
-from .config import Config, ConfigError, differences, to_dict
+from .clock import Clock, peak_memory_gb
+from .config import Config
 from .controls import control
 from .curriculum import Curriculum
 from .entropy import EntropyController, covariant_tokens
 from .evaluation import Evaluation, evaluate
+from .guard import STANDS, Guard, NotFinite, TrainingError, finite
 from .metrics import rollout_rows, step_metrics
 from .policy import Policy, build
 from .probe import suffix_of
 from .problems import Problem
+from .prompts import Prompts
 from .rollout import Engine, RolloutError
 from .rollout import build as build_engine
 from .rollout.kept import Kept
-from .run import Run
+from .run import Run, Stopped
 from .segmentation import ForkThreshold, answer_starts, fixed_length
 from .sources import load_problems
 from .stages import Stages
-from .warmup import examples
-
-STANDS = "the last checkpoint stands; a lower optimizer.learning_rate is the usual way out"
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the last checkpoint stands."""
+from .update import optimizer_step, update
+from .warmup import examples, imitation_loss
 
 
 class Trainer:
@@ -69,6 +64,7 @@ class Trainer:
         self.task, self.train_problems, self.held_out = load_problems(config) if problems is None else (None, problems, problems)
         self.verifier = verify.Verifier(config.verify, verify.kind_of(config))
         self.policy, self.tokenizer = build(config)
+        self.prompts = Prompts(config.problems, self.tokenizer)
         self.kept: list[Kept] = []  # the rollouts of the step under way, where the engine is another program
         self.segmenter = Segmenter.from_tokenizer(
             self.tokenizer, vocab_size=self.policy.vocab_size, min_tokens=config.segmenter.min_tokens, max_tokens=config.segmenter.max_tokens,
@@ -76,7 +72,7 @@ class Trainer:
         )  # fmt: skip
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="segmenter")
         self.attributors = Attributors(config, self.policy, self.tokenizer)
-        filler = self._encode(getattr(self.task, "filler", ""))
+        filler = self.prompts.encode(getattr(self.task, "filler", ""))
         self.filler = torch.tensor(filler, device=self.policy.device) if filler else None
         self.entropy = EntropyController(config.entropy)
         self.curriculum = Curriculum(self.train_problems, config.curriculum)
@@ -86,6 +82,8 @@ class Trainer:
         self.counters = {"tokens/generated": 0, "tokens/forward_extra": 0, "seconds": 0.0}
         self.clock = Clock(self.policy.device)
         self.warmup_step = self.step_number = 0
+        self.guard = Guard(run.directory / "diagnosis.json")
+        self.stopping = False  # set from outside: the step under way is the last one, and Stopped comes behind its checkpoint
         self.optimizer = self._optimizer(config.warmup.learning_rate if config.warmup.steps else config.optimizer.learning_rate)
 
     @cached_property
@@ -107,13 +105,15 @@ class Trainer:
             self.close()
 
     def _train(self) -> dict[str, float]:
-        self._resume()
+        state.resume(self)
         self.run.say(f"verifier: {self.verifier.describe()}")
         self.engine.sync()  # before the warm-up: an engine that cannot start is known at once
         self.warm_up()
         steps = self.config.trainer.steps
         if self.step_number == 0 and not self.run.has_step(0):
             self.run.log({"phase": "start", "step": 0, **self._evaluate(0), **self.counters})
+        if self.stopping:
+            raise Stopped("the start")
         self.run.start_phase(f"stage {self.stages.stage}", steps, self.step_number)
         while self.step_number < steps:
             self.step_number += 1
@@ -125,8 +125,11 @@ class Trainer:
             if self.stages.stage != stage:
                 self.run.say(f"stage 2 from step {self.step_number + 1}: {self.stages.reason}")
                 self.run.start_phase("stage 2", steps, self.step_number)
-            if self.step_number % self.config.trainer.checkpoint_every == 0 or self.step_number == steps:
-                self._save(f"step-{self.step_number}")
+            stopping = self.stopping
+            if stopping or self.step_number % self.config.trainer.checkpoint_every == 0 or self.step_number == steps:
+                state.save(self, f"step-{self.step_number}")
+            if stopping and self.step_number < steps:
+                raise Stopped(f"step {self.step_number}")
         self.run.finish()
         return self.run.last_evaluation()
 
@@ -180,7 +183,7 @@ class Trainer:
         for round_ in range(rounds):
             indices = self.curriculum.sample(wanted - len(kept), self.stages.stage, self.rng)
             problems = [self.train_problems[i] for i in indices for _ in range(size)]
-            prompts = [ids for i in indices for ids in [self._prompt(self.train_problems[i].prompt)] * size]
+            prompts = [ids for i in indices for ids in [self.prompts.prompt(self.train_problems[i].prompt)] * size]
             samples = self._generate(prompts, round_)
             texts = self.tokenizer.batch_decode([s.ids for s in samples], skip_special_tokens=True)
             pending = self.verifier.submit(problems, texts)
@@ -198,7 +201,7 @@ class Trainer:
         kept += spare[-(wanted - len(kept)) :] if len(kept) < wanted else []
         samples = [s for _, group, _ in kept for s in group]
         batch = Batch.from_responses(
-            [ids for index, _, _ in kept for ids in [self._prompt(self.train_problems[index].prompt)] * size],
+            [ids for index, _, _ in kept for ids in [self.prompts.prompt(self.train_problems[index].prompt)] * size],
             [s.ids for s in samples],
             rollout_logp=[s.logp for s in samples],
         )
@@ -241,7 +244,7 @@ class Trainer:
                 logp, entropy = self.policy.score(torch.cat([plain[b] for b in others]), torch.cat(batch.responses(others)), temperature)
                 batch.put(others, old_logp=logp, entropy=entropy)
             if chosen:
-                prompts = [self._hinted(self.train_problems[indices[b // size]]) for b in chosen]
+                prompts = [self.prompts.hinted(self.train_problems[indices[b // size]]) for b in chosen]
                 with self.clock("hindsight"):  # the one extra forward
                     hinted = self.policy.hidden(prompts, batch.responses(chosen))
                 with self.clock("information"):
@@ -260,12 +263,12 @@ class Trainer:
     def _attribute(self, batch: Batch, outcome: Tensor, indices: np.ndarray) -> Attribution | None:
         size, keep = self.config.rollout.group_size, None
         if self.config.attribution.mask_answer_copies and bool(batch.sequence["hindsight"].any()):
-            spellings = [self._spellings(self.train_problems[i].answer) for i in indices]
+            spellings = [self.prompts.spellings(self.train_problems[i].answer) for i in indices]
             keep = answer_copies(batch.responses(), [own for own in spellings for _ in range(size)])
         if "kl" not in batch.token:  # no rollout for the hindsight stream to look at in this step
             batch.put([], log_ratio=batch.token["old_logp"][:0], kl=batch.token["old_logp"][:0])
         prior = torch.tensor(self.curriculum.prior(indices), device=outcome.device).repeat_interleave(size)
-        answers = [ids for i in indices for ids in [self._encode(self.train_problems[i].answer)] * size]
+        answers = [ids for i in indices for ids in [self.prompts.encode(self.train_problems[i].answer)] * size]
         attribution, self.source_metrics = self.attributors(batch, outcome, prior, keep, answers)
         self.counters["tokens/forward_extra"] += self.attributors.extra_tokens
         batch.token.pop("hidden", None)
@@ -305,74 +308,18 @@ class Trainer:
         self.counters["tokens/forward_extra"] += batch.segments.num_tokens + sum(map(len, batch.prompts))
 
     def _update(self, batch: Batch) -> dict[str, float]:
-        """The optimiser steps of this batch. A loss's denominator is that of its whole optimiser step, so micro-batches change nothing."""
-        config, loss_config = self.config, self.config.loss
-        corrected = config.rollout.engine != "local" and loss_config.rollout_cap > 0  # the local engine samples from these very weights
-        rate = config.optimizer.learning_rate * min(1.0, self.step_number / max(1, config.optimizer.warmup_steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        clip = (loss_config.clip_low, config.stages.clip_high if self.stages.stage == 2 else loss_config.clip_high)
         order = self.rng.permutation(len(batch))
-        left_out = batch.sequence["left_out"].cpu().numpy()
-        totals: dict[str, float] = defaultdict(float, {"loss": 0.0, "grad_norm": 0.0})
-        count = 0.0
-        for minibatch in np.array_split(order, loss_config.minibatches):
-            rows = minibatch[~left_out[minibatch]].tolist()
-            if not rows:
-                continue
-            lengths = batch.segments.cu_seqlens.diff()
-            tokens = sum(batch.lengths[b] for b in rows)
-            self.optimizer.zero_grad(set_to_none=True)
-            for part_rows in batch.micro_batches(rows, config.trainer.micro_batch_tokens):
-                part = batch.select(part_rows)
-                if loss_config.denominator == "tokens":
-                    denominator: float | Tensor = float(max(tokens, 1))
-                elif loss_config.denominator == "sequences":
-                    denominator = lengths[part_rows].clamp(min=1).float() * len(rows)
-                else:
-                    denominator = float(config.rollout.max_new_tokens * len(rows))
-                result = self.policy(
-                    part.prompts, part.responses(), part.token["old_logp"], part.token["advantages"], part.segments,
-                    temperature=config.rollout.temperature, clip=clip, ratio=loss_config.ratio, denominator=denominator,
-                    entropy_weight=part.token.get("entropy_weight"), ref_logp=part.token.get("ref_logp"),
-                    kl_weight=config.stages.kl_weight if "ref_logp" in part.token else 0.0,
-                    rollout_logp=part.token["rollout_logp"] if corrected else None, rollout_cap=loss_config.rollout_cap or 1.0,
-                )  # fmt: skip
-                if not math.isfinite(result.loss.item()):
-                    raise TrainingError(f"the loss is {result.loss.item()} at step {self.step_number}: the step is not taken and {STANDS}")
-                result.loss.backward()
-                if self.entropy.covariance:
-                    self._covariance_penalty(part, denominator)
-                totals["loss"] += result.loss.item() / loss_config.minibatches
-                share = float(result.metrics["tokens"])
-                count += share
-                for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "kl/old", "kl/ref", "ratio/ess"):
-                    totals[name] += share * float(result.metrics[name])
-                for name, best in (("ratio/max", max), ("ratio/min", min)):
-                    totals[name] = best(totals.get(name, 1.0), float(result.metrics[name]))
-            with self.clock("optimizer"):
-                norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), config.optimizer.max_grad_norm))
-                if not math.isfinite(norm):
-                    raise TrainingError(f"the gradient norm is {norm} at step {self.step_number}: the step is not taken and {STANDS}")
-                self.optimizer.step()
-            totals["grad_norm"] += norm / loss_config.minibatches
-        for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "kl/old", "kl/ref", "ratio/ess"):
-            totals[name] /= max(count, 1.0)
-        return {**totals, "learning_rate": rate}
-
-    def _covariance_penalty(self, part: Batch, denominator: float | Tensor) -> None:
-        """The gradient of KL-Cov: a KL to the policy that sampled, on the chosen tokens alone; another forward of the few rollouts that hold one."""
-        sequence = part.segments.sequence_ids()
-        rows = torch.unique(sequence[part.token["covariant"]]).tolist()
-        if not rows:
-            return
-        few = part.select(rows)
-        penalty = self.policy(
-            few.prompts, few.responses(), few.token["old_logp"], torch.zeros_like(few.token["advantages"]), few.segments, mask=few.token["covariant"],
-            temperature=self.config.rollout.temperature, ref_logp=few.token["old_logp"], kl_weight=self.config.entropy.covariance_weight,
-            denominator=denominator[rows] if isinstance(denominator, Tensor) else denominator,
-        )  # fmt: skip
-        penalty.loss.backward()
+        return update(
+            batch,
+            self.policy,
+            self.optimizer,
+            self.config,
+            order=order,
+            step=self.step_number,
+            stage=self.stages.stage,
+            clock=self.clock,
+            guard=self.guard,
+        )
 
     def _control(self, indices: np.ndarray, outcome: Tensor, entropy: float) -> None:
         """What this step taught the controllers."""
@@ -399,26 +346,28 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = config.learning_rate * min(1.0, self.warmup_step / 50) * max(0.02, 0.5 * (1 + math.cos(math.pi * share)))
             drawn = examples(self.task, self.train_problems, config.batch, config.hinted, self.rng, config.probed, suffix_of(self.config))
-            responses = [torch.tensor([*self._encode(e.response), self.tokenizer.eos_token_id], device=self.policy.device) for e in drawn]
-            weights = torch.tensor([w for e in drawn for w in (*e.weights, 1.0)], device=self.policy.device)
-            hidden = self.policy.hidden([self._prompt(e.prompt) for e in drawn], responses)
-            logp, _ = self.policy.score(hidden, torch.cat(responses), 1.0)
-            loss = -(logp * weights).sum() / weights.sum()
-            if not math.isfinite(loss.item()):
-                raise TrainingError(f"the warm-up loss is {loss.item()} at step {self.warmup_step}; a lower warmup.learning_rate is the way out")
+            loss = imitation_loss(self.policy, self.prompts, drawn)
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
-            self.optimizer.step()
+            try:
+                metrics = {"warmup/loss": finite("warm-up loss", loss)}
+                loss.backward()
+                optimizer_step(self.policy, self.optimizer, 1.0)
+                self.guard.taken()
+            except NotFinite as error:
+                metrics = {"optimizer/left_out": self.guard.left_out + 1}
+                self.guard.leave_out(error, f"warm-up step {self.warmup_step}", self.policy, {})
             self.counters["seconds"] += time.perf_counter() - begin
             last = self.warmup_step == config.steps
             if last or self.warmup_step % 50 == 0:
-                self.run.log({"phase": "warmup", "step": self.warmup_step, "warmup/loss": loss.item(), "seconds": self.counters["seconds"]})
+                self.run.log({"phase": "warmup", "step": self.warmup_step, **metrics, "seconds": self.counters["seconds"]})
             if last:
                 self.optimizer = self._optimizer(self.config.optimizer.learning_rate)
                 self.counters["seconds"] = 0.0  # the curves' clock starts with the first rollout
-            if last or self.warmup_step % (50 * self.config.trainer.checkpoint_every) == 0:
-                self._save(f"warmup-{self.warmup_step}")
+            stopping = self.stopping
+            if stopping or last or self.warmup_step % (50 * self.config.trainer.checkpoint_every) == 0:
+                state.save(self, f"warmup-{self.warmup_step}")
+            if stopping:
+                raise Stopped(f"warm-up step {self.warmup_step}")
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Accuracy, at both ends pass@k as well, and what the verifier counted that is not 0."""
@@ -431,7 +380,7 @@ class Trainer:
         """The evaluation of the policy as it is on the first `eval.max_problems` problems; settings are further keywords of `evaluate`."""
         config, problems = self.config, problems[: self.config.eval.max_problems or None]
         return evaluate(
-            self.engine, self.tokenizer, problems, [self._prompt(p.prompt) for p in problems], self.verifier,
+            self.engine, self.tokenizer, problems, [self.prompts.prompt(p.prompt) for p in problems], self.verifier,
             max_new_tokens=config.rollout.max_new_tokens, temperature=config.eval.temperature,
             generator=torch.Generator(self.policy.device).manual_seed(config.seed * 1_000_003 + step), **settings,
         )  # fmt: skip
@@ -448,6 +397,7 @@ class Trainer:
     def close(self) -> None:
         """Ends what runs beside the loop: the verifier's workers, and what the rollout engine started."""
         self.verifier.close()
+        self.run.unlock()
         if "engine" in self.__dict__:
             self.engine.close()
 
@@ -467,103 +417,9 @@ class Trainer:
         optimizer.register_step_post_hook(lambda *_: self.policy.changed())
         return optimizer
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _prompt(self, text: str) -> list[int]:
-        """Token ids in front of a rollout: the text as it is, or as a user message of the tokenizer's chat template."""
-        if not self.config.problems.chat:
-            return self._encode(text)
-        system = [{"role": "system", "content": self.config.problems.system}] if self.config.problems.system else []
-        message = self.tokenizer.apply_chat_template([*system, {"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
-        return self._encode(message)
-
-    def _hinted(self, problem: Problem) -> list[int]:
-        """The prompt with the answer in it."""
-        return self._prompt(problem.hinted_prompt(problem.answer))
-
-    def _spellings(self, answer: str) -> list[list[int]]:
-        return [self._encode(answer), self._encode(" " + answer)] if not self.config.problems.task else [self._encode(answer)]
-
-    def _save(self, label: str) -> None:
-        parameters = dict(self.policy.named_parameters())
-        if not all(p.isfinite().all() for p in parameters.values()):
-            raise TrainingError(f"the policy's weights are not finite behind step {self.step_number}: {STANDS}")
-        tensors = {
-            "policy": parameters,
-            "optimizer": checkpoint.optimizer_tensors(self.optimizer),
-            "random": {"torch": torch.get_rng_state()},
-        }
-        if self.attributors.head is not None:
-            tensors["head"] = self.attributors.head.tensors()
-        if self.reference is not None:
-            tensors["reference"] = dict(self.reference.named_parameters())
-        state = {
-            "files": sorted(tensors), "warmup_step": self.warmup_step, "step": self.step_number, "numpy": self.rng.bit_generator.state,
-            "counters": self.counters, "fork_threshold": self.forks.value, "attributors": self.attributors.state(),
-            "entropy": self.entropy.state(), "curriculum": self.curriculum.state(), "stages": self.stages.state(),
-            "config": to_dict(self.config),
-        }  # fmt: skip
-        checkpoint.save(self.run.checkpoints, label, tensors, state, self.config.trainer.keep_checkpoints)
-
-    def _resume(self) -> None:
-        found = checkpoint.latest(self.run.checkpoints)
-        if found is None:
-            self.run.begin()
-            self.run.cut_back(-1, -1)
-            return
-        tensors, state = found
-        changed = differences(state["config"], to_dict(self.config))
-        if changed:
-            raise ConfigError(f"{self.run.directory} holds a run with other settings ({'; '.join(changed[:3])}): give another run_dir, or remove it")
-        self.curriculum.load(state["curriculum"])
-        self.run.begin()
-        self.policy.load_state_dict(tensors["policy"], strict=False)
-        self.warmup_step, self.step_number = state["warmup_step"], state["step"]
-        checkpoint.load_optimizer(self.optimizer, tensors["optimizer"])
-        torch.set_rng_state(tensors["random"]["torch"])
-        self.rng.bit_generator.state = state["numpy"]
-        self.counters, self.forks.value = state["counters"], state["fork_threshold"]
-        self.attributors.load(state["attributors"])
-        if self.attributors.head is not None:
-            self.attributors.head.load(tensors["head"])
-        self.entropy.load(state["entropy"])
-        self.stages.load(state["stages"])
-        if "reference" in tensors:
-            self.reference = copy.deepcopy(self.policy).requires_grad_(False)
-            self.reference.load_state_dict(tensors["reference"], strict=False)
-        self.run.cut_back(self.warmup_step, self.step_number if self.step_number else -1)
-        self.run.say(f"resumed from {'step ' + str(self.step_number) if self.step_number else 'warm-up step ' + str(self.warmup_step)}")
-
 
 def eos_ids(policy: Policy, tokenizer) -> list[int]:
     """The tokens that end a rollout: the tokenizer's and those of the model's generation config."""
     config = getattr(policy.model, "generation_config", None)
     more = getattr(config, "eos_token_id", None) or []
     return sorted({tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])})
-
-
-class Clock:
-    """Seconds of the parts of a step, time/* in the metrics. A part inside another is taken out of it, so that they add up to step_time."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.seconds = device, defaultdict(float)
-        self.inside = 0.0  # seconds of the parts inside the one that runs
-
-    @contextmanager
-    def __call__(self, name: str):
-        outer, self.inside = self.inside, 0.0
-        begin = self._now()
-        yield
-        taken = self._now() - begin
-        self.seconds[name] += taken - self.inside
-        self.inside = outer + taken
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":  # a part's kernels are its own: a dozen waits a step
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-
-def peak_memory_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .problems import Problem
 from .synthetic import Chain, Multiplication
+
+if TYPE_CHECKING:
+    from .policy import Policy
+    from .prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -35,3 +42,12 @@ def examples(
         else:
             out.append(Example(prompt, trace.text, trace.weights))
     return out
+
+
+def imitation_loss(policy: Policy, prompts: Prompts, drawn: list[Example]) -> Tensor:
+    """-sum w log pi / sum w over the tokens of the examples, their end tokens with weight 1."""
+    responses = [torch.tensor([*prompts.encode(e.response), prompts.tokenizer.eos_token_id], device=policy.device) for e in drawn]
+    weights = torch.tensor([w for e in drawn for w in (*e.weights, 1.0)], device=policy.device)
+    hidden = policy.hidden([prompts.prompt(e.prompt) for e in drawn], responses)
+    logp, _ = policy.score(hidden, torch.cat(responses), 1.0)
+    return -(logp * weights).sum() / weights.sum()

@@ -75,7 +75,7 @@ class Collector:
         trainer._segment(batch)
         segments, size = batch.segments, trainer.config.rollout.group_size
         prior = torch.tensor(trainer.curriculum.prior(indices)).repeat_interleave(size)
-        answers = [trainer._encode(trainer.train_problems[i].answer) for i in indices for _ in range(size)]
+        answers = [trainer.prompts.encode(trainer.train_problems[i].answer) for i in indices for _ in range(size)]
         found = {}
         original = trainer.attributors.by_name
         for name in SOURCES:  # each for itself: the pick would show the most reliable one alone
@@ -114,7 +114,7 @@ def plant(trainer: Trainer, indices: np.ndarray, batch: Batch, outcome: torch.Te
         for b, kind in ((g * size, "systematic"), (g * size + 1, "cancelling")):
             text = planted_text(task, problem, kind, rng)
             if text is not None:
-                responses[b] = torch.tensor([*trainer._encode(text), trainer.tokenizer.eos_token_id])
+                responses[b] = torch.tensor([*trainer.prompts.encode(text), trainer.tokenizer.eos_token_id])
                 kinds[b], outcome[b] = kind, float(kind == "cancelling")
     new = Batch.from_responses(batch.prompts, responses, rollout_logp=[torch.zeros(len(r)) for r in responses])
     new.sequence["finished"] = torch.ones(len(new), dtype=torch.bool)
@@ -207,11 +207,11 @@ def filler_share(trainer: Trainer, batches: int) -> dict[str, float]:
         indices, batch, outcome = trainer._rollout()
         trainer._score(batch, outcome, indices)
         trainer._segment(batch)
-        filler = torch.isin(batch.token["ids"], torch.cat([trainer.filler, torch.tensor(trainer._encode("\n"))]))
+        filler = torch.isin(batch.token["ids"], torch.cat([trainer.filler, torch.tensor(trainer.prompts.encode("\n"))]))
         alone = segment_reduce(filler.float(), batch.segments, reduce="mean") == 1
         ordinary = ~batch.segments.is_terminal()
         prior = torch.full((len(batch),), 0.5)
-        answers = [trainer._encode(trainer.train_problems[i].answer) for i in indices for _ in range(trainer.config.rollout.group_size)]
+        answers = [trainer.prompts.encode(trainer.train_problems[i].answer) for i in indices for _ in range(trainer.config.rollout.group_size)]
         original = trainer.attributors.by_name
         for name in SOURCES:
             trainer.attributors.by_name = {name: original[name]}

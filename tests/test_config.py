@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from acpo import config
+from acpo import config, layers
 from acpo.config import METHODS, Config, ConfigError, load, value_of
 
 BASE = "problems.task=chain", "policy.from_config=tiny"
@@ -192,12 +192,12 @@ def test_a_written_configuration_reads_back(tmp_path, method):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config.to_dict(chosen), sort_keys=False), encoding="utf-8")
     assert load(path) == chosen
-    assert config.differences(config.to_dict(load(path)), config.to_dict(chosen)) == []
+    assert layers.differences(config.to_dict(load(path)), config.to_dict(chosen)) == []
 
 
 def test_differences_name_the_settings():
     a, b = (config.to_dict(load(None, [*BASE, f"trainer.steps={n}"])) for n in (3, 4))
-    assert config.differences(a, b) == ["trainer.steps: 3 -> 4"]
+    assert layers.differences(a, b) == ["trainer.steps: 3 -> 4"]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)

@@ -87,18 +87,18 @@ def test_prompts_hold_the_problem_and_hints_the_answer(tmp_path, tokenizer):
     assert len(trainer.train_problems) + len(trainer.held_out) == 20 and len(trainer.held_out) >= 2
     assert not {p.question for p in trainer.train_problems} & {p.question for p in trainer.held_out}
     problem = trainer.train_problems[0]
-    text = trainer.tokenizer.decode(trainer._prompt(problem.prompt))
+    text = trainer.tokenizer.decode(trainer.prompts.prompt(problem.prompt))
     question = problem.data["problem"]
     assert text == f"Question: {question}\nSolve it step by step and end with \\boxed{{answer}}.\nAnswer:"
-    hinted = trainer.tokenizer.decode(trainer._hinted(problem))
+    hinted = trainer.tokenizer.decode(trainer.prompts.hinted(problem))
     assert hinted == f"The answer to the following question is {problem.answer}.\n{text}"
 
 
 def test_the_chat_template_goes_around_both_prompts(tmp_path, tokenizer):
     trainer = trainer_of(tmp_path, tokenizer, "problems.chat=true")
     problem = trainer.train_problems[0]
-    assert trainer.tokenizer.decode(trainer._prompt(problem.prompt)) == f"<user>{problem.prompt}<assistant>"
-    assert trainer.tokenizer.decode(trainer._hinted(problem)) == f"<user>{problem.hinted_prompt(problem.answer)}<assistant>"
+    assert trainer.tokenizer.decode(trainer.prompts.prompt(problem.prompt)) == f"<user>{problem.prompt}<assistant>"
+    assert trainer.tokenizer.decode(trainer.prompts.hinted(problem)) == f"<user>{problem.hinted_prompt(problem.answer)}<assistant>"
 
 
 def test_a_right_answer_is_paid_and_its_copies_carry_no_information(tmp_path, tokenizer, monkeypatch):
@@ -110,10 +110,10 @@ def test_a_right_answer_is_paid_and_its_copies_carry_no_information(tmp_path, to
     def generate(prompts, **_):
         samples = []
         for k, prompt in enumerate(prompts):
-            problem = next(p for p in trainer.train_problems if trainer._prompt(p.prompt) == prompt)
+            problem = next(p for p in trainer.train_problems if trainer.prompts.prompt(p.prompt) == prompt)
             answer = problem.answer if k // 3 == 0 else "no"
             written.append(f"First we think. Then we get {answer}.\n\nSo the answer is \\boxed{{{answer}}}.")
-            ids = torch.tensor([*trainer._encode(written[-1]), trainer.tokenizer.eos_token_id])
+            ids = torch.tensor([*trainer.prompts.encode(written[-1]), trainer.tokenizer.eos_token_id])
             samples.append(Sample(ids, torch.full((len(ids),), -6.0), True))
         return samples
 

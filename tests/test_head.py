@@ -7,6 +7,7 @@ import torch
 from loop import rolled_out, steps, trainer_of
 from ragged import segments_of
 
+from acpo import state
 from acpo.head import Head, boundary_rows
 
 
@@ -70,9 +71,9 @@ def test_the_head_in_the_loop_costs_no_forward_and_resumes(tmp_path, warmed):
     assert trainer.counters["tokens/forward_extra"] == 0 and "hidden" not in batch.token and len(trainer.attributors.head.batches) == 1
     whole = trainer_of(tmp_path / "whole", *settings, weights=warmed)
     steps(whole, 2)
-    whole._save("step-2")
+    state.save(whole, "step-2")
     again = trainer_of(tmp_path / "whole", *settings)
-    again._resume()
+    state.resume(again)
     one, other = steps(whole, 1)[0], steps(again, 1)[0]
     assert one["loss"] == other["loss"]
     mine, theirs = whole.attributors.head.tensors(), again.attributors.head.tensors()

@@ -63,15 +63,15 @@ def test_the_probe_in_the_loop(tmp_path, warmed):
     trainer = trainer_of(tmp_path, *settings, weights=warmed)
     batch, _, attribution, _, _ = rolled_out(trainer)
     assert attribution.rows.any() and trainer.counters["tokens/forward_extra"] == trainer.attributors.extra_tokens > 0
-    problem = {tuple(trainer._prompt(p.prompt)): p for p in trainer.train_problems}
-    evidence = trainer.attributors._probe(batch, attribution.rows, [trainer._encode(problem[tuple(p)].answer) for p in batch.prompts])
+    problem = {tuple(trainer.prompts.prompt(p.prompt)): p for p in trainer.train_problems}
+    evidence = trainer.attributors._probe(batch, attribution.rows, [trainer.prompts.encode(problem[tuple(p)].answer) for p in batch.prompts])
     b = int(attribution.rows.nonzero()[0])
     first, last = batch.segments.sequence_offsets[b], batch.segments.sequence_offsets[b + 1] - 1
-    right, values = trainer._encode(problem[tuple(batch.prompts[b])].answer), []
+    right, values = trainer.prompts.encode(problem[tuple(batch.prompts[b])].answer), []
     texts = trainer.tokenizer.batch_decode(batch.responses()[b // 8 * 8 : b // 8 * 8 + 8], skip_special_tokens=True)
-    others = group_candidates(right, [trainer._encode(t.rpartition("\nA")[2]) for t in texts])
+    others = group_candidates(right, [trainer.prompts.encode(t.rpartition("\nA")[2]) for t in texts])
     for end in (0, int(batch.segments.token_offsets[last + 1] - batch.segments.token_offsets[first])):
-        prompt = [*batch.prompts[b], *batch.responses()[b][:end].tolist(), *trainer._encode("A")]
+        prompt = [*batch.prompts[b], *batch.responses()[b][:end].tolist(), *trainer.prompts.encode("A")]
         logp = [trainer.policy.score(trainer.policy.hidden([prompt], [torch.tensor(a)]), torch.tensor(a), 1.0).logp.sum().item() for a in others]
         values.append(logp[0] - math.log(sum(map(math.exp, logp[1:]))))
     assert evidence.evidence[last].item() == pytest.approx(values[1] - values[0], abs=1e-4)

@@ -1,0 +1,101 @@
+"""Settings as layers: YAML files and dotted keys, each value checked against the type of its field."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: the message names the key, what was wanted and what came."""
+
+
+def read_yaml(path: Path) -> dict:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no such configuration file: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings, got {type(tree).__name__}")
+    return tree
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted ones."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat.update(flatten(value, name + "."))
+        else:
+            flat[name] = value
+    return flat
+
+
+def keys(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Every setting's dotted name and type, of a dataclass of dataclasses."""
+    hints = typing.get_type_hints(cls)
+    out: dict[str, Any] = {}
+    for item in dataclasses.fields(cls):
+        kind = hints[item.name]
+        if dataclasses.is_dataclass(kind):
+            out.update(keys(kind, f"{prefix}{item.name}."))
+        else:
+            out[f"{prefix}{item.name}"] = kind
+    return out
+
+
+def value_of(config: Any, key: str) -> Any:
+    target: Any = config
+    for part in key.split("."):
+        target = getattr(target, part)
+    return target
+
+
+def typed(key: str, value: Any, kind: Any, where: str) -> Any:
+    """The value as its setting's type; a ConfigError names the setting, what was wanted and what came."""
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            wanted = ", ".join(repr(c) for c in choices)
+            near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
+            raise ConfigError(f"{where}: {key} must be one of {wanted}, got {value!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return value
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 2e-4 as a string
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if isinstance(kind, types.UnionType) or not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{where}: {key} must be {'an' if kind is int else 'a'} {kind.__name__}, got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"{where}: {key} must be finite, got {value}")
+    return value
+
+
+def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
+    """Settings that differ between two configurations, as `key: a -> b`."""
+    out = []
+    for key in sorted({*a, *b}):
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            out += differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            out.append(f"{prefix}{key}: {left!r} -> {right!r}")
+    return out
