@@ -125,6 +125,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, int, dict]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ProblemError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+            raise ProblemError(f"{where}: not valid JSON: {error}") from None
         if not isinstance(row, dict):
             raise ProblemError(f"{where}: wanted a JSON object, got {type(row).__name__}")
         yield where, number, row

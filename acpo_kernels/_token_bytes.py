@@ -50,7 +50,10 @@ def _backend(tokenizer: Any) -> Any:
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"tokenizer must be a tokenizer.json or a folder that holds one, got {str(tokenizer)!r}: no file {path}")
-        return Tokenizer.from_file(str(path))
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"tokenizer: cannot read {path}: {' '.join(str(error).split())[:300]}") from None
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if not all(hasattr(backend, name) for name in ("get_vocab", "get_added_tokens_decoder", "decoder", "pre_tokenizer")):
         raise ValueError(f"{NO_ACCESS}, got {type(tokenizer).__name__}, which has no backend_tokenizer")

@@ -222,7 +222,8 @@ def policy_loss(
     # Clipped only where the clipped surrogate IS the smaller: a NaN stays one.
     grad = torch.where(reference._clamp(r, 1.0 - low, 1.0 + high) * a < r * a, 0.0, -r * a)
     if rollout_logp is not None:
-        grad = grad * torch.exp((old - torch.where(keep, rollout_logp.to(dtype), 0.0)).clamp(-limit, limit)).clamp(max=rollout_cap)
+        drift = (old - torch.where(keep, rollout_logp.to(dtype), 0.0)).clamp(-limit, limit)
+        grad = grad * torch.exp(drift).clamp(max=min(rollout_cap, reference._FAR))
     if ref_logp is not None:
         delta = torch.where(keep, ref_logp.to(dtype), 0.0) - lp
         clamped = delta.clamp(-limit, limit)

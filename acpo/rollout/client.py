@@ -68,6 +68,8 @@ class Client:
                     content += piece
                     if len(content) > most_bytes:
                         raise NoAnswer(f"{path} answered more than {most_bytes:,} bytes")
+                if response.length:  # of the announced bytes; a number that is cut short is a number too
+                    raise NoAnswer(f"{path} ended {response.length:,} bytes before its announced end")
         except (OSError, http.client.HTTPException) as error:
             if late.is_set() or isinstance(error, TimeoutError):
                 raise NoAnswer(f"{path} was not answered within {seconds:g} seconds") from None
