@@ -61,6 +61,7 @@ class PolicyConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and optimizer state are float32
     device: str = "auto"
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    packing: Literal["auto", "packed", "padded"] = "auto"  # of rollouts in a forward pass; auto: packed with flash_attention_2, else padded
     gradient_checkpointing: bool = False
 
 
@@ -203,7 +204,7 @@ class OptimizerConfig:
 @dataclass
 class TrainerConfig:
     steps: int = 100
-    micro_batch_tokens: int = 16384  # most padded tokens of a forward or backward pass
+    micro_batch_tokens: int = 16384  # most tokens of a forward or backward pass, padding counted where there is any
     eval_every: int = 10
     checkpoint_every: int = 10
     keep_checkpoints: int = 2

@@ -20,6 +20,7 @@ from acpo_kernels import (
     pack,
 )
 
+from . import packing
 from .config import Config, ConfigError, PolicyConfig
 from .probe import Packed
 
@@ -28,14 +29,15 @@ class Policy(nn.Module):
     """One module from prompts and responses to log-probs or a loss, so that DDP and FSDP see every parameter.
 
     Rollouts go through the body right-padded: under causal attention no real token sees the padding, so no mask is needed, and the
-    padding is dropped before the head.
+    padding is dropped before the head. packed=True: one behind the other without padding (packing.py).
     """
 
-    def __init__(self, model: nn.Module, pad_id: int, dtype: torch.dtype = torch.float32):
+    def __init__(self, model: nn.Module, pad_id: int, dtype: torch.dtype = torch.float32, packed: bool = False):
         super().__init__()
         self.model = model
         self.pad_id = pad_id
         self.dtype = dtype
+        self.packed = packed
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or not head.weight.is_floating_point() or "float8" in str(head.weight.dtype):
             raise ConfigError(f"policy: the head must be a plain linear layer (no LoRA, no fp8), got {type(head).__name__}")
@@ -84,6 +86,9 @@ class Policy(nn.Module):
     def hidden(self, prompts: list[list[int]], responses: list[Tensor]) -> Tensor:
         """The hidden states [N,H] that predict the response tokens."""
         rows = [torch.cat([torch.tensor(p, device=r.device, dtype=r.dtype), r]) for p, r in zip(prompts, responses, strict=True)]
+        if self.packed:
+            with self.precision():
+                return packing.hidden_states(self.model, rows, [len(p) for p in prompts])
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id).to(self.device)
         start = torch.tensor([len(p) - 1 for p in prompts], device=self.device).unsqueeze(1)
         end = start + torch.tensor([len(r) for r in responses], device=self.device).unsqueeze(1)
@@ -147,7 +152,11 @@ def build(config: Config) -> tuple[Policy, object]:
         raise ConfigError(
             f"policy: the tokenizer has {len(tokenizer)} entries and the model only {model.get_output_embeddings().weight.shape[0]} logits"
         )
-    return Policy(model.to(device), tokenizer.pad_token_id, getattr(torch, settings.dtype)), tokenizer
+    packed = settings.packing == "packed" or (settings.packing == "auto" and settings.attention == "flash_attention_2")
+    policy = Policy(model.to(device), tokenizer.pad_token_id, getattr(torch, settings.dtype), packed)
+    if packed:
+        packing.check(policy.model, policy.precision())
+    return policy, tokenizer
 
 
 def _device(name: str) -> torch.device:

@@ -226,7 +226,7 @@ class Trainer:
         temperature, size = self.config.rollout.temperature, self.config.rollout.group_size
         rows = batch.sequence["hindsight"] = self.attributors.looks("hindsight", outcome)
         looked_at = set(rows.nonzero().flatten().tolist())
-        for part in batch.micro_batches(list(range(len(batch))), self.config.trainer.micro_batch_tokens):
+        for part in batch.micro_batches(list(range(len(batch))), self.config.trainer.micro_batch_tokens, self.policy.packed):
             hidden = self.policy.hidden([batch.prompts[b] for b in part], batch.responses(part))
             if self.attributors.head is not None:
                 batch.put(part, hidden=hidden)
@@ -294,7 +294,7 @@ class Trainer:
 
     @torch.no_grad()
     def _reference_logp(self, batch: Batch) -> None:
-        for part in batch.micro_batches(list(range(len(batch))), self.config.trainer.micro_batch_tokens):
+        for part in batch.micro_batches(list(range(len(batch))), self.config.trainer.micro_batch_tokens, self.policy.packed):
             hidden = self.reference.hidden([batch.prompts[b] for b in part], batch.responses(part))
             batch.put(part, ref_logp=self.reference.score(hidden, torch.cat(batch.responses(part)), self.config.rollout.temperature).logp)
         self.counters["tokens/forward_extra"] += batch.segments.num_tokens + sum(map(len, batch.prompts))

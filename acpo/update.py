@@ -46,7 +46,7 @@ def update(
             continue
         tokens = sum(batch.lengths[b] for b in rows)
         optimizer.zero_grad(set_to_none=True)
-        for part_rows in batch.micro_batches(rows, config.trainer.micro_batch_tokens):
+        for part_rows in batch.micro_batches(rows, config.trainer.micro_batch_tokens, policy.packed):
             part = batch.select(part_rows)
             if settings.denominator == "tokens":
                 denominator: float | Tensor = float(max(tokens, 1))
