@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from acpo_kernels import (
     pack,
 )
 
-from . import packing
+from . import adapters, packing
 from .config import Config, ConfigError, PolicyConfig
 from .probe import Packed
 
@@ -52,6 +53,15 @@ class Policy(nn.Module):
         self.changed()
         return super().load_state_dict(*arguments, **settings)
 
+    def trained(self) -> dict[str, Tensor]:
+        """The parameters that training changes: of a policy with adapters these alone."""
+        return {name: value for name, value in self.named_parameters() if value.requires_grad}
+
+    def frozen_copy(self) -> Policy:
+        """The policy as it is now; what training leaves alone is not held twice."""
+        frozen = {id(value): value for value in self.parameters() if not value.requires_grad}
+        return copy.deepcopy(self, frozen).requires_grad_(False)
+
     @property
     def device(self) -> torch.device:
         return self.model.device
@@ -66,11 +76,15 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors of the model as a checkpoint on disk names them, one at a time; a tied head is its embedding."""
+        """Names and tensors of the model as a checkpoint on disk names them, adapters merged, one at a time; a tied head is its embedding."""
         from transformers.core_model_loading import revert_weight_conversion
 
-        for name, value in self.model.named_parameters():
+        for name, value in adapters.merged(self.model):
             yield from revert_weight_conversion(self.model, {name: value.detach()}).items()
+
+    def save(self, folder: Path) -> None:
+        """The model as a folder that transformers reads, adapters merged."""
+        self.model.save_pretrained(folder, state_dict=dict(adapters.merged(self.model)) if adapters.layers(self.model) else None)
 
     def save_shape(self, folder: Path) -> Path:
         """The model's configuration, without weights, as a folder that vLLM builds it from."""
@@ -146,6 +160,9 @@ def build(config: Config) -> tuple[Policy, object]:
     tokenizer = _tokenizer(config)
     device = _device(settings.device)
     model = _pretrained(settings) if settings.path else _from_config(settings, tokenizer)
+    _training_without_dropout(model)
+    if settings.lora_rank:
+        adapters.add(model, settings)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if model.get_output_embeddings().weight.shape[0] < len(tokenizer):
@@ -157,6 +174,17 @@ def build(config: Config) -> tuple[Policy, object]:
     if packed:
         packing.check(policy.model, policy.precision())
     return policy, tokenizer
+
+
+def _training_without_dropout(model: nn.Module) -> None:
+    """Layers are checkpointed in training mode alone; but a policy that drops out at random is not the one that sampled."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):  # what attention functions are told
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def _device(name: str) -> torch.device:

@@ -11,7 +11,6 @@ copy of the weights on the same device.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
@@ -312,7 +311,7 @@ class Trainer:
         self.entropy.update(entropy, self.step_number / self.config.trainer.steps, self.stages.stage)
         success = outcome.nanmean()
         if success == success and self.stages.update(self.step_number, float(success)):
-            self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+            self.reference = self.policy.frozen_copy()
 
     # --- warm-up, evaluation, state -----------------------------------------------------------------------------------------------
 
@@ -383,12 +382,12 @@ class Trainer:
 
         logging.disable_progress_bar()
         folder = self.run.directory / "policy"
-        self.policy.model.save_pretrained(folder)
+        self.policy.save(folder)
         self.tokenizer.save_pretrained(folder)
 
     def _optimizer(self, rate: float) -> torch.optim.Optimizer:
         config = self.config.optimizer
-        optimizer = torch.optim.AdamW(self.policy.parameters(), lr=rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(self.policy.trained().values(), lr=rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
         optimizer.register_step_post_hook(lambda *_: self.policy.changed())
         return optimizer
 

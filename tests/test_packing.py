@@ -202,6 +202,17 @@ def test_packed_micro_batches_hold_the_budget_of_real_tokens(sizes, budget, data
     assert len(parts) <= len(list(batch.micro_batches(rows, budget)))
 
 
+def test_training_has_no_dropout_whoever_samples(tmp_path):
+    from acpo.synthetic import tokenizer
+
+    shape = dict(vocab_size=len(tokenizer()), n_embd=64, n_layer=1, n_head=4, n_positions=64)  # GPT-2 drops one in ten by default
+    AutoModelForCausalLM.from_config(GPT2Config(**shape)).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    policy, _ = build(config.load(None, ["problems.task=chain", f"policy.path={tmp_path}", "policy.gradient_checkpointing=true"]))
+    assert all(module.training for module in policy.modules())
+    assert torch.equal(policy.hidden(PROMPTS, RESPONSES), policy.hidden(PROMPTS, RESPONSES))
+
+
 def test_a_step_packed_is_a_step_padded(tmp_path, warmed):
     found = []
     for way in ("padded", "packed"):
