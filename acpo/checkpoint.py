@@ -1,14 +1,17 @@
 """Checkpoints: written beside, synced, renamed into place, and the newest complete one found again.
 
-A checkpoint is a folder with safetensors files (weights, optimizer state, random states) and state.json (counters and controllers).
-Nothing is pickled, so nothing is executed on load.
+A checkpoint is a folder with safetensors files (weights, optimizer state, random states), state.json (counters and controllers) and SHA256SUMS,
+which `sha256sum -c` reads as well: a flipped bit in any file is found before anything is used. Nothing is pickled, so nothing is executed on load.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2  # 1 had no SHA256SUMS
+SUMS = "SHA256SUMS"
 
 
 class CheckpointError(RuntimeError):
@@ -34,6 +38,7 @@ def save(directory: Path, label: str, tensors: dict[str, dict[str, Tensor]], sta
         for name, values in tensors.items():
             save_file({k: v.detach().contiguous() for k, v in values.items()}, temporary / f"{name}.safetensors")
         (temporary / "state.json").write_text(json.dumps({"format": FORMAT, **state}), encoding="utf-8")
+        seal(temporary)
         for file in temporary.iterdir():
             _sync(file)
         _sync(temporary)
@@ -48,12 +53,53 @@ def save(directory: Path, label: str, tensors: dict[str, dict[str, Tensor]], sta
     return target
 
 
+def put(path: Path, write: Callable[[Path], object]) -> None:
+    """The file as `write` leaves it, whole and on the disk, or as it was: written beside, synced and renamed. OSErrors name the file."""
+    temporary = path.with_name(f".{path.stem}.writing")
+    try:
+        write(temporary)
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def seal(path: Path) -> None:
+    """Writes the checksums of a checkpoint's files."""
+    names = sorted(file.name for file in path.iterdir() if file.name != SUMS)
+    (path / SUMS).write_text("".join(f"{_digest(path / name)}  {name}\n" for name in names), encoding="ascii")
+
+
+def _digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()
+
+
+def _verify(path: Path) -> set[str]:
+    """The names of the files under the checksums, all of which hold; ValueError that names the file which does not."""
+    text = (path / SUMS).read_text(encoding="ascii")
+    if not re.fullmatch(r"(?:[0-9a-f]{64}  [\w-]+\.(?:safetensors|json)\n)+", text):
+        raise ValueError(f"{SUMS} is damaged")
+    sums = {name: digest for digest, name in (line.split("  ") for line in text.splitlines())}
+    for name, digest in sums.items():
+        if not (path / name).is_file():
+            raise ValueError(f"it lacks {name}")
+        if _digest(path / name) != digest:
+            raise ValueError(f"{name} is damaged: its checksum differs")
+    return set(sums)
 
 
 def _labels(directory: Path) -> list[str]:
@@ -86,21 +132,24 @@ def latest(directory: Path) -> tuple[dict[str, dict[str, Tensor]], dict] | None:
 
 
 def read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
+    """Tensors by file name, and state. CheckpointError for what is damaged, incomplete or of another format, naming the file."""
     try:
+        sealed = _verify(path) if (path / SUMS).exists() else set()
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
         if not isinstance(state, dict):
             raise ValueError("state.json does not hold an object")
-    except (OSError, ValueError, SafetensorError) as error:
+        found = state.get("format")
+        if found != FORMAT:
+            age = "an older" if isinstance(found, int) and found < FORMAT else "a newer" if isinstance(found, int) else "another"
+            raise ValueError(f"it has format {found!r}, written by {age} version; this one reads format {FORMAT}")
+        names = {f"{name}.safetensors" for name in state.get("files") or ()}
+        if not sealed:
+            raise ValueError(f"it lacks {SUMS}")
+        if not names or sealed != names | {"state.json"}:
+            raise ValueError("its files are not those that state.json lists")
+        return {name.removesuffix(".safetensors"): load_file(path / name) for name in sorted(names)}, state
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error}") from None
-    if state.get("format") != FORMAT:
-        raise CheckpointError(f"the checkpoint {path} has format {state.get('format')!r}, this version reads {FORMAT}")
-    if "files" not in state:
-        raise CheckpointError(f"cannot read the checkpoint {path}: its state.json lists no files")
-    missing = [name for name in state["files"] if name not in tensors]
-    if missing:
-        raise CheckpointError(f"the checkpoint {path} lacks {', '.join(missing)}.safetensors")
-    return tensors, state
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

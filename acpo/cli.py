@@ -4,7 +4,9 @@ code 2; a training run that cannot go on is one line and exit code 1."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -58,12 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
     from .config import ConfigError
     from .problems import ProblemError
     from .rollout import RolloutError
+    from .run import RunTakenError
     from .trainer import TrainingError
     from .verify import VerifyError
 
     try:
         return {"train": _train, "eval": _eval, "report": _report, "compare": _compare}[options.verb](options)
-    except (ConfigError, ProblemError, ImportError) as error:  # ImportError: something optional is not installed, and says what
+    except (ConfigError, ProblemError, RunTakenError, ImportError) as error:  # ImportError: something optional is not installed, and says what
         print(f"acpo: {error}", file=sys.stderr)
         return 2
     except (TrainingError, CheckpointError, RunError, RolloutError, VerifyError) as error:
@@ -79,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _train(options) -> int:
     from . import config
-    from .run import Run
+    from .run import Run, Stopped
     from .trainer import Trainer
 
     settings = config.load(options.config, options.overrides)
@@ -87,9 +90,29 @@ def _train(options) -> int:
     run.say(f"run directory: {run.directory}")
     trainer = Trainer(settings, run)
     try:
-        return _trained(trainer)
+        with _ends_at_sigterm(trainer):
+            return _trained(trainer)
+    except Stopped as stopped:
+        run.finish()
+        run.say(f"ended by SIGTERM at {stopped}, saved: the same command continues from there")
+        return 0
     finally:
         trainer.close()
+
+
+@contextlib.contextmanager
+def _ends_at_sigterm(trainer):
+    """The first SIGTERM lets the step under way end; a second one ends the process as if there were no handler."""
+
+    def note(*_) -> None:
+        trainer.stopping = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _trained(trainer) -> int:

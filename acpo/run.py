@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
+import platform
 import sys
 
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .checkpoint import put
 from .config import Config, to_dict
 
 WATCHED = (
     ("reward", "reward", ".2f"), ("eval/accuracy", "held-out", ".3f"), ("entropy", "H", ".3f"), ("attribution/reliability", "rel", ".2f"),
     ("frac_reward_zero_std", "zero-std", ".2f"), ("warmup/loss", "loss", ".3f"),
 )  # fmt: skip
+
+
+class RunTakenError(RuntimeError):
+    """Another process works in this run's directory."""
+
+
+class Stopped(Exception):
+    """The run was asked to end early and did, behind a checkpoint of where it was."""
 
 
 class Run:
@@ -28,34 +39,58 @@ class Run:
         self.console = Console(file=sys.stdout)
         self.progress: Progress | None = None
         self.shown: dict[str, float] = {}
+        self.locked = None  # the open file that holds the lock
         self.keeps_rollouts = config.trainer.keep_rollouts and importlib.util.find_spec("pyarrow") is not None
+
+    def lock(self) -> None:
+        """Makes this process the only one that writes here until `unlock`, or its end, however it comes: the lock is the kernel's. It is a record
+        lock, which a child that outlives this process does not keep."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        file = open(self.directory / ".lock", "a+", encoding="utf-8")  # noqa: SIM115, held open
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise RunTakenError(f"{self.directory} is in use by {holder}: two runs must not share a directory, give another run_dir") from None
+        except OSError as error:  # a file system without locks
+            file.close()
+            self.say(f"{self.directory} cannot be locked ({error.strerror}): start no second run in it")
+            return
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        self.locked = file
+
+    def unlock(self) -> None:
+        if self.locked is not None:
+            self.locked.close()
+            self.locked = None
 
     def begin(self) -> None:
         """Makes the directory this run's own. Nothing is written before: a run that is refused leaves no trace in another's directory."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / "config.yaml").write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False), encoding="utf-8")
+        text = yaml.safe_dump(to_dict(self.config), sort_keys=False)
+        put(self.directory / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
 
     def records(self) -> list[dict]:
-        """The lines of metrics.jsonl; a last line that a kill cut off is left out."""
+        """The lines of metrics.jsonl that are records: a last line that a kill cut off is left out, and a damaged one."""
         if not self.metrics.exists():
             return []
-        out = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                out.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return out
+        return [r for r in map(_record, self.metrics.read_bytes().split(b"\n")) if r is not None]
 
     def has_step(self, step: int) -> bool:
         return any(r["phase"] != "warmup" and r["step"] == step for r in self.records())
 
     def cut_back(self, warmup_step: int, step: int) -> None:
         """Drops the records after the checkpoint that the run continues from, so that no step stands there twice."""
+        whole = self.metrics.read_bytes().split(b"\n")[:-1] if self.metrics.exists() else []  # behind the last end of line: what a kill cut off
+        damaged = [i for i, line in enumerate(whole, 1) if _record(line) is None]
+        if damaged:
+            self.say(f"{self.metrics}: line {', '.join(map(str, damaged))} cannot be read and is left out")
         kept = [r for r in self.records() if (r["step"] <= warmup_step if r["phase"] == "warmup" else r["step"] <= step)]
-        temporary = self.metrics.with_suffix(".writing")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        os.replace(temporary, self.metrics)
+        put(self.metrics, lambda path: path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8"))
         for path in (self.directory / "rollouts").glob("step-*.parquet"):
             if int(path.stem.partition("-")[2]) > step:
                 path.unlink()
@@ -67,13 +102,17 @@ class Run:
 
         folder = self.directory / "rollouts"
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".step-{step}.writing"
-        parquet.write_table(pyarrow.table(columns), temporary)
-        os.replace(temporary, folder / f"step-{step}.parquet")
+        put(folder / f"step-{step}.parquet", lambda path: parquet.write_table(pyarrow.table(columns), path))
 
     def log(self, record: dict) -> None:
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Adds a line to metrics.jsonl, on the disk before the checkpoint that stands for it."""
+        try:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:  # a full disk is found while writing, and that error names no file
+            raise OSError(error.errno, error.strerror, str(self.metrics)) from None
         self.shown.update({name: record[key] for key, name, _ in WATCHED if key in record})
         text = "  ".join(f"{name} {self.shown[name]:{form}}" for _, name, form in WATCHED if name in self.shown)
         if self.progress is not None:
@@ -103,3 +142,11 @@ class Run:
     def last_evaluation(self) -> dict[str, float]:
         found = [r for r in self.records() if "eval/accuracy" in r]
         return {k: v for k, v in found[-1].items() if k.startswith("eval/") or k == "step"} if found else {}
+
+
+def _record(line: bytes) -> dict | None:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) and isinstance(found.get("phase"), str) else None

@@ -8,8 +8,8 @@ import torch
 
 from . import checkpoint
 from .config import ConfigError, to_dict
+from .guard import STANDS, TrainingError
 from .layers import differences
-from .update import STANDS, TrainingError
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -33,13 +33,14 @@ def save(trainer: Trainer, label: str) -> None:
         "files": sorted(tensors), "warmup_step": trainer.warmup_step, "step": trainer.step_number, "numpy": trainer.rng.bit_generator.state,
         "counters": trainer.counters, "fork_threshold": trainer.forks.value, "attributors": trainer.attributors.state(),
         "entropy": trainer.entropy.state(), "curriculum": trainer.curriculum.state(), "stages": trainer.stages.state(),
-        "config": to_dict(trainer.config),
+        "guard": trainer.guard.state(), "config": to_dict(trainer.config),
     }  # fmt: skip
     checkpoint.save(trainer.run.checkpoints, label, tensors, state, trainer.config.trainer.keep_checkpoints)
 
 
 def resume(trainer: Trainer) -> None:
     """The newest checkpoint of the run, with its records cut back to it; without one the run begins."""
+    trainer.run.lock()
     found = checkpoint.latest(trainer.run.checkpoints)
     if found is None:
         trainer.run.begin()
@@ -62,6 +63,7 @@ def resume(trainer: Trainer) -> None:
         trainer.attributors.head.load(tensors["head"])
     trainer.entropy.load(state["entropy"])
     trainer.stages.load(state["stages"])
+    trainer.guard.load(state["guard"])
     if "reference" in tensors:
         trainer.reference = trainer.policy.frozen_copy()
         trainer.reference.load_state_dict(tensors["reference"], strict=False)

@@ -35,6 +35,7 @@ from .controls import control
 from .curriculum import Curriculum
 from .entropy import EntropyController, covariant_tokens
 from .evaluation import Evaluation, evaluate
+from .guard import STANDS, Guard, NotFinite, TrainingError, finite
 from .metrics import rollout_rows, step_metrics
 from .policy import Policy, build
 from .probe import suffix_of
@@ -43,11 +44,11 @@ from .prompts import Prompts
 from .rollout import Engine, RolloutError
 from .rollout import build as build_engine
 from .rollout.kept import Kept
-from .run import Run
+from .run import Run, Stopped
 from .segmentation import ForkThreshold, answer_starts, fixed_length
 from .sources import load_problems
 from .stages import Stages
-from .update import STANDS, TrainingError, update
+from .update import optimizer_step, update
 from .warmup import examples, imitation_loss
 
 
@@ -80,6 +81,8 @@ class Trainer:
         self.counters = {"tokens/generated": 0, "tokens/forward_extra": 0, "seconds": 0.0}
         self.clock = Clock(self.policy.device)
         self.warmup_step = self.step_number = 0
+        self.guard = Guard(run.directory / "diagnosis.json")
+        self.stopping = False  # set from outside: the step under way is the last one, and Stopped comes behind its checkpoint
         self.optimizer = self._optimizer(config.warmup.learning_rate if config.warmup.steps else config.optimizer.learning_rate)
 
     @cached_property
@@ -108,6 +111,8 @@ class Trainer:
         steps = self.config.trainer.steps
         if self.step_number == 0 and not self.run.has_step(0):
             self.run.log({"phase": "start", "step": 0, **self._evaluate(0), **self.counters})
+        if self.stopping:
+            raise Stopped("the start")
         self.run.start_phase(f"stage {self.stages.stage}", steps, self.step_number)
         while self.step_number < steps:
             self.step_number += 1
@@ -119,8 +124,11 @@ class Trainer:
             if self.stages.stage != stage:
                 self.run.say(f"stage 2 from step {self.step_number + 1}: {self.stages.reason}")
                 self.run.start_phase("stage 2", steps, self.step_number)
-            if self.step_number % self.config.trainer.checkpoint_every == 0 or self.step_number == steps:
+            stopping = self.stopping
+            if stopping or self.step_number % self.config.trainer.checkpoint_every == 0 or self.step_number == steps:
                 state.save(self, f"step-{self.step_number}")
+            if stopping and self.step_number < steps:
+                raise Stopped(f"step {self.step_number}")
         self.run.finish()
         return self.run.last_evaluation()
 
@@ -300,7 +308,17 @@ class Trainer:
 
     def _update(self, batch: Batch) -> dict[str, float]:
         order = self.rng.permutation(len(batch))
-        return update(batch, self.policy, self.optimizer, self.config, order=order, step=self.step_number, stage=self.stages.stage, clock=self.clock)
+        return update(
+            batch,
+            self.policy,
+            self.optimizer,
+            self.config,
+            order=order,
+            step=self.step_number,
+            stage=self.stages.stage,
+            clock=self.clock,
+            guard=self.guard,
+        )
 
     def _control(self, indices: np.ndarray, outcome: Tensor, entropy: float) -> None:
         """What this step taught the controllers."""
@@ -328,21 +346,27 @@ class Trainer:
                 group["lr"] = config.learning_rate * min(1.0, self.warmup_step / 50) * max(0.02, 0.5 * (1 + math.cos(math.pi * share)))
             drawn = examples(self.task, self.train_problems, config.batch, config.hinted, self.rng, config.probed, suffix_of(self.config))
             loss = imitation_loss(self.policy, self.prompts, drawn)
-            if not math.isfinite(loss.item()):
-                raise TrainingError(f"the warm-up loss is {loss.item()} at step {self.warmup_step}; a lower warmup.learning_rate is the way out")
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
-            self.optimizer.step()
+            try:
+                metrics = {"warmup/loss": finite("warm-up loss", loss)}
+                loss.backward()
+                optimizer_step(self.policy, self.optimizer, 1.0)
+                self.guard.taken()
+            except NotFinite as error:
+                metrics = {"optimizer/left_out": self.guard.left_out + 1}
+                self.guard.leave_out(error, f"warm-up step {self.warmup_step}", self.policy, {})
             self.counters["seconds"] += time.perf_counter() - begin
             last = self.warmup_step == config.steps
             if last or self.warmup_step % 50 == 0:
-                self.run.log({"phase": "warmup", "step": self.warmup_step, "warmup/loss": loss.item(), "seconds": self.counters["seconds"]})
+                self.run.log({"phase": "warmup", "step": self.warmup_step, **metrics, "seconds": self.counters["seconds"]})
             if last:
                 self.optimizer = self._optimizer(self.config.optimizer.learning_rate)
                 self.counters["seconds"] = 0.0  # the curves' clock starts with the first rollout
-            if last or self.warmup_step % (50 * self.config.trainer.checkpoint_every) == 0:
+            stopping = self.stopping
+            if stopping or last or self.warmup_step % (50 * self.config.trainer.checkpoint_every) == 0:
                 state.save(self, f"warmup-{self.warmup_step}")
+            if stopping:
+                raise Stopped(f"warm-up step {self.warmup_step}")
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Accuracy, at both ends pass@k as well, and what the verifier counted that is not 0."""
@@ -372,6 +396,7 @@ class Trainer:
     def close(self) -> None:
         """Ends what runs beside the loop: the verifier's workers, and what the rollout engine started."""
         self.verifier.close()
+        self.run.unlock()
         if "engine" in self.__dict__:
             self.engine.close()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
@@ -11,77 +10,105 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
+from .guard import Guard, NotFinite, finite
 
 if TYPE_CHECKING:
     from .clock import Clock
     from .config import Config
     from .policy import Policy
 
-STANDS = "the last checkpoint stands; a lower optimizer.learning_rate is the usual way out"
 MEANS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "kl/old", "kl/ref", "ratio/ess")
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the last checkpoint stands."""
-
-
 def update(
-    batch: Batch, policy: Policy, optimizer: torch.optim.Optimizer, config: Config, *, order: np.ndarray, step: int, stage: int, clock: Clock
+    batch: Batch,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    *,
+    order: np.ndarray,
+    step: int,
+    stage: int,
+    clock: Clock,
+    guard: Guard,
 ) -> dict[str, float]:
     """One optimiser step a minibatch of `order`, rollouts [B] without those that the verifier left out; returns the losses' metrics.
-    A loss's denominator is that of its whole optimiser step, so micro-batches change nothing."""
+    A loss's denominator is that of its whole optimiser step, so micro-batches change nothing. An optimiser step whose loss or gradient is not
+    finite is not taken, and counts in no other metric."""
     settings = config.loss
-    corrected = config.rollout.engine != "local" and settings.rollout_cap > 0  # the local engine samples from these very weights
     rate = config.optimizer.learning_rate * min(1.0, step / max(1, config.optimizer.warmup_steps))
     for group in optimizer.param_groups:
         group["lr"] = rate
     clip = (settings.clip_low, config.stages.clip_high if stage == 2 else settings.clip_high)
     left_out = batch.sequence["left_out"].cpu().numpy()
-    lengths = batch.segments.cu_seqlens.diff()
-    totals: dict[str, float] = defaultdict(float, {"loss": 0.0, "grad_norm": 0.0})
+    totals = {"loss": 0.0, "grad_norm": 0.0, **dict.fromkeys(MEANS, 0.0), "ratio/max": 1.0, "ratio/min": 1.0, "optimizer/left_out": 0}
     count = 0.0
     for minibatch in np.array_split(order, settings.minibatches):
         rows = minibatch[~left_out[minibatch]].tolist()
         if not rows:
             continue
-        tokens = sum(batch.lengths[b] for b in rows)
         optimizer.zero_grad(set_to_none=True)
-        for part_rows in batch.micro_batches(rows, config.trainer.micro_batch_tokens, policy.packed):
-            part = batch.select(part_rows)
-            if settings.denominator == "tokens":
-                denominator: float | Tensor = float(max(tokens, 1))
-            elif settings.denominator == "sequences":
-                denominator = lengths[part_rows].clamp(min=1).float() * len(rows)
-            else:
-                denominator = float(config.rollout.max_new_tokens * len(rows))
-            result = policy(
-                part.prompts, part.responses(), part.token["old_logp"], part.token["advantages"], part.segments,
-                temperature=config.rollout.temperature, clip=clip, ratio=settings.ratio, denominator=denominator,
-                entropy_weight=part.token.get("entropy_weight"), ref_logp=part.token.get("ref_logp"),
-                kl_weight=config.stages.kl_weight if "ref_logp" in part.token else 0.0,
-                rollout_logp=part.token["rollout_logp"] if corrected else None, rollout_cap=settings.rollout_cap or 1.0,
-            )  # fmt: skip
-            if not math.isfinite(result.loss.item()):
-                raise TrainingError(f"the loss is {result.loss.item()} at step {step}: the step is not taken and {STANDS}")
-            result.loss.backward()
-            if "covariant" in part.token:
-                covariance_penalty(part, policy, config, denominator)
-            totals["loss"] += result.loss.item() / settings.minibatches
-            share = float(result.metrics["tokens"])
-            count += share
-            for name in MEANS:
-                totals[name] += share * float(result.metrics[name])
-            for name, best in (("ratio/max", max), ("ratio/min", min)):
-                totals[name] = best(totals.get(name, 1.0), float(result.metrics[name]))
-        with clock("optimizer"):
-            norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm))
-            if not math.isfinite(norm):
-                raise TrainingError(f"the gradient norm is {norm} at step {step}: the step is not taken and {STANDS}")
-            optimizer.step()
+        try:
+            sums = gradients(batch, rows, policy, config, clip)
+            with clock("optimizer"):
+                norm = optimizer_step(policy, optimizer, config.optimizer.max_grad_norm)
+        except NotFinite as error:
+            totals["optimizer/left_out"] += 1
+            guard.leave_out(error, f"step {step}", policy, batch.select(rows).token, learning_rate=rate, rollouts=len(rows))
+            continue
+        guard.taken()
+        count += sums["tokens"]
+        for name in MEANS:
+            totals[name] += sums[name]
+        for name, best in (("ratio/max", max), ("ratio/min", min)):
+            totals[name] = best(totals[name], sums[name])
+        totals["loss"] += sums["loss"] / settings.minibatches
         totals["grad_norm"] += norm / settings.minibatches
     for name in MEANS:
         totals[name] /= max(count, 1.0)
     return {**totals, "learning_rate": rate}
+
+
+def gradients(batch: Batch, rows: list[int], policy: Policy, config: Config, clip: tuple[float, float]) -> dict[str, float]:
+    """Adds the gradient of one optimiser step, a micro-batch after the other. Returns its loss, tokens and sums over tokens. NotFinite for a loss."""
+    settings = config.loss
+    corrected = config.rollout.engine != "local" and settings.rollout_cap > 0  # the local engine samples from these very weights
+    lengths = batch.segments.cu_seqlens.diff()
+    tokens = sum(batch.lengths[b] for b in rows)
+    sums: dict[str, float] = defaultdict(float, {"ratio/max": 1.0, "ratio/min": 1.0})
+    for part_rows in batch.micro_batches(rows, config.trainer.micro_batch_tokens, policy.packed):
+        part = batch.select(part_rows)
+        if settings.denominator == "tokens":
+            denominator: float | Tensor = float(max(tokens, 1))
+        elif settings.denominator == "sequences":
+            denominator = lengths[part_rows].clamp(min=1).float() * len(rows)
+        else:
+            denominator = float(config.rollout.max_new_tokens * len(rows))
+        result = policy(
+            part.prompts, part.responses(), part.token["old_logp"], part.token["advantages"], part.segments,
+            temperature=config.rollout.temperature, clip=clip, ratio=settings.ratio, denominator=denominator,
+            entropy_weight=part.token.get("entropy_weight"), ref_logp=part.token.get("ref_logp"),
+            kl_weight=config.stages.kl_weight if "ref_logp" in part.token else 0.0,
+            rollout_logp=part.token["rollout_logp"] if corrected else None, rollout_cap=settings.rollout_cap or 1.0,
+        )  # fmt: skip
+        sums["loss"] += finite("loss", result.loss)
+        result.loss.backward()
+        if "covariant" in part.token:
+            covariance_penalty(part, policy, config, denominator)
+        share = float(result.metrics["tokens"])
+        sums["tokens"] += share
+        for name in MEANS:
+            sums[name] += share * float(result.metrics[name])
+        for name, best in (("ratio/max", max), ("ratio/min", min)):
+            sums[name] = best(sums[name], float(result.metrics[name]))
+    return sums
+
+
+def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, most: float) -> float:
+    """The step along the gradient, whose norm is clipped to `most` and returned. NotFinite, and no step, where it is no number."""
+    norm = finite("gradient norm", torch.nn.utils.clip_grad_norm_(policy.parameters(), most))
+    optimizer.step()
+    return norm
 
 
 def covariance_penalty(part: Batch, policy: Policy, config: Config, denominator: float | Tensor) -> None:

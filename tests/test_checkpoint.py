@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from acpo import checkpoint
-from acpo.checkpoint import CheckpointError, latest, load_optimizer, optimizer_tensors, read, save
+from acpo.checkpoint import CheckpointError, latest, load_optimizer, optimizer_tensors, put, read, save, seal
 
 
 def write(directory, label: str, value: float = 1.0, keep: int = 2):
@@ -30,7 +30,8 @@ def test_round_trip(tmp_path):
     tensors, state = read(path)
     assert tensors["policy"]["w"].tolist() == [0.5] * 3 and tensors["random"]["state"].dtype == torch.uint8
     assert state["value"] == 0.5
-    assert names(path) == ["policy.safetensors", "random.safetensors", "state.json"], "nothing is pickled"
+    assert names(path) == ["SHA256SUMS", "policy.safetensors", "random.safetensors", "state.json"], "nothing is pickled"
+    assert subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=path, check=False).returncode == 0
 
 
 def test_tensors_that_share_memory_or_are_not_contiguous(tmp_path):
@@ -93,7 +94,7 @@ def test_files_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.os, "replace", lambda a, b: (events.append("rename"), real[1](a, b))[1])
     write(tmp_path, "step-1")
     at = events.index("rename")
-    assert {"policy.safetensors", "random.safetensors", "state.json"} <= set(events[:at]) and events[at + 1 :] == [tmp_path.name]
+    assert {"SHA256SUMS", "policy.safetensors", "random.safetensors", "state.json"} <= set(events[:at]) and events[at + 1 :] == [tmp_path.name]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="limits are a Unix matter")
@@ -132,38 +133,55 @@ def test_a_directory_that_cannot_be_written(tmp_path):
             write(locked / "checkpoints", "step-1")
 
 
+FILES = ("SHA256SUMS", "policy.safetensors", "random.safetensors", "state.json")
+
+
+def rewritten(path, change) -> None:
+    """The state as `change` makes it, under checksums that hold."""
+    file = path / "state.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    seal(path)
+
+
 def damage(path, how: str) -> None:
-    if how == "truncated tensors":
-        file = path / "policy.safetensors"
+    kind, _, name = how.partition(": ")
+    file = path / name
+    if kind == "truncated":
         file.write_bytes(file.read_bytes()[:-5])
-    elif how == "empty tensors":
-        (path / "policy.safetensors").write_bytes(b"")
-    elif how == "missing shard":
-        (path / "random.safetensors").unlink()
-    elif how == "truncated state":
-        file = path / "state.json"
-        file.write_bytes(file.read_bytes()[:-5])
-    elif how == "zeros for a state":
-        (path / "state.json").write_bytes(b"\0" * 40)
-    elif how == "another state":
-        (path / "state.json").write_text("[]")
-    elif how == "no list of files":
-        (path / "state.json").write_text(json.dumps({"format": checkpoint.FORMAT}))
-    elif how == "missing state":
-        (path / "state.json").unlink()
-    elif how == "other format":
-        file = path / "state.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "format": 99}))
+    elif kind == "empty":
+        file.write_bytes(b"")
+    elif kind == "zeros":
+        file.write_bytes(b"\0" * file.stat().st_size)
+    elif kind == "missing":
+        file.unlink()
+    elif kind == "another state":
+        rewritten(path, lambda state: [])
+    elif kind == "no list of files":
+        rewritten(path, lambda state: {"format": checkpoint.FORMAT})
+    elif kind == "a shard more than the list":
+        rewritten(path, lambda state: {**state, "files": ["policy"]})
+    elif kind == "a shard fewer than the list":
+        rewritten(path, lambda state: {**state, "files": [*state["files"], "reference"]})
+    elif kind == "no format":
+        rewritten(path, lambda state: {"files": state["files"]})
+    elif kind == "newer format":
+        rewritten(path, lambda state: {**state, "format": 99})
+    elif kind == "older format":
+        rewritten(path, lambda state: {**state, "format": 1})
+        (path / "SHA256SUMS").unlink()
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("truncated tensors", "cannot read the checkpoint"), ("empty tensors", "cannot read the checkpoint"),
-        ("missing shard", "lacks random.safetensors"), ("truncated state", "cannot read the checkpoint"),
-        ("zeros for a state", "cannot read the checkpoint"), ("missing state", "cannot read the checkpoint"),
-        ("another state", "cannot read the checkpoint"), ("no list of files", "cannot read the checkpoint"),
-        ("other format", "has format 99, this version reads 1"),
+        *((f"{kind}: {name}", "SHA256SUMS is damaged") for kind in ("truncated", "empty", "zeros") for name in FILES[:1]),
+        *((f"{kind}: {name}", f"{name} is damaged: its checksum differs") for kind in ("truncated", "empty", "zeros") for name in FILES[1:]),
+        *((f"missing: {name}", f"it lacks {name}") for name in FILES),
+        ("another state", "does not hold an object"), ("no list of files", "not those that state.json lists"),
+        ("a shard more than the list", "not those that state.json lists"), ("a shard fewer than the list", "not those that state.json lists"),
+        ("no format", "has format None, written by another version; this one reads format 2"),
+        ("newer format", "has format 99, written by a newer version; this one reads format 2"),
+        ("older format", "has format 1, written by an older version; this one reads format 2"),
     ],
 )  # fmt: skip
 def test_a_damaged_one_is_passed_over_and_said(tmp_path, capsys, how, message):
@@ -174,8 +192,40 @@ def test_a_damaged_one_is_passed_over_and_said(tmp_path, capsys, how, message):
     assert len(said) == 1 and "step-2" in said[0] and message in said[0] and said[0].endswith("trying the one before it")
 
 
+def test_every_flipped_bit_is_found(tmp_path):
+    """A bit of every byte of every file: SHA256SUMS, tensors, state."""
+    path = write(tmp_path, "step-1")
+    count = 0
+    for name in FILES:
+        whole = (path / name).read_bytes()
+        for at in range(len(whole)):
+            flipped = bytearray(whole)
+            flipped[at] ^= 1 << (5 * at + 3) % 8
+            (path / name).write_bytes(flipped)
+            with pytest.raises(CheckpointError, match=r"cannot read the checkpoint .*step-1: .*(is damaged|it lacks|codec)"):
+                read(path)
+            count += 1
+        (path / name).write_bytes(whole)
+    assert read(path)[1]["value"] == 1.0 and count > 400
+
+
+def test_put_leaves_the_old_or_the_new_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "config.yaml"
+    put(path, lambda p: p.write_text("old"))
+
+    def full(p):
+        p.write_text("ne")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*config.yaml'"):
+        put(path, full)
+    assert names(tmp_path) == ["config.yaml"] and path.read_text() == "old"
+    put(path, lambda p: p.write_text("new"))
+    assert names(tmp_path) == ["config.yaml"] and path.read_text() == "new"
+
+
 def test_nothing_that_reads_is_an_error_not_a_fresh_start(tmp_path):
-    damage(write(tmp_path, "step-1"), "truncated tensors")
+    damage(write(tmp_path, "step-1"), "truncated: policy.safetensors")
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read; remove the folder to start again"):
         latest(tmp_path)
 
