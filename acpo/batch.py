@@ -82,15 +82,18 @@ class Batch:
             {name: value[index] for name, value in self.sequence.items()},
         )
 
-    def micro_batches(self, rows: list[int], budget: int) -> Iterator[list[int]]:
-        """Splits rows so that none has more than `budget` padded tokens (a longer rollout stands alone), long ones together."""
+    def micro_batches(self, rows: list[int], budget: int, packed: bool = False) -> Iterator[list[int]]:
+        """Splits rows so that none has more than `budget` tokens, counted as padded or as packed ones (a longer rollout stands alone), long
+        ones together."""
         size = {b: len(self.prompts[b]) + self.lengths[b] for b in rows}
         part: list[int] = []
+        tokens = 0  # of part, packed
         for b in sorted(rows, key=lambda b: (-size[b], b)):
-            if part and size[part[0]] * (len(part) + 1) > budget:
+            if part and (tokens + size[b] if packed else size[part[0]] * (len(part) + 1)) > budget:
                 yield part
-                part = []
+                part, tokens = [], 0
             part.append(b)
+            tokens += size[b]
         if part:
             yield part
 

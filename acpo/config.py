@@ -61,7 +61,11 @@ class PolicyConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and optimizer state are float32
     device: str = "auto"
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    packing: Literal["auto", "packed", "padded"] = "auto"  # of rollouts in a forward pass; auto: packed with flash_attention_2, else padded
     gradient_checkpointing: bool = False
+    lora_rank: int = 0  # above 0: train adapters of this rank (peft) and leave the weights of policy.path as they are
+    lora_alpha: float = 0.0  # adapters count lora_alpha / lora_rank; 0: twice the rank
+    lora_targets: str = "all-linear"  # every linear layer of the body, or names like q_proj,v_proj
 
 
 @dataclass
@@ -203,7 +207,7 @@ class OptimizerConfig:
 @dataclass
 class TrainerConfig:
     steps: int = 100
-    micro_batch_tokens: int = 16384  # most padded tokens of a forward or backward pass
+    micro_batch_tokens: int = 16384  # most tokens of a forward or backward pass, padding counted where there is any
     eval_every: int = 10
     checkpoint_every: int = 10
     keep_checkpoints: int = 2
@@ -332,7 +336,7 @@ _NOT_NEGATIVE = (
     "attribution.kappa", "credit.gain", "loss.clip_high", "stages.kl_weight",
     "stages.clip_high", "entropy.weight", "entropy.rate", "entropy.dead_band", "optimizer.warmup_steps", "optimizer.weight_decay", "seed",
     "problems.seed", "problems.distractors", "problems.decoys", "attribution.slope", "credit.value_gain", "segmenter.fixed",
-    "entropy.covariance_weight", "loss.rollout_cap", "rollout.vllm.max_model_len", "rollout.server.retries",
+    "entropy.covariance_weight", "policy.lora_rank", "policy.lora_alpha", "loss.rollout_cap", "rollout.vllm.max_model_len", "rollout.server.retries",
 )  # fmt: skip
 
 
@@ -386,6 +390,8 @@ def _check_run(config: Config) -> None:
         raise ConfigError("one of problems.task and problems.path must be given, got " + ("both" if config.problems.task else "neither"))
     if bool(config.policy.path) == bool(config.policy.from_config):
         raise ConfigError("one of policy.path and policy.from_config must be given, got " + ("both" if config.policy.path else "neither"))
+    if config.policy.lora_rank and not config.policy.path:
+        raise ConfigError("policy.lora_rank needs policy.path: adapters of weights that were never trained learn little")
     if "{problem}" not in config.problems.template:
         raise ConfigError(f"problems.template must hold {{problem}}, got {config.problems.template!r}")
     if config.problems.held_out >= 1 and config.problems.held_out % 1:

@@ -15,11 +15,7 @@ from .config import AttributionConfig, CreditConfig
 
 class Panel:
     """Rollouts of one problem stand side by side, group_size of them; outcome [B] is the verifier's R in [0, 1], NaN for
-    a rollout that it left out.
-
-    scored [B] says which rollouts have an outcome (None: all). A group with one that has none is left out of every source: what it holds in its
-    place counts nowhere.
-    """
+    a rollout that it left out: no source's credit is for it, and none looks at it."""
 
     def __init__(self, attribution: AttributionConfig, credit: CreditConfig, group_size: int):
         fixed = None if attribution.reliability < 0 else attribution.reliability
@@ -27,7 +23,7 @@ class Panel:
         self.form, self.scope, self.group_size = credit.form, credit.scope, group_size
         self.by_name = {name: Attributor(fixed, credit.gain, credit.value_gain, attribution.slope) for name in names}
 
-    def acts(self, name: str, outcome: Tensor, scored: Tensor | None = None) -> Tensor:
+    def acts(self, name: str, outcome: Tensor) -> Tensor:
         """Which rollouts the source's credit is for, [B]. Scope `own`: the hindsight stream where the outcomes of a group are equal, so that they say
         nothing themselves; the others where they differ."""
         if name not in self.by_name:
@@ -37,23 +33,17 @@ class Panel:
             acts = torch.ones_like(same)
         else:
             acts = same if self.scope == "zero_variance" or name == "hindsight" else ~same
-        return acts & ~outcome.isnan() & self._whole(acts, scored)
+        return acts & ~outcome.isnan()
 
-    def looks(self, name: str, outcome: Tensor, scored: Tensor | None = None) -> Tensor:
+    def looks(self, name: str, outcome: Tensor) -> Tensor:
         """Which rollouts the source looks at, [B]: those that its credit is for, and where groups with both outcomes are not among them enough of
         those to measure its skill: all until there is a first measure, then one right and one wrong rollout of each."""
-        acts = self.acts(name, outcome, scored)
+        acts = self.acts(name, outcome)
         if name not in self.by_name or self.by_name[name].reliability.fixed is not None:
             return acts
         first = self.by_name[name].reliability.boundaries < MIN_BOUNDARIES
         more = torch.ones_like(acts) if first else one_of_each(outcome, self.group_size)
-        return acts | (more & ~outcome.isnan() & self._whole(more, scored))
-
-    def _whole(self, like: Tensor, scored: Tensor | None) -> Tensor:
-        """Rollouts of groups that have all their outcomes, [B]."""
-        if scored is None:
-            return torch.ones_like(like)
-        return scored.view(-1, self.group_size).all(1).repeat_interleave(self.group_size)
+        return acts | (more & ~outcome.isnan())
 
     def attribute(
         self, evidence: Callable[[str, Tensor], Evidence], outcome: Tensor, prior: Tensor, segments: Segments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from acpo_kernels import (
     pack,
 )
 
+from . import adapters, packing
 from .config import Config, ConfigError, PolicyConfig
 from .probe import Packed
 
@@ -28,14 +30,15 @@ class Policy(nn.Module):
     """One module from prompts and responses to log-probs or a loss, so that DDP and FSDP see every parameter.
 
     Rollouts go through the body right-padded: under causal attention no real token sees the padding, so no mask is needed, and the
-    padding is dropped before the head.
+    padding is dropped before the head. packed=True: one behind the other without padding (packing.py).
     """
 
-    def __init__(self, model: nn.Module, pad_id: int, dtype: torch.dtype = torch.float32):
+    def __init__(self, model: nn.Module, pad_id: int, dtype: torch.dtype = torch.float32, packed: bool = False):
         super().__init__()
         self.model = model
         self.pad_id = pad_id
         self.dtype = dtype
+        self.packed = packed
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or not head.weight.is_floating_point() or "float8" in str(head.weight.dtype):
             raise ConfigError(f"policy: the head must be a plain linear layer (no LoRA, no fp8), got {type(head).__name__}")
@@ -49,6 +52,15 @@ class Policy(nn.Module):
     def load_state_dict(self, *arguments, **settings):
         self.changed()
         return super().load_state_dict(*arguments, **settings)
+
+    def trained(self) -> dict[str, Tensor]:
+        """The parameters that training changes: of a policy with adapters these alone."""
+        return {name: value for name, value in self.named_parameters() if value.requires_grad}
+
+    def frozen_copy(self) -> Policy:
+        """The policy as it is now; what training leaves alone is not held twice."""
+        frozen = {id(value): value for value in self.parameters() if not value.requires_grad}
+        return copy.deepcopy(self, frozen).requires_grad_(False)
 
     @property
     def device(self) -> torch.device:
@@ -64,11 +76,15 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors of the model as a checkpoint on disk names them, one at a time; a tied head is its embedding."""
+        """Names and tensors of the model as a checkpoint on disk names them, adapters merged, one at a time; a tied head is its embedding."""
         from transformers.core_model_loading import revert_weight_conversion
 
-        for name, value in self.model.named_parameters():
+        for name, value in adapters.merged(self.model):
             yield from revert_weight_conversion(self.model, {name: value.detach()}).items()
+
+    def save(self, folder: Path) -> None:
+        """The model as a folder that transformers reads, adapters merged."""
+        self.model.save_pretrained(folder, state_dict=dict(adapters.merged(self.model)) if adapters.layers(self.model) else None)
 
     def save_shape(self, folder: Path) -> Path:
         """The model's configuration, without weights, as a folder that vLLM builds it from."""
@@ -84,6 +100,9 @@ class Policy(nn.Module):
     def hidden(self, prompts: list[list[int]], responses: list[Tensor]) -> Tensor:
         """The hidden states [N,H] that predict the response tokens."""
         rows = [torch.cat([torch.tensor(p, device=r.device, dtype=r.dtype), r]) for p, r in zip(prompts, responses, strict=True)]
+        if self.packed:
+            with self.precision():
+                return packing.hidden_states(self.model, rows, [len(p) for p in prompts])
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id).to(self.device)
         start = torch.tensor([len(p) - 1 for p in prompts], device=self.device).unsqueeze(1)
         end = start + torch.tensor([len(r) for r in responses], device=self.device).unsqueeze(1)
@@ -141,13 +160,31 @@ def build(config: Config) -> tuple[Policy, object]:
     tokenizer = _tokenizer(config)
     device = _device(settings.device)
     model = _pretrained(settings) if settings.path else _from_config(settings, tokenizer)
+    _training_without_dropout(model)
+    if settings.lora_rank:
+        adapters.add(model, settings)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if model.get_output_embeddings().weight.shape[0] < len(tokenizer):
         raise ConfigError(
             f"policy: the tokenizer has {len(tokenizer)} entries and the model only {model.get_output_embeddings().weight.shape[0]} logits"
         )
-    return Policy(model.to(device), tokenizer.pad_token_id, getattr(torch, settings.dtype)), tokenizer
+    packed = settings.packing == "packed" or (settings.packing == "auto" and settings.attention == "flash_attention_2")
+    policy = Policy(model.to(device), tokenizer.pad_token_id, getattr(torch, settings.dtype), packed)
+    if packed:
+        packing.check(policy.model, policy.precision())
+    return policy, tokenizer
+
+
+def _training_without_dropout(model: nn.Module) -> None:
+    """Layers are checkpointed in training mode alone; but a policy that drops out at random is not the one that sampled."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):  # what attention functions are told
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def _device(name: str) -> torch.device:

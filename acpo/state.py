@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 def save(trainer: Trainer, label: str) -> None:
     """A checkpoint: all that the next step depends on."""
-    parameters = dict(trainer.policy.named_parameters())
+    parameters = trainer.policy.trained()
     if not all(p.isfinite().all() for p in parameters.values()):
         raise TrainingError(f"the policy's weights are not finite behind step {trainer.step_number}: {STANDS}")
     tensors = {
@@ -29,7 +28,7 @@ def save(trainer: Trainer, label: str) -> None:
     if trainer.attributors.head is not None:
         tensors["head"] = trainer.attributors.head.tensors()
     if trainer.reference is not None:
-        tensors["reference"] = dict(trainer.reference.named_parameters())
+        tensors["reference"] = {name: value for name, value in trainer.reference.named_parameters() if name in parameters}
     state = {
         "files": sorted(tensors), "warmup_step": trainer.warmup_step, "step": trainer.step_number, "numpy": trainer.rng.bit_generator.state,
         "counters": trainer.counters, "fork_threshold": trainer.forks.value, "attributors": trainer.attributors.state(),
@@ -66,7 +65,7 @@ def resume(trainer: Trainer) -> None:
     trainer.stages.load(state["stages"])
     trainer.guard.load(state["guard"])
     if "reference" in tensors:
-        trainer.reference = copy.deepcopy(trainer.policy).requires_grad_(False)
+        trainer.reference = trainer.policy.frozen_copy()
         trainer.reference.load_state_dict(tensors["reference"], strict=False)
     trainer.run.cut_back(trainer.warmup_step, trainer.step_number if trainer.step_number else -1)
     trainer.run.say(f"resumed from {'step ' + str(trainer.step_number) if trainer.step_number else 'warm-up step ' + str(trainer.warmup_step)}")

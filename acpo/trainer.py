@@ -11,7 +11,6 @@ copy of the weights on the same device.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
@@ -234,7 +233,7 @@ class Trainer:
         temperature, size = self.config.rollout.temperature, self.config.rollout.group_size
         rows = batch.sequence["hindsight"] = self.attributors.looks("hindsight", outcome)
         looked_at = set(rows.nonzero().flatten().tolist())
-        for part in batch.micro_batches(list(range(len(batch))), self.config.trainer.micro_batch_tokens):
+        for part in batch.micro_batches(list(range(len(batch))), self.config.trainer.micro_batch_tokens, self.policy.packed):
             hidden = self.policy.hidden([batch.prompts[b] for b in part], batch.responses(part))
             if self.attributors.head is not None:
                 batch.put(part, hidden=hidden)
@@ -302,7 +301,7 @@ class Trainer:
 
     @torch.no_grad()
     def _reference_logp(self, batch: Batch) -> None:
-        for part in batch.micro_batches(list(range(len(batch))), self.config.trainer.micro_batch_tokens):
+        for part in batch.micro_batches(list(range(len(batch))), self.config.trainer.micro_batch_tokens, self.policy.packed):
             hidden = self.reference.hidden([batch.prompts[b] for b in part], batch.responses(part))
             batch.put(part, ref_logp=self.reference.score(hidden, torch.cat(batch.responses(part)), self.config.rollout.temperature).logp)
         self.counters["tokens/forward_extra"] += batch.segments.num_tokens + sum(map(len, batch.prompts))
@@ -330,7 +329,7 @@ class Trainer:
         self.entropy.update(entropy, self.step_number / self.config.trainer.steps, self.stages.stage)
         success = outcome.nanmean()
         if success == success and self.stages.update(self.step_number, float(success)):
-            self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+            self.reference = self.policy.frozen_copy()
 
     # --- warm-up, evaluation, state -----------------------------------------------------------------------------------------------
 
@@ -408,12 +407,12 @@ class Trainer:
 
         logging.disable_progress_bar()
         folder = self.run.directory / "policy"
-        self.policy.model.save_pretrained(folder)
+        self.policy.save(folder)
         self.tokenizer.save_pretrained(folder)
 
     def _optimizer(self, rate: float) -> torch.optim.Optimizer:
         config = self.config.optimizer
-        optimizer = torch.optim.AdamW(self.policy.parameters(), lr=rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(self.policy.trained().values(), lr=rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
         optimizer.register_step_post_hook(lambda *_: self.policy.changed())
         return optimizer
 

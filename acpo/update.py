@@ -76,7 +76,7 @@ def gradients(batch: Batch, rows: list[int], policy: Policy, config: Config, cli
     lengths = batch.segments.cu_seqlens.diff()
     tokens = sum(batch.lengths[b] for b in rows)
     sums: dict[str, float] = defaultdict(float, {"ratio/max": 1.0, "ratio/min": 1.0})
-    for part_rows in batch.micro_batches(rows, config.trainer.micro_batch_tokens):
+    for part_rows in batch.micro_batches(rows, config.trainer.micro_batch_tokens, policy.packed):
         part = batch.select(part_rows)
         if settings.denominator == "tokens":
             denominator: float | Tensor = float(max(tokens, 1))

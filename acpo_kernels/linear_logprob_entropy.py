@@ -37,17 +37,26 @@ def linear_logprob_entropy(
         Nats. mask=False or ids == -100: both outputs 0, gradient 0. N = 0 gives empty results. A row that holds NaN gives NaN there alone.
     Errors
         ValueError for shapes, dtypes or devices that do not fit, ids outside [0, V) (CPU), temperature or softcap <= 0;
-        NotImplementedError for group, the vocabulary-parallel form.
+        ValueError for impl with a group.
+    Group
+        group (a torch.distributed process group): weight [V_r,H] and bias [V_r] are this rank's slice of the vocabulary, the slices in the order
+        of the ranks; hidden, ids (of the whole vocabulary) and the gradients that come in are the same on every rank, and so are logp, entropy
+        and the gradient of hidden, the sum over the group. Every rank must make the call, and its backward. A row whose logits are -inf over a
+        whole slice is NaN. Not traced by torch.compile.
     Source
         `logprob_entropy`, after the head. Peers: TRL's ChunkedLogProbFunction, Liger, verl, cut-cross-entropy (see docs/log.md).
     """
     check.implementation(impl)
-    if group is not None:
-        raise NotImplementedError("group: the vocabulary-parallel form is not supported yet; pass group=None")
+    if group is not None and impl is not None:
+        raise ValueError(f"impl = {impl!r} holds the whole vocabulary: it must be None with a group")
     check.tensor("hidden", hidden, check.FLOAT, ndim=2)
     check.tensor("weight", weight, check.FLOAT, ndim=2)
     hidden, weight, bias = check.autocast(hidden, weight, bias)
     check.head(hidden, weight, ids, bias, temperature, softcap, mask)
+    if group is not None:
+        from ._vocabulary_parallel import VocabularyParallel
+
+        return LogprobEntropy(*VocabularyParallel.apply(hidden, weight, bias, ids, *number_or_tensor(temperature), softcap, mask, group))
     if impl == "reference":
         return reference.linear_logprob_entropy(hidden, weight, ids, bias=bias, temperature=temperature, softcap=softcap, mask=mask)
     return LogprobEntropy(*_op(hidden, weight, ids, bias, *number_or_tensor(temperature), softcap, mask)[:2])

@@ -78,10 +78,7 @@ def linear_logprob_entropy(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     mask: Tensor | None = None,
-    group: object = None,
 ) -> LogprobEntropy:
-    if group is not None:
-        raise NotImplementedError("group: the vocabulary-parallel form is not supported yet")
     active = active_rows(ids, mask)
     hidden = torch.where(active.unsqueeze(-1), hidden, 0.0)  # a masked row that holds NaN stays out of dW
     return logprob_entropy(head_logits(hidden, weight, bias, softcap), ids, temperature=temperature, mask=mask)

@@ -176,18 +176,21 @@ def test_literal_copies_of_the_answer_carry_no_credit():
     assert not torch.equal(*counted)
 
 
-def test_a_group_without_all_its_outcomes_keeps_its_own_advantages():
+def test_a_rollout_without_an_outcome_keeps_its_own_advantage_and_counts_nowhere():
     outcome, own = OUTCOME.clone(), torch.randn(8)
     outcome[1] = math.nan
     settings = {**FIXED, "credit.scope": "all"}
     credit = credit_of(settings)
-    assert credit.looks(outcome).tolist() == [False] * 4 + [True] * 4
-    found = assigned(credit, outcome=outcome, advantages=own)
-    plain = own.unsqueeze(1) * batch()["mask"]
-    assert torch.equal(found.advantages[:4], plain[:4]) and not torch.equal(found.advantages[4:], plain[4:])
-    other = torch.where(torch.arange(8) == 0, 0.0, outcome)
-    again = assigned(credit_of(settings), outcome=other, advantages=own)
-    assert torch.equal(again.advantages, found.advantages), "nothing of that group counts anywhere"
+    assert credit.looks(outcome).tolist() == [b != 1 for b in range(8)]
+    tensors = batch()
+    found = assigned(credit, tensors, outcome=outcome, advantages=own)
+    plain = own.unsqueeze(1) * tensors["mask"]
+    assert torch.equal(found.advantages[1], plain[1]) and not any(torch.equal(found.advantages[b], plain[b]) for b in (0, 2, 4))
+    loud = {**tensors, "log_ratio": tensors["log_ratio"].clone(), "kl": tensors["kl"].clone()}
+    loud["log_ratio"][1], loud["kl"][1] = 3.0, 1.0
+    again = assigned(credit_of(settings), loud, outcome=outcome, advantages=own)
+    assert torch.equal(again.advantages, found.advantages), "nothing of that rollout counts anywhere"
+    assert credit.success == pytest.approx(float(outcome.nanmean()))
 
 
 def test_empty_rollouts_and_an_empty_batch():

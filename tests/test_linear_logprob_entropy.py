@@ -465,9 +465,8 @@ def test_bad_hindsight_stream():
 
 def test_what_is_refused_by_name():
     hidden, weight, ids = torch.ones(3, 4), torch.ones(5, 4), torch.zeros(3, dtype=torch.int64)
-    for impl in IMPLS:
-        with pytest.raises(NotImplementedError, match="group: the vocabulary-parallel form is not supported yet"):
-            linear_logprob_entropy(hidden, weight, ids, group=object(), impl=impl)
+    with pytest.raises(ValueError, match="impl = 'reference' holds the whole vocabulary: it must be None with a group"):
+        linear_logprob_entropy(hidden, weight, ids, group=object(), impl="reference")
     with pytest.raises(TypeError, match="softcap must be a number, got str"):
         linear_logprob_entropy(hidden, weight, ids, softcap="30")
     with pytest.raises(TypeError, match=r"weight must be a torch\.Tensor"):

@@ -123,9 +123,9 @@ class StepCredit:
     def looks(self, outcome: Tensor, *, groups: Sequence[Hashable] | None = None) -> Tensor:
         """Which rollouts [B] the next batch's hindsight stream is wanted for: log_ratio and kl of the others are not read."""
         order = self._order(groups, len(outcome))
-        filled, scored = _outcome(outcome, order)
+        judged = _outcome(outcome, order)
         out = torch.empty(len(order), dtype=torch.bool)
-        out[order] = self.panel.looks("hindsight", filled, scored)
+        out[order] = self.panel.looks("hindsight", judged)
         return out.to(outcome.device)
 
     # --- the batch ----------------------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ class StepCredit:
             ValueError that names the argument.
         """
         order = self._order(groups, len(outcome))
-        filled, scored = _outcome(outcome, order)
+        judged = _outcome(outcome, order)
         batch = _Packed(ids, mask, written, order)
         values = {"entropy": entropy, "log_ratio": log_ratio, "kl": kl, "logp": logp}
         tokens = {name: batch.pack(name, value) for name, value in values.items() if value is not None}
@@ -176,20 +176,20 @@ class StepCredit:
         stage, config, size = self.stage, self.settings, self.group_size
         segments = self._segments(batch, tokens.get("entropy"), None if answer_start is None else _rows("answer_start", answer_start, order))
         metrics: dict[str, float] = {}
-        evidence = self._evidence(batch, tokens, segments, filled, scored, answers, order, metrics)
-        known = torch.full_like(filled, 0.5 if self.success is None else self.success) if prior is None else _rows("prior", prior, order)
-        attribution, reliabilities = self.panel.attribute(evidence, filled, known, segments)
-        own = credit.outcome_advantages(filled, size, config.credit.advantage) if advantages is None else _rows("advantages", advantages, order)
+        evidence = self._evidence(batch, tokens, segments, judged, answers, order, metrics)
+        known = torch.full_like(judged, 0.5 if self.success is None else self.success) if prior is None else _rows("prior", prior, order)
+        attribution, reliabilities = self.panel.attribute(evidence, judged, known, segments)
+        own = credit.outcome_advantages(judged, size, config.credit.advantage) if advantages is None else _rows("advantages", advantages, order)
         if stage == 2 and config.stages.confidence > 0:
-            own = self._confident(own, filled, scored, tokens["logp"], segments, batch.written, normalise, order, metrics)
+            own = self._confident(own, judged, tokens["logp"], segments, batch.written, normalise, order, metrics)
         assigned, weights = credit.assign(
-            own, filled, attribution, segments, size, config.credit, ids=batch.ids, log_ratio=tokens.get("log_ratio"), entropy=tokens.get("entropy"),
+            own, judged, attribution, segments, size, config.credit, ids=batch.ids, log_ratio=tokens.get("log_ratio"), entropy=tokens.get("entropy"),
             mask=batch.written,
         )  # fmt: skip
         bonus = self.entropy.token_weights(segments, attribution, batch.written)
         metrics |= {f"acpo/{name.removeprefix('attribution/')}": value for name, value in reliabilities.items()}
-        metrics |= self._figures(batch, segments, attribution, filled, assigned - own[segments.sequence_ids()], weights)
-        self._learn(filled[scored], tokens.get("entropy"), batch.written, step, metrics)
+        metrics |= self._figures(batch, segments, attribution, judged, assigned - own[segments.sequence_ids()], weights)
+        self._learn(judged[~judged.isnan()], tokens.get("entropy"), batch.written, step, metrics)
         first = segments.sequence_offsets[:-1][segments.sequence_ids()]
         weight = None if bonus is None else batch.unpack(bonus)
         return Credited(batch.unpack(assigned), weight, batch.unpack(segments.segment_ids() - first, fill=-1), stage, metrics)
@@ -236,16 +236,16 @@ class StepCredit:
         return self.segmenter(batch.ids, batch.cu_seqlens, answer_start=None if answer_start is None else answer_start.long(), **forks)
 
     def _evidence(
-        self, batch: _Packed, tokens, segments: Segments, outcome: Tensor, scored: Tensor, answers, order: Tensor, metrics
+        self, batch: _Packed, tokens, segments: Segments, outcome: Tensor, answers, order: Tensor, metrics
     ) -> Callable[[str, Tensor], Evidence]:
         settings, size = self.settings.attribution, self.group_size
 
         def of(name: str, base: Tensor) -> Evidence:
-            acts = self.panel.acts(name, outcome, scored)
+            acts = self.panel.acts(name, outcome)
             if name == "entropy":
                 return entropy_evidence(tokens["entropy"], outcome, size, segments, acts, batch.written)
             if name == "hindsight":
-                rows, keep = self.panel.looks(name, outcome, scored), batch.written
+                rows, keep = self.panel.looks(name, outcome), batch.written
                 if settings.mask_answer_copies:
                     spelled = {text: self._spellings(text) for text in set(answers)}
                     keep = keep & answer_copies(batch.responses(), [spelled[answers[b]] for b in order.tolist()])
@@ -265,17 +265,15 @@ class StepCredit:
         return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (answer, " " + answer)]
 
     def _confident(
-        self, plain: Tensor, outcome: Tensor, scored: Tensor, logp: Tensor, segments: Segments, written: Tensor, normalise, order: Tensor, metrics
+        self, plain: Tensor, outcome: Tensor, logp: Tensor, segments: Segments, written: Tensor, normalise, order: Tensor, metrics
     ) -> Tensor:
         """Advantages of the confidence-weighted rewards of stage 2, on the side of the plain ones."""
         settings, size = self.settings.stages, self.group_size
         confidence = credit.answer_confidence(logp, segments, written)
         metrics["acpo/confidence"] = float(confidence.mean())
         rewards = credit.confident_rewards(outcome, confidence, size, settings.confidence, settings.confidence_form)
-        whole = scored.view(-1, size).all(1).repeat_interleave(size)
-        rewards = torch.where(scored, torch.where(whole, rewards, outcome), math.nan)
         if normalise is None:
-            weighted = credit.outcome_advantages(torch.nan_to_num(rewards), size, self.settings.credit.advantage)
+            weighted = credit.outcome_advantages(rewards, size, self.settings.credit.advantage)
         else:
             back = torch.empty_like(rewards)
             back[order] = rewards
@@ -362,15 +360,14 @@ class _Packed:
         return list(self.ids.split(self.lengths.tolist()))
 
 
-def _outcome(outcome: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Outcomes with 0 in the place of NaN, and which rollouts have one, [B] each."""
+def _outcome(outcome: Tensor, order: Tensor) -> Tensor:
+    """Outcomes [B], NaN where there is none."""
     rows = _rows("outcome", outcome, order)
-    scored = ~torch.isnan(rows)
-    wrong = scored & ((rows < 0) | (rows > 1))
+    wrong = (rows < 0) | (rows > 1)
     if wrong.any():
         at = int(wrong.nonzero()[0])
         raise ValueError(f"outcome must lie in [0, 1], or be NaN where there is none, got {float(rows[at])} for rollout {int(order[at])}")
-    return torch.where(scored, rows, 0.0), scored
+    return rows
 
 
 def _rows(name: str, values: Tensor, order: Tensor) -> Tensor:

@@ -210,7 +210,9 @@ class ACPOTrainer(GRPOTrainer):
             **{name: self._acpo_gather(value) for name, value in values.items()},
         )  # fmt: skip
         width = mask.shape[1]
-        output["advantages"] = found.advantages[here, :width]
+        tokens = found.advantages[here, :width]
+        if not torch.equal(tokens, torch.where(written, output["advantages"].unsqueeze(1), 0.0)):  # else TRL's own: its sums round otherwise
+            output["advantages"] = tokens
         if found.entropy_weight is not None:
             output["acpo_entropy_weight"] = found.entropy_weight[here, :width]
         for name, value in found.metrics.items():

@@ -42,7 +42,8 @@ def test_reliability_0_is_grpo_to_the_bit(tmp_path, variant):
     ours, start = trained(ACPOTrainer, tmp_path / "ours", **settings)
     assert equal(weights(theirs), weights(ours)) and not equal(start, weights(ours))
     assert logged(theirs, "loss") == logged(ours, "loss") and logged(theirs, "reward") == logged(ours, "reward")
-    assert logged(ours, "acpo/segments")[0] > 1.5 and set(logged(ours, "acpo/shaping")) == {0.0}
+    least = 0.0 if variant == "truncated masked" else 1.5  # few of these rollouts end, and the others have no tokens then
+    assert logged(ours, "acpo/segments")[0] > least and set(logged(ours, "acpo/shaping")) == {0.0}
 
 
 def test_the_passes_of_attribution_leave_dropout_where_it_was(tmp_path):

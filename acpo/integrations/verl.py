@@ -1,0 +1,171 @@
+"""Step-level credit inside verl 0.9: a trainer (`trainer.v1.trainer_mode=acpo_sync`) and a loss with per-token entropy weights.
+
+The entry point `verl.plugins` registers it (verl_plugin.py), in the driver and in every worker. verl computes its advantages as always;
+the trainer then reads them back with the responses and gives each reasoning step its own, and hands the workers a loss that takes the entropy bonus
+per token. Settings of the method stand under `+algorithm.acpo`. See docs/integrations/verl.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .functional import Credited, StepCredit
+
+TESTED = ("0.9",)
+SETTINGS = {"attribution.source": "tree"}
+WEIGHT = "acpo_entropy_weight"  # the field that carries the bonus's weights to the workers
+STATE = "acpo_state.json"
+
+
+def check_version(version: str) -> None:
+    if not any(version == tested or version.startswith(f"{tested}.") for tested in TESTED):
+        raise ImportError(f"acpo.integrations.verl was tested with verl {', '.join(TESTED)}, and this is {version}")
+
+
+# --- on tensors alone -------------------------------------------------------------------------------------------------------------------
+
+
+def make_credit(tokenizer, settings: dict[str, Any] | None, group_size: int, total_steps: int, vocab_size: int | None = None) -> StepCredit:
+    credit = StepCredit(
+        tokenizer, group_size=group_size, vocab_size=vocab_size, settings={**SETTINGS, **(settings or {})}, total_steps=total_steps,
+        where="algorithm.acpo",
+    )  # fmt: skip
+    if credit.needs_hindsight:
+        raise ValueError(
+            "algorithm.acpo: attribution.source 'hindsight' needs a forward of its own in the workers, which verl does not offer; use 'tree'"
+        )
+    if credit.settings.stages.two:
+        raise ValueError("algorithm.acpo: stages.two needs a second reference policy, which verl does not offer")
+    return credit
+
+
+def assign(credit: StepCredit, responses: Tensor, lengths: Tensor, response_mask: Tensor, advantages: Tensor, outcome: Tensor, uid: list,
+           entropy: Tensor | None, step: int, left_out: Tensor | None = None) -> tuple[Tensor, Tensor | None, dict[str, float]]:  # fmt: skip
+    """Token advantages and bonus weights [B,T] for verl's batch: responses, response_mask (the policy's own tokens), verl's advantages and entropy
+    [B,T], lengths and outcome [B], uid [B] names the prompts. Rows that are left out (padding), and prompts without group_size rollouts, keep verl's
+    advantages."""
+    written = response_mask.bool()
+    first = written.int().argmax(1)
+    own = advantages.gather(1, first.unsqueeze(1)).squeeze(1) * written.any(1)
+    if not torch.equal(torch.where(written, advantages, 0.0), torch.where(written, own.unsqueeze(1), 0.0)):
+        raise ValueError("algorithm.adv_estimator must give one advantage a rollout (grpo, rloo, ...): this one differs between its tokens")
+    use = torch.ones(len(uid), dtype=torch.bool) if left_out is None else ~left_out
+    count = Counter(name for name, inside in zip(uid, use.tolist(), strict=True) if inside)
+    use &= torch.tensor([count[name] == credit.group_size for name in uid], dtype=torch.bool)
+    rows = use.nonzero().flatten()
+    mask = torch.arange(responses.shape[1]) < lengths.unsqueeze(1)
+    found: Credited = credit(
+        responses[rows], mask[rows], outcome[rows].float(), advantages=own[rows].float(), groups=[uid[b] for b in rows.tolist()],
+        written=written[rows], entropy=None if entropy is None else entropy[rows], step=step,
+    )  # fmt: skip
+    out = advantages.clone()
+    out[rows] = found.advantages.to(out)
+    weight = None
+    if found.entropy_weight is not None:
+        weight = torch.zeros(advantages.shape, dtype=torch.float32)
+        weight[rows] = found.entropy_weight
+    return out, weight, {**found.metrics, "acpo/left_out": 1.0 - float(use.float().mean())}
+
+
+def ppo_loss(config, model_output, data, dp_group=None):
+    """verl's loss minus the bonus sum_t w_t H_t, aggregated as token-mean over the global batch whatever actor.loss_agg_mode says."""
+    from verl.trainer.ppo.core_algos import agg_loss
+    from verl.utils.metric import AggregationType, Metric
+    from verl.workers.utils.losses import ppo_loss as verls
+    from verl.workers.utils.padding import no_padding_2_padding
+
+    loss, metrics = verls(config, model_output, data, dp_group)
+    if WEIGHT not in data:
+        return loss, metrics
+    if model_output.get("entropy") is None:
+        raise ValueError("actor.calculate_entropy must be True with algorithm.acpo.entropy.controller: the workers computed no entropy")
+    entropy = no_padding_2_padding(model_output["entropy"], data)
+    padded = data.select("response_mask", WEIGHT).to_padded_tensor()
+    bonus = agg_loss(
+        loss_mat=entropy * padded[WEIGHT], loss_mask=padded["response_mask"].bool(), loss_agg_mode="token-mean", **config.global_batch_info
+    )
+    metrics["actor/acpo_entropy_bonus"] = Metric(value=bonus, aggregation=AggregationType.SUM)
+    return loss - bonus, metrics
+
+
+# --- the trainer ------------------------------------------------------------------------------------------------------------------------
+
+
+def register() -> type:
+    """Makes the trainer known to verl as `acpo_sync`."""
+    import transfer_queue as tq
+    import verl
+    from omegaconf import OmegaConf
+    from tensordict import TensorDict
+    from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.utils.padding import response_to_nested
+
+    check_version(verl.__version__)
+
+    @register_trainer("acpo_sync")
+    class ACPOTrainer(PPOTrainerSync):
+        """PPOTrainerSync whose advantages are those of reasoning steps."""
+
+        @property
+        def acpo(self) -> StepCredit:
+            if getattr(self, "_acpo", None) is None:
+                settings = OmegaConf.select(self.config, "algorithm.acpo")
+                settings = {} if settings is None else OmegaConf.to_container(settings, resolve=True)
+                self._acpo = make_credit(self.tokenizer, settings, self.config.actor_rollout_ref.rollout.n, self.total_training_steps)
+            return self._acpo
+
+        def on_init_end(self):
+            super().on_init_end()
+            if self.acpo.settings.entropy.controller != "none":
+                actor = self.config.actor_rollout_ref.actor
+                if not actor.calculate_entropy:
+                    raise ValueError("actor_rollout_ref.actor.calculate_entropy must be True with algorithm.acpo.entropy.controller")
+                self.actor_rollout_wg.set_loss_fn(partial(ppo_loss, config=omega_conf_to_dataclass(actor)))
+
+        def _compute_advantage(self, batch, metrics):
+            batch = super()._compute_advantage(batch, metrics)
+            credit = self.acpo
+            fields = ["uid", "responses", "response_mask", "rm_scores", "advantages"]
+            if credit.needs_entropy or credit.settings.segmenter.entropy:
+                fields.append("entropy")
+            data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+            nested, lengths = data["response_mask"], data["responses"].offsets().diff().cpu()
+            uid = [str(name) for name in data.pop("uid").tolist()]
+            padded = data.to_padded_tensor()
+            padding = torch.tensor([bool(tag.get("is_padding", False)) for tag in batch.tags])
+            advantages, weight, figures = assign(
+                credit, padded["responses"].cpu(), lengths, padded["response_mask"].cpu(), padded["advantages"].cpu(),
+                padded["rm_scores"].sum(-1).cpu(), uid, padded["entropy"].cpu() if "entropy" in fields else None, self.global_steps, padding,
+            )  # fmt: skip
+            metrics.update(figures)
+            output = {"advantages": response_to_nested(advantages, nested)}
+            if weight is not None:
+                output[WEIGHT] = response_to_nested(weight, nested)
+            return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(output, batch_size=len(batch)))
+
+        def _save_checkpoint(self):
+            super()._save_checkpoint()
+            with open(os.path.join(self._acpo_folder(), STATE), "w", encoding="utf-8") as file:
+                json.dump(self.acpo.state(), file)
+
+        def _load_checkpoint(self):
+            super()._load_checkpoint()
+            path = os.path.join(self._acpo_folder(), STATE)
+            if self.global_steps > 0 and os.path.exists(path):
+                with open(path, encoding="utf-8") as file:
+                    self.acpo.load(json.load(file))
+
+        def _acpo_folder(self) -> str:
+            if self.config.trainer.resume_mode == "resume_path" and self.config.trainer.resume_from_path.endswith(f"global_step_{self.global_steps}"):
+                return self.config.trainer.resume_from_path
+            return os.path.join(self.config.trainer.default_local_dir, f"global_step_{self.global_steps}")
+
+    return ACPOTrainer

@@ -1,0 +1,169 @@
+"""verl's registration, the trainer's advantages over a stand-in for its queue, and the loss; Ray is never started."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+import verl
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from tensordict import TensorDict
+from verl.trainer.ppo.v1 import get_trainer_cls
+from verl.workers.config import ActorConfig, OptimizerConfig
+
+from acpo.integrations import verl as ours
+from acpo.integrations.functional import StepCredit
+from acpo.policy import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+TEXTS = ("2+3=5.\nThe answer is 5", "2+3=5.\nThe answer is 6", "2+3=6.\nSo 6.", "5", "1.\nThe answer is 1", "1.\nThe answer is 2", "1.\n3.", "4")
+OUTCOME = torch.tensor([1.0, 0, 0, 1, 1, 0, 0, 0])
+UID = ["a"] * 4 + ["b"] * 4
+SETTINGS = {"segmenter": {"min_tokens": 2, "max_tokens": 64, "target_tokens": 8}, "attribution.reliability": 0.8}
+
+
+def batch() -> dict[str, torch.Tensor]:
+    rows = [torch.tensor(TOKENIZER(t)["input_ids"]) for t in TEXTS]
+    lengths = torch.tensor([len(r) for r in rows])
+    responses = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = (torch.arange(responses.shape[1]) < lengths.unsqueeze(1)).long()
+    own = torch.tensor([1.0, -1, -1, 1, 1.5, -0.5, -0.5, -0.5])
+    return {"responses": responses, "lengths": lengths, "response_mask": mask, "advantages": own.unsqueeze(1) * mask}
+
+
+def test_the_plug_in_registers_the_trainer_without_starting_ray():
+    cls = get_trainer_cls("acpo_sync")
+    assert cls.__name__ == "ACPOTrainer" and not ray.is_initialized()
+    ours.check_version(verl.__version__)
+    with pytest.raises(ImportError, match=r"was tested with verl 0\.9, and this is 0\.10\.1"):
+        ours.check_version("0.10.1")
+
+
+def test_the_credit_is_that_of_the_padded_tensors():
+    credit = ours.make_credit(TOKENIZER, SETTINGS, 4, 10)
+    tensors = batch()
+    advantages, weight, metrics = ours.assign(credit, **tensors, outcome=OUTCOME, uid=UID, entropy=None, step=1)
+    plain = StepCredit(TOKENIZER, group_size=4, settings={**SETTINGS, "attribution.source": "tree"})
+    wanted = plain(tensors["responses"], tensors["response_mask"], OUTCOME, advantages=tensors["advantages"][:, 0])
+    assert torch.equal(advantages, wanted.advantages) and weight is None and metrics["acpo/left_out"] == 0
+    assert not torch.equal(advantages, tensors["advantages"])
+
+
+def test_padding_rows_and_broken_groups_keep_verls_advantages():
+    credit, tensors = ours.make_credit(TOKENIZER, SETTINGS, 4, 10), batch()
+    left_out = torch.tensor([True] + [False] * 7)
+    advantages, _, metrics = ours.assign(credit, **tensors, outcome=OUTCOME, uid=UID, entropy=None, step=1, left_out=left_out)
+    assert torch.equal(advantages[:4], tensors["advantages"][:4]) and metrics["acpo/left_out"] == 0.5
+
+
+def test_what_cannot_be():
+    tensors = batch()
+    tensors["advantages"] = tensors["advantages"].clone()
+    tensors["advantages"][0, 1] = 9.0
+    with pytest.raises(ValueError, match=r"algorithm\.adv_estimator must give one advantage a rollout"):
+        ours.assign(ours.make_credit(TOKENIZER, SETTINGS, 4, 10), **tensors, outcome=OUTCOME, uid=UID, entropy=None, step=1)
+    for settings, message in (({"attribution.source": "hindsight"}, "'hindsight' needs a forward"), ({"stages.two": True}, r"stages\.two needs"),
+                              ({"credit.from": 1}, r"algorithm\.acpo: unknown setting")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            ours.make_credit(TOKENIZER, settings, 4, 10)
+
+
+def test_the_trainer_reads_and_writes_the_queue(monkeypatch):
+    import transfer_queue as tq
+
+    nested = lambda rows: torch.nested.as_nested_tensor(rows, layout=torch.jagged)  # noqa: E731
+    tensors = batch()
+    rows = [tensors["responses"][b, :n] for b, n in enumerate(tensors["lengths"].tolist())]
+    scores = [torch.cat([torch.zeros(len(r) - 1), OUTCOME[b : b + 1]]) for b, r in enumerate(rows)]
+    store = {
+        "responses": nested(rows), "response_mask": nested([torch.ones_like(r) for r in rows]), "rm_scores": nested(scores),
+        "old_log_probs": nested([torch.zeros(len(r)) for r in rows]), "entropy": nested([torch.full((len(r),), 0.5) for r in rows]),
+    }  # fmt: skip
+
+    def get(keys, partition_id, select_fields):
+        found = TensorDict({name: store[name] for name in select_fields if name in store}, batch_size=8)
+        if "uid" in select_fields:
+            from tensordict import NonTensorStack
+
+            found["uid"] = NonTensorStack(*UID)
+        return found
+
+    monkeypatch.setattr(tq, "kv_batch_get", get)
+    monkeypatch.setattr(tq, "kv_batch_put", lambda keys, partition_id, fields: store.update(dict(fields.items())) or meta)
+    cls = get_trainer_cls("acpo_sync")
+    trainer = object.__new__(cls)
+    trainer.tokenizer, trainer.total_training_steps, trainer.global_steps = TOKENIZER, 10, 1
+    trainer.config = OmegaConf.create({
+        "algorithm": {"use_kl_in_reward": False, "adv_estimator": "grpo", "gamma": 1.0, "lam": 1.0,
+                      "acpo": {"segmenter": SETTINGS["segmenter"], "attribution": {"reliability": 0.8}, "entropy": {"controller": "constant"}}},
+        "actor_rollout_ref": {"rollout": {"n": 4}, "actor": {"calculate_entropy": True}},
+    })  # fmt: skip
+
+    class Meta:
+        keys = [f"{UID[b]}_{b}_0" for b in range(8)]  # noqa: RUF012
+        partition_id, tags = "train", [{}] * 8
+
+        def __len__(self):
+            return 8
+
+    meta, metrics = Meta(), {}
+    cls._compute_advantage(trainer, meta, metrics)
+    advantages, weights = store["advantages"].to_padded_tensor(0.0), store[ours.WEIGHT].to_padded_tensor(0.0)
+    assert advantages.shape == weights.shape == tensors["responses"].shape and metrics["acpo/segments"] > 1
+    assert advantages[1][: tensors["lengths"][1]].unique().numel() > 1 and weights.sum() > 0
+
+
+def test_the_loss_takes_the_bonus_token_by_token():
+    lengths, prompt = [3, 2], 2
+    generator = torch.Generator().manual_seed(0)
+    nested = lambda rows: torch.nested.as_nested_tensor(rows, layout=torch.jagged)  # noqa: E731
+    total = sum(n + prompt for n in lengths)
+    entropy = torch.rand(total, generator=generator, requires_grad=True)
+    logp = -torch.rand(total, generator=generator)
+    weight = [torch.tensor([0.1, 0.0, 0.3]), torch.tensor([0.2, 0.4])]
+    fields = {
+        "prompts": nested([torch.ones(prompt, dtype=torch.long)] * 2), "responses": nested([torch.ones(n, dtype=torch.long) for n in lengths]),
+        "response_mask": nested([torch.ones(n, dtype=torch.long) for n in lengths]), "old_log_probs": nested([torch.zeros(n) for n in lengths]),
+        "advantages": nested([torch.ones(n) for n in lengths]), ours.WEIGHT: nested(weight),
+    }  # fmt: skip
+    from verl.utils import tensordict_utils as tu
+
+    config = ActorConfig(strategy="fsdp", rollout_n=2, ppo_micro_batch_size_per_gpu=1, optim=OptimizerConfig(lr=1e-6))
+
+    def loss(names):
+        data = TensorDict({name: fields[name] for name in names}, batch_size=2)
+        tu.assign_non_tensor(data, dp_size=1, batch_num_tokens=5, global_batch_size=2)
+        return ours.ppo_loss(config, {"log_probs": logp, "entropy": entropy}, data)
+
+    plain, _ = loss([name for name in fields if name != ours.WEIGHT])
+    with_bonus, metrics = loss(list(fields))
+    rows = [entropy[1:4], entropy[6:8]]  # row t - 1 predicts token t
+    wanted = sum((h * w).sum() for h, w in zip(rows, weight, strict=True)) / 5
+    torch.testing.assert_close(plain - with_bonus, wanted)
+    assert "actor/acpo_entropy_bonus" in metrics
+    (gradient,) = torch.autograd.grad(plain - with_bonus, entropy)
+    torch.testing.assert_close(gradient[1:4], weight[0] / 5)
+
+
+def test_the_command_fits_verls_settings():
+    """examples/verl/gsm8k.sh: each setting is one that verl's schema has, and the method's are ours."""
+    root = Path(__file__).resolve().parents[3]
+    text = (root / "examples/verl/gsm8k.sh").read_text(encoding="utf-8").replace("\\\n", " ")
+    command = next(line for line in text.splitlines() if "verl.trainer.main_ppo" in line and not line.startswith("#"))
+    overrides = [word for word in shlex.split(command) if "=" in word]
+    assert len(overrides) > 15
+    with initialize_config_dir(str(Path(verl.__file__).parent / "trainer/config"), version_base=None):
+        config = compose("ppo_trainer", overrides)
+    assert config.trainer.use_v1 and get_trainer_cls(config.trainer.v1.trainer_mode).__name__ == "ACPOTrainer"
+    settings = OmegaConf.to_container(config.algorithm.acpo)
+    credit = ours.make_credit(TOKENIZER, settings, config.actor_rollout_ref.rollout.n, config.trainer.total_training_steps)
+    assert credit.settings.entropy.controller == "target" and credit.settings.segmenter.target_tokens == 32 and credit.group_size == 8
+    with (
+        pytest.raises(Exception, match="not_a_setting"),
+        initialize_config_dir(str(Path(verl.__file__).parent / "trainer/config"), version_base=None),
+    ):
+        compose("ppo_trainer", ["actor_rollout_ref.not_a_setting=1"])
