@@ -24,6 +24,7 @@ BOOTSTRAP = 10_000
 LEAST_SEEDS = 8  # fewer differences resampled give an interval that means nothing: then there is none
 FILES = {"table": "results.json", "figure": "results.png", "both": "results.html"}
 SERIES = {"entropy": "entropy", "reliability": "attribution/reliability", "zero_variance": "frac_reward_zero_std", "reward": "reward"}
+SERIES_ELSEWHERE = {"decisions": "entropy/decisions"}  # only of tasks with filler: entropy without it
 
 
 # --- one run ------------------------------------------------------------------------------------------------------------------------
@@ -44,7 +45,8 @@ def run_record(records: list[dict], total_steps: int, cpu: bool) -> dict[str, An
             since.append(record)
             tokens, step = record["tokens/generated"], record["step"]
         if "eval/accuracy" in record:
-            means = {name: _round(np.mean([r[key] for r in since])) for name, key in SERIES.items()} if since else {}
+            there = {**SERIES, **{n: k for n, k in SERIES_ELSEWHERE.items() if all(k in r for r in since)}} if since else {}
+            means = {name: _round(np.mean([r[key] for r in since])) for name, key in there.items()}
             points.append({"step": record["step"], "tokens": tokens, "seconds": _round(seconds), "accuracy": record["eval/accuracy"], **means})
             since = []
     if step < total_steps:
