@@ -112,7 +112,8 @@ def difference(ours: dict[int, float], theirs: dict[int, float]) -> dict[str, An
 def summarise(runs: dict[str, dict[int, dict]], against: str, baselines: list[str]) -> dict[str, Any]:
     """The table: runs[arm][seed] are the records of finished runs; arms without any are left out.
 
-    The best baseline is the one with the highest area on these very seeds, which favours it.
+    The best baseline is the one of highest mean area against `against` on these very seeds, which favours it, among those that were run on more than
+    half of them.
     """
     runs = {arm: found for arm, found in runs.items() if found}
     reference = runs.get(against, {})
@@ -124,8 +125,8 @@ def summarise(runs: dict[str, dict[int, dict]], against: str, baselines: list[st
         accuracy = {s: [p["accuracy"] for p in found[s]["points"]] for s in seeds}
         areas["tokens"][arm] = {s: area([p["tokens"] for p in found[s]["points"]], accuracy[s], reference[s]["points"][-1]["tokens"]) for s in seeds}
         areas["seconds"][arm] = {s: area(seconds[arm], accuracy[s][: len(seconds[arm])], seconds[against][-1]) for s in seeds}
-    candidates = [b for b in baselines if areas["tokens"].get(b)]
-    best = max(candidates, key=lambda b: float(interquartile_mean(np.array(list(areas["tokens"][b].values())))), default=against)
+    gain = {b: [a - areas["tokens"][against][s] for s, a in areas["tokens"][b].items()] for b in baselines if b in runs}
+    best = max((b for b in gain if 2 * len(gain[b]) > len(reference)), key=lambda b: float(np.mean(gain[b])), default=against)
     for arm, found in runs.items():
         values = {axis: areas[axis][arm] for axis in areas}
         if not values["tokens"]:
@@ -156,7 +157,8 @@ def _median_seconds(records: list[dict]) -> list[float]:
 
 
 def _ends(found: dict[int, dict]) -> dict[str, Any]:
-    """Accuracy, pass@k, entropy, reliability and groups without variance, interquartile means over the seeds."""
+    """Accuracy, pass@k, entropy (where filler is known, that of the other tokens as well: the decisions), reliability and groups without variance,
+    interquartile means over the seeds."""
     records = list(found.values())
 
     def over(values: list[float]) -> float | None:
@@ -167,7 +169,9 @@ def _ends(found: dict[int, dict]) -> dict[str, Any]:
         "before": over([r["points"][0]["accuracy"] for r in records]),
         "after": over([r["points"][-1]["accuracy"] for r in records]),
         "entropy_first": over([_first(r, "entropy") for r in records]),
-        "entropy_stage1_end": over([_stage1_end(r) for r in records]),
+        "entropy_stage1_end": over([_stage1_end(r, "entropy") for r in records]),
+        "decisions_first": over([_first(r, "decisions") for r in records]),
+        "decisions_stage1_end": over([_stage1_end(r, "decisions") for r in records]),
         "entropy_last": over([r["points"][-1].get("entropy") for r in records]),
         "stage2_from": over([r["stage2_from"] for r in records]),
     }
@@ -182,10 +186,10 @@ def _first(record: dict, name: str) -> float | None:
     return next((p[name] for p in record["points"] if name in p), None)
 
 
-def _stage1_end(record: dict) -> float | None:
-    """Mean entropy between the last two evaluations of stage 1; without a second stage of those up to 60 % of the run, its latest end."""
+def _stage1_end(record: dict, name: str) -> float | None:
+    """The mean of a series between the last two evaluations of stage 1; without a second stage of those up to 60 % of the run, its latest end."""
     end = (record["stage2_from"] or 0.6 * record["points"][-1]["step"] + 1) - 1
-    inside = [p["entropy"] for p in record["points"] if "entropy" in p and p["step"] <= end]
+    inside = [p[name] for p in record["points"] if name in p and p["step"] <= end]
     return inside[-1] if inside else None
 
 
@@ -195,7 +199,7 @@ COLUMNS = (
     ("arm", "arm"), ("learning rate", "rate"), ("seeds", "n"), ("area, tokens", "area_tokens"), ("against {against}", "against_tokens"),
     ("against the best baseline", "best_baseline_tokens"), ("area, seconds", "area_seconds"), ("against {against}", "against_seconds"),
     ("accuracy after", "after"), ("pass@1", "pass@1 after"), ("pass@8", "pass@8 after"), ("entropy, end of stage 1", "entropy_stage1_end"),
-    ("reliability", "reliability"), ("zero-variance groups", "zero_variance"), ("seconds", "seconds"),
+    ("of its decisions", "decisions_stage1_end"), ("reliability", "reliability"), ("zero-variance groups", "zero_variance"), ("seconds", "seconds"),
 )  # fmt: skip
 
 
