@@ -139,7 +139,7 @@ def plant(trainer: Trainer, indices: np.ndarray, batch: Batch, outcome: torch.Te
 
 
 def with_a_line_more(text: str, answer: str, kind: str, rng: np.random.Generator) -> tuple[str, int]:
-    """The trace with a line put into its first half that changes nothing, and that line's place: leak states the answer, repeat is the line before."""
+    """The trace with a line in its first half that changes nothing, and that line's place. leak states the answer, repeat is the line before."""
     lines = text.split("\n")
     at = int(rng.integers(1, max(2, len(lines) // 2 + 1)))
     return "\n".join([*lines[:at], f"={answer}" if kind == "leak" else lines[at - 1], *lines[at:]]), at
