@@ -224,11 +224,13 @@ class Comparer:
             found["rate"] = rates[arm]
             found["settings"] = self.chosen.arms[arm]
             found["tuning"] = {job.key.partition("/")[2]: round(mean_area(r), 5) for job in self.tuning(arm) if (r := self.finished(job)) is not None}
+        tried = [r for arm in self.chosen.arms for job in self.tuning(arm) if (r := self.finished(job)) is not None]
         warm = self.finished(self.warm)
         code = sorted({r["code"] for found in runs.values() for r in found.values()})
         curves = {arm: {s: r["points"] for s, r in found.items()} for arm, found in runs.items()}
         return {
             "name": self.chosen.name, **out, "code": code, "warm_start": {} if warm is None else {**warm["points"][0], **warm["passes"][0]},
+            "tuning": {"runs": len(tried), "seconds": round(sum(r["points"][-1]["seconds"] for r in tried), 1)},
             "settings": self.chosen.settings, "curves": curves,
         }, runs  # fmt: skip
 

@@ -283,6 +283,8 @@ def write(results: dict, runs: dict[str, dict[int, dict]], directory: Path) -> N
         "td:first-child{text-align:left}img{max-width:100%}</style>"
         f"<h1>{html.escape(results['name'])}</h1><p>Interquartile means over seeds; in brackets the 95 % bootstrap interval of the "
         f"paired difference, then the seeds won. Best baseline: {html.escape(results['best_baseline'])}. "
+        f"Warm start of all: {html.escape(', '.join(f'{k} {v:.3f}' for k, v in results['warm_start'].items() if isinstance(v, float)))}. "
+        f"Learning rates chosen on other seeds, outside of these figures: {results['tuning']['runs']} runs, {results['tuning']['seconds']:.0f} s. "
         f"Code: {html.escape(', '.join(results['code']))}.</p>"
         f"<div><table><tr>{table}</tr>{lines}</table></div>{'<h2>Runs that broke down</h2><ul>' + failures + '</ul>' if failures else ''}"
         f"<img alt='every seed, and the mean curves' src='data:image/png;base64,{picture}'>"

@@ -152,6 +152,8 @@ def test_the_command_writes_table_figure_and_page(compared, capsys):
     assert "[too few seeds]" in (compared.directory / "results.html").read_text()
     page = (compared.directory / "results.html").read_text()
     assert "data:image/png;base64," in page and "gentle" in page and "http" not in page
+    assert results["tuning"]["runs"] == 2 and results["tuning"]["seconds"] > 0 and "2 runs, " in page
+    assert f"pass@2 {results['warm_start']['pass@2']:.3f}" in page
 
 
 def test_a_run_that_breaks_down_is_a_result(tmp_path, monkeypatch):
