@@ -196,8 +196,8 @@ def _stage1_end(record: dict, name: str) -> float | None:
 # --- to look at ---------------------------------------------------------------------------------------------------------------------
 
 COLUMNS = (
-    ("arm", "arm"), ("learning rate", "rate"), ("seeds", "n"), ("area, tokens", "area_tokens"), ("against {against}", "against_tokens"),
-    ("against the best baseline", "best_baseline_tokens"), ("area, seconds", "area_seconds"), ("against {against}", "against_seconds"),
+    ("arm", "arm"), ("learning rate", "rate"), ("seeds", "n"), ("area, tokens", "area_tokens"), ("against {against}, tokens", "against_tokens"),
+    ("against {best_baseline}, tokens", "best_baseline_tokens"), ("area, seconds", "area_seconds"), ("against {against}, seconds", "against_seconds"),
     ("accuracy after", "after"), ("pass@1", "pass@1 after"), ("pass@8", "pass@8 after"), ("entropy, end of stage 1", "entropy_stage1_end"),
     ("of its decisions", "decisions_stage1_end"), ("reliability", "reliability"), ("zero-variance groups", "zero_variance"), ("seconds", "seconds"),
 )  # fmt: skip
@@ -214,7 +214,7 @@ def _cell(value: Any) -> str:
 
 def rows(results: dict) -> tuple[list[str], list[list[str]]]:
     """Head and body of the table, as text."""
-    head = [title.format(against=results["against"]) for title, _ in COLUMNS]
+    head = [title.format(against=results["against"], best_baseline=f"the best baseline ({results['best_baseline']})") for title, _ in COLUMNS]
     body = []
     for arm, found in results["arms"].items():
         found = {**found, "arm": arm, "n": len(found["seeds"]), "rate": f"{found['rate']:g}" if "rate" in found else ""}

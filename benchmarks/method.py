@@ -20,8 +20,13 @@ LEAST = {"t2": 0.05, "multiplication": 0.02, "no_attribution": -0.02}  # area ov
 ENTROPY = 1.5  # times GRPO's at the end of stage 1
 
 
+LEFT_OUT = ("area, seconds", "reliability", "zero-variance groups")  # of the README's table; they stand in the files and the page
+
+
 def markdown(results: dict) -> str:
     head, body = rows(results)
+    keep = [i for i, title in enumerate(head) if title not in LEFT_OUT and any(row[i] for row in body)]
+    head, body = [head[i] for i in keep], [[row[i] for i in keep] for row in body]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
 
 
