@@ -14,6 +14,7 @@ A comparison is a YAML file:
       grpo:               # an arm of acpo/methods.py, or of your own: the settings in which it differs
       acpo:
       acpo-shuffled: {rate: acpo}        # takes acpo's learning rate instead of a choice of its own; a number fixes it
+      tempo: {seeds: 0-5}                # fewer of the seeds than the others
       gentle: {method: acpo, credit.gain: 0.25}
 
 Every run is a plain run directory in a process of its own with one thread. The warm start is one too: it is trained once, and every run begins
@@ -53,6 +54,7 @@ class Comparison:
     tuning_seeds: list[int] = field(default_factory=list)
     learning_rates: list[float] = field(default_factory=list)
     rates: dict[str, str | float] = field(default_factory=dict)  # arm -> a fixed learning rate, or the arm whose choice it takes
+    fewer: dict[str, list[int]] = field(default_factory=dict)  # arm -> its seeds, where they are not all of them
 
 
 @dataclass
@@ -72,11 +74,13 @@ def load(path: str | Path) -> Comparison:
     if missing := [k for k in ("settings", "seeds", "arms") if tree.get(k) in (None, {}, [])]:
         raise ConfigError(f"{path}: {missing[0]} must be given")
     settings = configuration.flatten(_mapping(path, "settings", tree["settings"]))
-    arms, rates = {}, {}
+    arms, rates, fewer = {}, {}, {}
     for name, own in _mapping(path, "arms", tree["arms"]).items():
         own = configuration.flatten(_mapping(path, f"arms.{name}", own or {}))
         if "rate" in own:
             rates[name] = own.pop("rate")
+        if "seeds" in own:
+            fewer[name] = _seeds(path, f"arms.{name}.seeds", own.pop("seeds"))
         if name not in ARMS and not own:
             raise ConfigError(f"{path}: arms.{name} is not known; the known arms are {', '.join(ARMS)}; one of your own needs its settings")
         arms[name] = {**ARMS.get(name, {}), **own}
@@ -87,7 +91,7 @@ def load(path: str | Path) -> Comparison:
         name=str(tree.get("name") or path.stem), settings=settings, arms=arms, seeds=_seeds(path, "seeds", tree["seeds"]),
         against=tree.get("against") or next(iter(arms)), baselines=list(tree.get("baselines") or [next(iter(arms))]),
         tuning_seeds=_seeds(path, "tuning.seeds", tuning["seeds"]) if tuning else [],
-        learning_rates=[float(x) for x in tuning.get("learning_rates", [])], rates=rates,
+        learning_rates=[float(x) for x in tuning.get("learning_rates", [])], rates=rates, fewer=fewer,
     )  # fmt: skip
     _check(path, out)
     return out
@@ -118,6 +122,9 @@ def _check(path: Path, chosen: Comparison) -> None:
         raise ConfigError(
             f"{path}: seed {min(both)} is in seeds and in tuning.seeds: a learning rate must not be chosen on the runs that it is judged by"
         )
+    for arm, own in chosen.fewer.items():
+        if other := set(own) - set(chosen.seeds):
+            raise ConfigError(f"{path}: arms.{arm}.seeds must be among seeds, which lack {min(other)}")
     if bool(chosen.learning_rates) != bool(chosen.tuning_seeds):
         raise ConfigError(f"{path}: tuning needs both seeds and learning_rates")
     for arm, rate in chosen.rates.items():
@@ -167,6 +174,9 @@ class Comparer:
         self._records[job.key] = record
         return record
 
+    def seeds(self, arm: str) -> list[int]:
+        return self.chosen.fewer.get(arm, self.chosen.seeds)
+
     def tuning(self, arm: str) -> list[Job]:
         """The runs that choose the arm's learning rate; none where it is fixed or another arm's."""
         if arm in self.chosen.rates:
@@ -198,14 +208,14 @@ class Comparer:
         chosen_for = list(dict.fromkeys(r if isinstance(r := self.chosen.rates.get(a), str) else a for a in names))
         jobs = sorted((j for a in chosen_for for j in self.tuning(a)), key=lambda j: j.settings["seed"])
         rates = {a: self.rate(a) for a in names}
-        jobs += [self.job(a, rates[a], s) for s in self.chosen.seeds for a in names if rates[a] is not None]
+        jobs += [self.job(a, rates[a], s) for s in self.chosen.seeds for a in names if rates[a] is not None and s in self.seeds(a)]
         return [j for j in jobs if self.finished(j) is None]
 
     def results(self) -> tuple[dict[str, Any], dict[str, dict[int, dict]]]:
         """The table of what is finished so far, and the records behind it, by arm and seed."""
         rates = {arm: self.rate(arm) for arm in self.chosen.arms}
         runs = {
-            arm: {s: record for s in self.chosen.seeds if (record := self.finished(self.job(arm, rate, s))) is not None}
+            arm: {s: record for s in self.seeds(arm) if (record := self.finished(self.job(arm, rate, s))) is not None}
             for arm, rate in rates.items()
             if rate is not None
         }
@@ -214,11 +224,13 @@ class Comparer:
             found["rate"] = rates[arm]
             found["settings"] = self.chosen.arms[arm]
             found["tuning"] = {job.key.partition("/")[2]: round(mean_area(r), 5) for job in self.tuning(arm) if (r := self.finished(job)) is not None}
+        tried = [r for arm in self.chosen.arms for job in self.tuning(arm) if (r := self.finished(job)) is not None]
         warm = self.finished(self.warm)
         code = sorted({r["code"] for found in runs.values() for r in found.values()})
         curves = {arm: {s: r["points"] for s, r in found.items()} for arm, found in runs.items()}
         return {
             "name": self.chosen.name, **out, "code": code, "warm_start": {} if warm is None else {**warm["points"][0], **warm["passes"][0]},
+            "tuning": {"runs": len(tried), "seconds": round(sum(r["points"][-1]["seconds"] for r in tried), 1)},
             "settings": self.chosen.settings, "curves": curves,
         }, runs  # fmt: skip
 

@@ -24,6 +24,7 @@ BOOTSTRAP = 10_000
 LEAST_SEEDS = 8  # fewer differences resampled give an interval that means nothing: then there is none
 FILES = {"table": "results.json", "figure": "results.png", "both": "results.html"}
 SERIES = {"entropy": "entropy", "reliability": "attribution/reliability", "zero_variance": "frac_reward_zero_std", "reward": "reward"}
+SERIES_ELSEWHERE = {"decisions": "entropy/decisions"}  # only of tasks with filler: entropy without it
 
 
 # --- one run ------------------------------------------------------------------------------------------------------------------------
@@ -44,7 +45,8 @@ def run_record(records: list[dict], total_steps: int, cpu: bool) -> dict[str, An
             since.append(record)
             tokens, step = record["tokens/generated"], record["step"]
         if "eval/accuracy" in record:
-            means = {name: _round(np.mean([r[key] for r in since])) for name, key in SERIES.items()} if since else {}
+            there = {**SERIES, **{n: k for n, k in SERIES_ELSEWHERE.items() if all(k in r for r in since)}} if since else {}
+            means = {name: _round(np.mean([r[key] for r in since])) for name, key in there.items()}
             points.append({"step": record["step"], "tokens": tokens, "seconds": _round(seconds), "accuracy": record["eval/accuracy"], **means})
             since = []
     if step < total_steps:
@@ -110,7 +112,8 @@ def difference(ours: dict[int, float], theirs: dict[int, float]) -> dict[str, An
 def summarise(runs: dict[str, dict[int, dict]], against: str, baselines: list[str]) -> dict[str, Any]:
     """The table: runs[arm][seed] are the records of finished runs; arms without any are left out.
 
-    The best baseline is the one with the highest area on these very seeds, which favours it.
+    The best baseline is the one of highest mean area against `against` on these very seeds, which favours it, among those that were run on more than
+    half of them.
     """
     runs = {arm: found for arm, found in runs.items() if found}
     reference = runs.get(against, {})
@@ -122,8 +125,8 @@ def summarise(runs: dict[str, dict[int, dict]], against: str, baselines: list[st
         accuracy = {s: [p["accuracy"] for p in found[s]["points"]] for s in seeds}
         areas["tokens"][arm] = {s: area([p["tokens"] for p in found[s]["points"]], accuracy[s], reference[s]["points"][-1]["tokens"]) for s in seeds}
         areas["seconds"][arm] = {s: area(seconds[arm], accuracy[s][: len(seconds[arm])], seconds[against][-1]) for s in seeds}
-    candidates = [b for b in baselines if areas["tokens"].get(b)]
-    best = max(candidates, key=lambda b: float(interquartile_mean(np.array(list(areas["tokens"][b].values())))), default=against)
+    gain = {b: [a - areas["tokens"][against][s] for s, a in areas["tokens"][b].items()] for b in baselines if b in runs}
+    best = max((b for b in gain if 2 * len(gain[b]) > len(reference)), key=lambda b: float(np.mean(gain[b])), default=against)
     for arm, found in runs.items():
         values = {axis: areas[axis][arm] for axis in areas}
         if not values["tokens"]:
@@ -154,7 +157,8 @@ def _median_seconds(records: list[dict]) -> list[float]:
 
 
 def _ends(found: dict[int, dict]) -> dict[str, Any]:
-    """Accuracy, pass@k, entropy, reliability and groups without variance, interquartile means over the seeds."""
+    """Accuracy, pass@k, entropy (where filler is known, that of the other tokens as well: the decisions), reliability and groups without variance,
+    interquartile means over the seeds."""
     records = list(found.values())
 
     def over(values: list[float]) -> float | None:
@@ -165,7 +169,9 @@ def _ends(found: dict[int, dict]) -> dict[str, Any]:
         "before": over([r["points"][0]["accuracy"] for r in records]),
         "after": over([r["points"][-1]["accuracy"] for r in records]),
         "entropy_first": over([_first(r, "entropy") for r in records]),
-        "entropy_stage1_end": over([_stage1_end(r) for r in records]),
+        "entropy_stage1_end": over([_stage1_end(r, "entropy") for r in records]),
+        "decisions_first": over([_first(r, "decisions") for r in records]),
+        "decisions_stage1_end": over([_stage1_end(r, "decisions") for r in records]),
         "entropy_last": over([r["points"][-1].get("entropy") for r in records]),
         "stage2_from": over([r["stage2_from"] for r in records]),
     }
@@ -180,20 +186,20 @@ def _first(record: dict, name: str) -> float | None:
     return next((p[name] for p in record["points"] if name in p), None)
 
 
-def _stage1_end(record: dict) -> float | None:
-    """Mean entropy between the last two evaluations of stage 1; without a second stage of those up to 60 % of the run, its latest end."""
+def _stage1_end(record: dict, name: str) -> float | None:
+    """The mean of a series between the last two evaluations of stage 1; without a second stage of those up to 60 % of the run, its latest end."""
     end = (record["stage2_from"] or 0.6 * record["points"][-1]["step"] + 1) - 1
-    inside = [p["entropy"] for p in record["points"] if "entropy" in p and p["step"] <= end]
+    inside = [p[name] for p in record["points"] if name in p and p["step"] <= end]
     return inside[-1] if inside else None
 
 
 # --- to look at ---------------------------------------------------------------------------------------------------------------------
 
 COLUMNS = (
-    ("arm", "arm"), ("learning rate", "rate"), ("seeds", "n"), ("area, tokens", "area_tokens"), ("against {against}", "against_tokens"),
-    ("against the best baseline", "best_baseline_tokens"), ("area, seconds", "area_seconds"), ("against {against}", "against_seconds"),
+    ("arm", "arm"), ("learning rate", "rate"), ("seeds", "n"), ("area, tokens", "area_tokens"), ("against {against}, tokens", "against_tokens"),
+    ("against {best_baseline}, tokens", "best_baseline_tokens"), ("area, seconds", "area_seconds"), ("against {against}, seconds", "against_seconds"),
     ("accuracy after", "after"), ("pass@1", "pass@1 after"), ("pass@8", "pass@8 after"), ("entropy, end of stage 1", "entropy_stage1_end"),
-    ("reliability", "reliability"), ("zero-variance groups", "zero_variance"), ("seconds", "seconds"),
+    ("of its decisions", "decisions_stage1_end"), ("reliability", "reliability"), ("zero-variance groups", "zero_variance"), ("seconds", "seconds"),
 )  # fmt: skip
 
 
@@ -208,7 +214,7 @@ def _cell(value: Any) -> str:
 
 def rows(results: dict) -> tuple[list[str], list[list[str]]]:
     """Head and body of the table, as text."""
-    head = [title.format(against=results["against"]) for title, _ in COLUMNS]
+    head = [title.format(against=results["against"], best_baseline=f"the best baseline ({results['best_baseline']})") for title, _ in COLUMNS]
     body = []
     for arm, found in results["arms"].items():
         found = {**found, "arm": arm, "n": len(found["seeds"]), "rate": f"{found['rate']:g}" if "rate" in found else ""}
@@ -277,6 +283,8 @@ def write(results: dict, runs: dict[str, dict[int, dict]], directory: Path) -> N
         "td:first-child{text-align:left}img{max-width:100%}</style>"
         f"<h1>{html.escape(results['name'])}</h1><p>Interquartile means over seeds; in brackets the 95 % bootstrap interval of the "
         f"paired difference, then the seeds won. Best baseline: {html.escape(results['best_baseline'])}. "
+        f"Warm start of all: {html.escape(', '.join(f'{k} {v:.3f}' for k, v in results['warm_start'].items() if isinstance(v, float)))}. "
+        f"Learning rates chosen on other seeds, outside of these figures: {results['tuning']['runs']} runs, {results['tuning']['seconds']:.0f} s. "
         f"Code: {html.escape(', '.join(results['code']))}.</p>"
         f"<div><table><tr>{table}</tr>{lines}</table></div>{'<h2>Runs that broke down</h2><ul>' + failures + '</ul>' if failures else ''}"
         f"<img alt='every seed, and the mean curves' src='data:image/png;base64,{picture}'>"

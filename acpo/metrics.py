@@ -16,9 +16,10 @@ from .problems import Problem
 
 
 def step_metrics(
-    batch: Batch, outcome: Tensor, attribution: Attribution | None, advantages: Tensor, weights: Tensor, group_size: int
+    batch: Batch, outcome: Tensor, attribution: Attribution | None, advantages: Tensor, weights: Tensor, group_size: int, filler: Tensor | None = None
 ) -> dict[str, float]:
-    """The figures of a batch after credit: outcome [B], advantages [B] of the rollouts, weights [S] of the segments."""
+    """The figures of a batch after credit: outcome [B], advantages [B] of the rollouts, weights [S] of the segments. With filler, the ids of tokens
+    that are known to mean nothing, also the entropy without them: that of the decisions."""
     segments = batch.segments
     lengths = torch.tensor(batch.lengths, dtype=torch.float32)
     mismatch = batch.token["old_logp"] - batch.token["rollout_logp"]  # the engine that sampled against the training forward
@@ -44,6 +45,8 @@ def step_metrics(
         "credit/weight_max": float(weights.max()),
         "attribution/reliability": 0.0 if attribution is None or not len(outcome) else float(attribution.reliability.max()),
     }
+    if filler is not None:
+        out["entropy/decisions"] = float(batch.token["entropy"][~torch.isin(batch.token["ids"], filler)].mean())
     if attribution is not None:
         out["attribution/rows"] = float(attribution.rows.float().mean())
         out["attribution/iota_sum"] = float(attribution.iota.sum()) / max(1.0, float(attribution.rows.sum()))

@@ -154,7 +154,7 @@ class Trainer:
             losses = self._update(batch)
         target = self.entropy.target(self.step_number / self.config.trainer.steps, self.stages.stage)
         metrics = {
-            **step_metrics(batch, outcome, attribution, advantages, weights, self.config.rollout.group_size),
+            **step_metrics(batch, outcome, attribution, advantages, weights, self.config.rollout.group_size, self.filler),
             **self.source_metrics, "entropy/target": target, "entropy/weight": self.entropy.weight, "stage": self.stages.stage,
         }  # fmt: skip
         if self.run.keeps_rollouts:

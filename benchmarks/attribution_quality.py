@@ -11,10 +11,13 @@ only). One table, one figure:
     captured       (log-loss of what is known before the steps - log-loss of Vhat at the last line) / entropy of the outcome
     calibration    expected calibration error of Vhat at the lines, ten bins
     planted        share of planted systematic errors found; sign of both of two cancelling errors (chains); |phi| of lines of filler / of the others
+    leak, repeat   |phi| of a planted line that states the right answer before it is derived, and of one that repeats the line before it, / of the
+                   other lines of that rollout: neither changes V under a policy that goes on from its own last value, so 0 is right and a source
+                   that copies the answer from the text is far above 1. `leak masked`: with literal copies of the answer left out, as in training
 
 against surprisal (lowest mean log-prob), entropy (highest), position (the mean of the place), always the first line, and chance. Exact V is that of
 the process that wrote the warm-up traces: the policy after warm-up is close to it, not the same. Every source is judged by its phi; literal copies of
-the answer are not masked here.
+the answer are masked in `leak masked` alone.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import numpy as np
 import torch
 
 from acpo import config as configuration
+from acpo.attribution import answer_copies
 from acpo.batch import Batch
 from acpo.compare import load
 from acpo.run import Run
@@ -63,6 +67,7 @@ class Collector:
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self.rollouts: list[dict] = []
+        self.masked = False  # leave out tokens that spell the answer
 
     def step(self, planted=None) -> None:
         trainer = self.trainer
@@ -76,11 +81,12 @@ class Collector:
         segments, size = batch.segments, trainer.config.rollout.group_size
         prior = torch.tensor(trainer.curriculum.prior(indices)).repeat_interleave(size)
         answers = [trainer.prompts.encode(trainer.train_problems[i].answer) for i in indices for _ in range(size)]
+        keep = answer_copies(batch.responses(), [[ids] for ids in answers]) if self.masked else None
         found = {}
         original = trainer.attributors.by_name
         for name in SOURCES:  # each for itself: the pick would show the most reliable one alone
             trainer.attributors.by_name = {name: original[name]}
-            found[name], _ = trainer.attributors(batch, outcome, prior, None, answers)
+            found[name], _ = trainer.attributors(batch, outcome, prior, keep, answers)
         trainer.attributors.by_name = original
         logp, entropy = segment_reduce(torch.stack([batch.token["old_logp"], batch.token["entropy"]]), segments, reduce="mean")
         texts = trainer.tokenizer.batch_decode(batch.responses(), skip_special_tokens=True)
@@ -88,6 +94,11 @@ class Collector:
         for b, text in enumerate(texts):
             problem = trainer.train_problems[indices[b // size]]
             lines = [s for s in range(offsets[b], offsets[b + 1]) if not terminal[s]]
+            if isinstance(kinds[b], tuple):
+                if len(lines) == text.count("\n"):  # as many steps as lines: the planted one is a step of its own
+                    kind, at = kinds[b]
+                    self.rollouts.append({"kind": kind, "at": at, "scores": {name: found[name].phi[lines].numpy() for name in SOURCES}})
+                continue
             errors = trainer.task.errors(problem, text)
             if errors is None or len(errors) != len(lines):
                 continue
@@ -105,8 +116,9 @@ class Collector:
 
 
 def plant(trainer: Trainer, indices: np.ndarray, batch: Batch, outcome: torch.Tensor):
-    """Writes into the first rollout of each group a trace with ONE wrong line, always the fact's own wrong value, and on chains into the second a
-    trace with two that cancel; both go on consistently. The group around them is the policy's."""
+    """Writes into the first rollout of each group a trace with ONE wrong line, always the fact's own wrong value, on chains into the second a trace
+    with two that cancel, and into the third and fourth a trace with a line more, that states the right answer or repeats the line before it; all go
+    on consistently. The group around them is the policy's."""
     rng, size, task = np.random.default_rng(trainer.step_number), trainer.config.rollout.group_size, trainer.task
     responses, kinds, outcome = batch.responses(), [None] * len(batch), outcome.clone()
     for g, index in enumerate(indices.tolist()):
@@ -116,9 +128,28 @@ def plant(trainer: Trainer, indices: np.ndarray, batch: Batch, outcome: torch.Te
             if text is not None:
                 responses[b] = torch.tensor([*trainer.prompts.encode(text), trainer.tokenizer.eos_token_id])
                 kinds[b], outcome[b] = kind, float(kind == "cancelling")
+        for b, kind in ((g * size + 2, "leak"), (g * size + 3, "repeat")):
+            trace = task.trace(problem, rng)
+            text, at = with_a_line_more(trace.text, problem.answer, kind, rng)
+            responses[b] = torch.tensor([*trainer.prompts.encode(text), trainer.tokenizer.eos_token_id])
+            kinds[b], outcome[b] = (kind, at), float(trace.answer == problem.answer)
     new = Batch.from_responses(batch.prompts, responses, rollout_logp=[torch.zeros(len(r)) for r in responses])
     new.sequence["finished"] = torch.ones(len(new), dtype=torch.bool)
     return new, outcome, kinds
+
+
+def with_a_line_more(text: str, answer: str, kind: str, rng: np.random.Generator) -> tuple[str, int]:
+    """The trace with a line in its first half that changes nothing, and that line's place. leak states the answer, repeat is the line before."""
+    lines = text.split("\n")
+    at = int(rng.integers(1, max(2, len(lines) // 2 + 1)))
+    return "\n".join([*lines[:at], f"={answer}" if kind == "leak" else lines[at - 1], *lines[at:]]), at
+
+
+def share_of_planted(rows: list[dict], name: str) -> float:
+    """Mean |phi| of the planted line over mean |phi| of the other lines, over all rollouts."""
+    planted = np.mean([abs(r["scores"][name][r["at"]]) for r in rows])
+    others = np.mean(np.concatenate([np.abs(np.delete(r["scores"][name], r["at"])) for r in rows]))
+    return float(planted / others) if others > 0 else float("inf" if planted > 0 else "nan")
 
 
 def planted_text(task, problem, kind: str, rng: np.random.Generator) -> str | None:
@@ -162,6 +193,7 @@ def quality(rows: list[dict], planted: list[dict]) -> dict[str, dict[str, float]
     mean_at = np.mean([r["exact"] for r in rows], 0)
     for r in rows + planted:
         r["scores"]["position"] = mean_at
+    planted, more = [r for r in planted if "at" not in r], [r for r in planted if "at" in r]
     out = {}
     wrong = [r for r in rows if not r["right"] and any(r["errors"])]
     halves = rows[::2], rows[1::2]
@@ -184,6 +216,9 @@ def quality(rows: list[dict], planted: list[dict]) -> dict[str, dict[str, float]
             bins = np.minimum((every * 10).astype(int), 9)
             table["calibration"] = float(sum((bins == i).mean() * abs(every[bins == i].mean() - truth[bins == i].mean()) for i in set(bins)))
             table["reliability"] = float(np.mean([r["reliability"][name] for r in rows]))
+            for kind in ("leak", "leak masked", "repeat"):
+                if chosen := [r for r in more if r["kind"] == kind]:
+                    table[kind] = share_of_planted(chosen, name)
         for kind in ("systematic", "cancelling"):
             chosen = [r for r in planted if r["kind"] == kind]
             if not chosen:
@@ -258,7 +293,11 @@ def main() -> None:
     rows, collector.rollouts = collector.rollouts, []
     for _ in range(max(2, options.batches // 4)):
         collector.step(plant)
-    table = quality(rows, [r for r in collector.rollouts if r["kind"]])
+    planted, collector.rollouts, collector.masked = [r for r in collector.rollouts if r["kind"]], [], True
+    for _ in range(max(2, options.batches // 4)):
+        collector.step(plant)
+    planted += [{**r, "kind": "leak masked"} for r in collector.rollouts if r["kind"] == "leak"]
+    table = quality(rows, planted)
     trainer = collector.trainer
     if trainer.filler is not None:
         forked = {"segmenter.entropy": True, "segmenter.forking_share": 0.5, "segmenter.target_tokens": 4}

@@ -55,6 +55,25 @@ def test_planted_traces_hold_what_they_say(task):
     assert systematic > 10 and (cancelling > 0) == isinstance(task, Chain)
 
 
+@pytest.mark.parametrize("task", [Chain(steps=4, modulus=5), Multiplication(digits=4)], ids=["chain", "multiplication"])
+def test_a_source_that_copies_the_answer_is_caught(task):
+    """Two made-up sources on planted leaks: one whose value jumps where the answer can be read, and one that follows the exact V."""
+    rng, rows = np.random.default_rng(1), []
+    for _ in range(30):
+        problem = task.problem(rng)
+        trace = task.trace(problem, rng)
+        text, at = quality.with_a_line_more(trace.text, problem.answer, "leak", rng)
+        lines = text.split("\n")
+        assert lines[at] == f"={problem.answer}" and "\n".join(lines[:at] + lines[at + 1 :]) == trace.text
+        copied = [0.1] + [0.9 if any(line == f"={problem.answer}" for line in lines[: k + 1]) else 0.1 for k in range(len(lines) - 1)]
+        exact = np.insert(np.diff(task.exact_values(problem, trace.text)), at, 0.0)
+        rows.append({"at": at, "kind": "leak", "scores": {"copies": np.diff(copied), "exact": exact}})
+    assert quality.share_of_planted(rows, "copies") > 10
+    assert quality.share_of_planted(rows, "exact") == 0.0
+    text, at = quality.with_a_line_more(trace.text, problem.answer, "repeat", rng)
+    assert text.split("\n")[at] == text.split("\n")[at - 1]
+
+
 def test_the_whole_of_it(tmp_path, finished_run, monkeypatch, capsys):
     torch.set_num_threads(1)
     path = tmp_path / "mini.yaml"
@@ -68,4 +87,5 @@ def test_the_whole_of_it(tmp_path, finished_run, monkeypatch, capsys):
     table = results["table"]  # of two lines a rank correlation says little: the information that was captured says more
     assert table["hindsight"]["captured"] > 0.2 and table["tree"]["captured"] > 0.0 and abs(table["random"]["spearman"]) < 0.3
     assert all(0 <= table[name]["calibration"] < 0.3 for name in quality.SOURCES)
+    assert all({"leak", "leak masked", "repeat"} <= set(table[name]) for name in quality.SOURCES)
     assert (tmp_path / "out" / "mini.png").stat().st_size > 5000 and "surprisal" in capsys.readouterr().out

@@ -91,6 +91,13 @@ def test_the_rate_is_the_better_one_of_the_grid(compared):
     assert compared.rate("grpo") == 3e-4 and compared.tuning("grpo") == []
 
 
+def test_an_arm_may_take_fewer_seeds(tmp_path):
+    """They are the first ones run of all arms' where seeds go in order, and no other of its seeds is ever outstanding."""
+    comparer = Comparer(written(tmp_path, TINY.replace("rate: rloo}", "rate: 1.0e-3, seeds: 1}")), tmp_path / "out")
+    comparer.finished = lambda job: None if "seed-90" not in job.key and job.key != "warm" else {"points": [{"tokens": 1, "accuracy": 0.5}]}
+    assert [j.key for j in comparer.outstanding(["grpo", "gentle"])] == ["grpo/lr-0.0003/seed-0", "grpo/lr-0.0003/seed-1", "gentle/lr-0.001/seed-1"]
+
+
 def test_all_begin_with_the_weights_of_the_warm_start(compared):
     chosen = compared.settings(compared.warm)
     warm = Trainer(chosen, Run(chosen))
@@ -145,6 +152,8 @@ def test_the_command_writes_table_figure_and_page(compared, capsys):
     assert "[too few seeds]" in (compared.directory / "results.html").read_text()
     page = (compared.directory / "results.html").read_text()
     assert "data:image/png;base64," in page and "gentle" in page and "http" not in page
+    assert results["tuning"]["runs"] == 2 and results["tuning"]["seconds"] > 0 and "2 runs, " in page
+    assert f"pass@2 {results['warm_start']['pass@2']:.3f}" in page
 
 
 def test_a_run_that_breaks_down_is_a_result(tmp_path, monkeypatch):
@@ -176,6 +185,7 @@ def test_other_settings_are_refused(tmp_path, compared):
         ("learning_rates: [3.0e-4, 3.0e-3]", "rates: [1]", "unknown key tuning.rates"),
         (", learning_rates: [3.0e-4, 3.0e-3]", "", "tuning needs both seeds and learning_rates"),
         ("settings:", "setup:", "unknown key 'setup'"),
+        ("rate: rloo", "rate: rloo, seeds: 1-2", "arms.gentle.seeds must be among seeds, which lack 2"),
     ],
 )
 def test_bad_files(tmp_path, old, new, message):
@@ -187,7 +197,8 @@ def test_bad_files(tmp_path, old, new, message):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "compare").glob("*.yaml")), ids=lambda p: p.stem)
 def test_comparisons_of_the_repository_load(path):
     chosen = compare.load(path)
-    assert set(chosen.arms) <= set(ARMS) and chosen.learning_rates and not set(chosen.seeds) & set(chosen.tuning_seeds)
+    fixed = all(isinstance(chosen.rates.get(arm), float) for arm in chosen.arms)
+    assert set(chosen.arms) <= set(ARMS) and bool(chosen.learning_rates) != fixed and not set(chosen.seeds) & set(chosen.tuning_seeds)
 
 
 # --- the figures --------------------------------------------------------------------------------------------------------------------
@@ -241,6 +252,18 @@ def test_differences_are_paired_and_budgets_are_the_references():
     assert few["iqm"] == pytest.approx(0.15) and few["low"] is None and few["high"] is None and few["seeds"] == 7
 
 
+def test_the_best_baseline_is_the_better_one_on_the_same_seeds():
+    """A baseline that was run on the easy seeds alone does not win by them, and one that was run on few seeds is no candidate."""
+    runs = {
+        "grpo": {s: record([0.1, 0.1 + 0.05 * s, 0.1 + 0.05 * s]) for s in range(8)},
+        "easy": {s: record([0.1, 0.08 + 0.05 * s, 0.08 + 0.05 * s]) for s in range(3, 8)},
+        "few": {s: record([0.1, 0.5 + 0.05 * s, 0.5 + 0.05 * s]) for s in range(4)},
+        "better": {s: record([0.1, 0.12 + 0.05 * s, 0.12 + 0.05 * s]) for s in range(8)},
+    }
+    assert evidence.summarise(runs, "grpo", ["grpo", "easy", "few"])["best_baseline"] == "grpo"
+    assert evidence.summarise(runs, "grpo", ["grpo", "easy", "few", "better"])["best_baseline"] == "better"
+
+
 def test_seconds_are_the_medians_over_seeds():
     """One run that was slowed down by other work changes nothing."""
     runs = {"grpo": {s: record([0.0, 0.5, 1.0]) for s in range(5)}, "other": {s: record([0.0, 0.5, 1.0]) for s in range(5)}}
@@ -253,5 +276,6 @@ def test_stage_one_ends_where_stage_two_begins():
     found = record([0.1, 0.2, 0.3, 0.4])
     for point, entropy in zip(found["points"][1:], (3.0, 2.0, 1.0), strict=True):
         point["entropy"] = entropy
-    assert evidence._stage1_end(found) == 3.0, "60 % of 30 steps: the evaluation at step 10 is the last one inside"
-    assert evidence._stage1_end({**found, "stage2_from": 21}) == 2.0
+    assert evidence._stage1_end(found, "entropy") == 3.0, "60 % of 30 steps: the evaluation at step 10 is the last one inside"
+    assert evidence._stage1_end({**found, "stage2_from": 21}, "entropy") == 2.0
+    assert evidence._stage1_end(found, "decisions") is None

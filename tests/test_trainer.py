@@ -477,6 +477,40 @@ def test_every_source_form_and_control_resumes_to_the_same_numbers(tmp_path, war
     assert any(not torch.equal(parameters(one)[n], p) for n, p in plain.policy.named_parameters()), "it does something"
 
 
+def test_the_covariance_penalty_draws_its_tokens_back(tmp_path, warmed):
+    """KL-Cov: nothing at the policy that sampled, nothing without a chosen token; away from it the gradient leads the chosen tokens back."""
+    trainer = trainer_of(tmp_path, "entropy.covariance=always", "entropy.covariance_share=0.1", weights=warmed)
+    batch, *_ = rolled_out(trainer)
+    chosen = batch.token["covariant"]
+    assert 0 < int(chosen.sum()) < len(chosen)
+
+    def gradient() -> dict[str, torch.Tensor]:
+        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer._covariance_penalty(batch, float(len(chosen)))
+        return {n: p.grad.clone() for n, p in trainer.policy.named_parameters() if p.grad is not None}
+
+    def distance() -> torch.Tensor:
+        with torch.no_grad():
+            logp = trainer.policy.score(trainer.policy.hidden(batch.prompts, batch.responses()), batch.token["ids"], 1.0).logp
+        return (logp - batch.token["old_logp"]).abs()
+
+    assert all(g.abs().max() < 1e-6 for g in gradient().values())
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in trainer.policy.parameters():
+            p += 0.02 * torch.randn_like(p)
+    trainer.policy.changed()
+    moved, before = distance(), gradient()
+    assert moved[chosen].mean() > 0.01
+    with torch.no_grad():
+        for n, p in trainer.policy.named_parameters():
+            p -= 0.02 * before[n]
+    trainer.policy.changed()
+    assert distance()[chosen].square().mean() < 0.95 * moved[chosen].square().mean()
+    batch.token["covariant"] = torch.zeros_like(chosen)
+    assert gradient() == {}
+
+
 def test_denominators_add_up_to_their_means(tmp_path, warmed):
     """tokens: each token the same; sequences: each rollout the same, its tokens sharing; checked on the gradient of a loss that is
     minus the sum of the advantages over the denominators."""

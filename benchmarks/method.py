@@ -1,0 +1,83 @@
+"""Does the method help? The table of comparisons that were run, and what it says about the bars that were fixed before.
+
+    python -m benchmarks.method [benchmarks/results/method/*.json]
+
+The files are the results.json of `acpo compare`, one a task. Every arm that was run is in the table. Areas are interquartile means over seeds of
+the mean held-out greedy accuracy over GRPO's budget; a difference is paired by seed, with its 95 % bootstrap interval where there are 8 seeds or
+more, and the seeds that it wins. Seconds are CPU seconds of the process: wall seconds of a shared machine would be the doing of others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from acpo.evidence import rows
+
+RESULTS = Path(__file__).parent / "results" / "method"
+LEAST = {"t2": 0.05, "multiplication": 0.02, "no_attribution": -0.02}  # area over the best baseline, in equal tokens
+ENTROPY = 1.5  # times GRPO's at the end of stage 1
+
+
+LEFT_OUT = ("area, seconds", "reliability", "zero-variance groups")  # of the README's table; they stand in the files and the page
+
+
+def markdown(results: dict) -> str:
+    head, body = rows(results)
+    keep = [i for i, title in enumerate(head) if title not in LEFT_OUT and any(row[i] for row in body)]
+    head, body = [head[i] for i in keep], [[row[i] for i in keep] for row in body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
+
+
+def bars(results: dict, default: str = "acpo") -> list[str]:
+    """One line a bar: what was wanted, what was found, and whether that is met, not met, or not known from these runs."""
+    ours, theirs = results["arms"].get(default), results["arms"][results["against"]]
+    if ours is None:
+        return [f"{default} was not run"]
+    best = results["best_baseline"]
+    task = next((name for name in LEAST if results["name"].endswith(name)), "")
+    lines = []
+    for axis, least in (("tokens", LEAST.get(task)), ("seconds", LEAST.get(task) and min(LEAST[task], 0.0))):
+        if least is None:
+            continue
+        found = ours[f"best_baseline_{axis}"]
+        words = f"area against {best} in equal {axis}, at least {least:+.2f}"
+        if found is None or found["low"] is None:
+            lines.append(f"not known: {words}: too few seeds")
+            continue
+        met = found["iqm"] >= least and (found["low"] > 0 if least > 0 else True)
+        lines.append(f"{verdict(met)}: {words}{' and its interval above 0' if least > 0 else ''}: {cell(found)}")
+    control = results["arms"].get(f"{default}-shuffled", {}).get("against_tokens")
+    if control and control["low"] is not None:
+        lines.append(f"{verdict(control['low'] <= 0)}: the shuffled control does not gain: {cell(control)}")
+    for name, words in (("entropy_stage1_end", "entropy"), ("decisions_stage1_end", "entropy without filler")):
+        if ours[name] and theirs[name]:
+            ratio = ours[name] / theirs[name]
+            bar = f"{verdict(ratio >= ENTROPY and ours['after'] >= theirs['after'])}: " if words == "entropy" else "beside it: "
+            lines.append(f"{bar}{words} at the end of stage 1, at least {ENTROPY} times {results['against']}'s: {ratio:.2f} times")
+    before = results["warm_start"].get("pass@8")
+    if before and "pass@8 after" in ours:
+        lines.append(f"{verdict(ours['pass@8 after'] >= before)}: pass@8 not below the warm start's: {ours['pass@8 after']:.3f} after {before:.3f}")
+    return lines
+
+
+def verdict(met: bool) -> str:
+    return "met" if met else "NOT met"
+
+
+def cell(found: dict) -> str:
+    return f"{found['iqm']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}], {found['wins']} of {found['seeds']} seeds"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, default=sorted(RESULTS.glob("*.json")))
+    for path in parser.parse_args().files:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        print(f"**{results['name']}** (code {', '.join(results['code'])})\n\n{markdown(results)}\n")
+        print("\n".join(f"* {line}" for line in bars(results)), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()

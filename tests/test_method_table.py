@@ -1,0 +1,42 @@
+"""benchmarks/method.py: bars by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import method
+
+
+def results(name: str, low: float, iqm: float, entropy: float = 0.5, after: float = 0.8, pass8: float = 0.9) -> dict:
+    found = {"iqm": iqm, "low": low, "high": iqm + 0.1, "wins": 12, "seeds": 16}
+    ends = {"after": 0.7, "pass@8 after": 0.9, "entropy_stage1_end": 0.5, "decisions_stage1_end": None, "seeds": list(range(16))}
+    ours = {**ends, "after": after, "entropy_stage1_end": entropy, "pass@8 after": pass8}
+    ours |= {f"{kind}_{axis}": found for kind in ("against", "best_baseline") for axis in ("tokens", "seconds")}
+    return {"name": name, "against": "grpo", "best_baseline": "grpo", "warm_start": {"pass@8": 0.85}, "arms": {"grpo": ends, "acpo": ours}}
+
+
+@pytest.mark.parametrize(
+    ("found", "met"),
+    [
+        (results("fixed_t2", 0.01, 0.06), [True, True, False, True]),
+        (results("fixed_t2", 0.01, 0.04), [False, True, False, True]),
+        (results("fixed_t2", -0.01, 0.06), [False, True, False, True]),
+        (results("t2", 0.01, -0.01), [False, False, False, True]),
+        (results("fixed_multiplication", 0.001, 0.03, entropy=0.76), [True, True, True, True]),
+        (results("fixed_multiplication", 0.001, 0.03, entropy=0.76, after=0.69), [True, True, False, True]),
+        (results("no_attribution", -0.05, -0.01, pass8=0.84), [True, True, False, False]),
+    ],
+)
+def test_bars(found, met):
+    """In turn: area in tokens, in seconds, entropy, pass@8."""
+    lines = method.bars(found)
+    assert [line.startswith("met") for line in lines] == met, lines
+    assert all(line.startswith(("met: ", "NOT met: ")) for line in lines)
+
+
+def test_few_seeds_decide_nothing_and_a_control_that_gains_is_seen():
+    found = results("t2", 0.1, 0.2)
+    found["arms"]["acpo-shuffled"] = {**found["arms"]["acpo"]}
+    assert "NOT met: the shuffled control does not gain: +0.200 [+0.100, +0.300], 12 of 16 seeds" in method.bars(found)
+    found["arms"]["acpo"] = {**found["arms"]["acpo"], "best_baseline_tokens": {"iqm": 0.2, "low": None, "high": None, "wins": 3, "seeds": 3}}
+    assert method.bars(found)[0].startswith("not known")
