@@ -45,7 +45,7 @@ from .linear_tiles import (
     operand,
     tiles,
 )
-from .logprob_entropy import _expm1_series
+from .logits_rows import _expm1_series
 
 SLICE = 8192
 FLAG = tl.constexpr(64)  # rows and columns of a flagged block: the products' own step

@@ -37,7 +37,7 @@ from .linear_tiles import (
     operand,
     tiles,
 )
-from .logprob_entropy import _log1p
+from .logits_rows import _log1p
 
 SPLIT = 1024  # columns: 149 splits of V = 151,936 keep a GPU busy with one row tile, and cost 12 bytes a row and split
 COMBINE = 4096  # splits x rows of one program that lets the splits meet

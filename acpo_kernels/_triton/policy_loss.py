@@ -38,6 +38,14 @@ def _limited(x):
 
 
 @triton.jit
+def _reciprocal(x):
+    """1/x to 1e-14, as a float64, by one step of Newton's: a division is a call for whose registers ptxas may make room on the stack."""
+    x = tl.cast(x, tl.float32)
+    y = (1.0 / x).to(tl.float64)
+    return tl.fma(y, tl.fma(-x.to(tl.float64), y, tl.full([], 1.0, tl.float64)), y)
+
+
+@triton.jit
 def _kept(token, inside, mask_ptr, HAS_MASK: tl.constexpr):
     if HAS_MASK:
         inside = inside & (tl.load(mask_ptr + token, mask=inside, other=0) != 0)
@@ -163,14 +171,14 @@ def _policy_loss_tokens_kernel(
         over = tl.load(denominators_ptr + sequence).to(tl.float32)[:, None]
     else:
         over = tl.load(denominators_ptr + token, mask=kept, other=1.0).to(tl.float32)
-    over = tl.zeros_like(lp) + over
-    tl.store(grad_logp_ptr + token, tl.where(kept, tl.div_rn(grad, over), 0.0), mask=inside)
+    share = _reciprocal(over)
+    tl.store(grad_logp_ptr + token, tl.where(kept, (grad * share).to(tl.float32), 0.0), mask=inside)
     if HAS_ENTROPY:
-        tl.store(grad_entropy_ptr + token, tl.where(kept, tl.div_rn(-weight, over), 0.0), mask=inside)
+        tl.store(grad_entropy_ptr + token, tl.where(kept, (-weight * share).to(tl.float32), 0.0), mask=inside)
 
     zero = 0.0
     out = sums_ptr + program
-    tl.store(out, tl.sum(tl.sum(tl.where(kept, loss / over, 0.0), axis=1), axis=0))
+    tl.store(out, tl.sum(tl.sum(tl.where(kept, loss * share, 0.0), axis=1), axis=0))
     tl.store(out + num_programs, _total(kept))
     tl.store(out + 2 * num_programs, _total(kept & (r < lowest) & (a < 0)))
     tl.store(out + 3 * num_programs, _total(kept & (r > highest) & (a > 0)))
