@@ -80,52 +80,17 @@ def _policy_loss_groups_kernel(
         tl.store(group_count_ptr + slot, count, mask=own)
 
 
-@triton.jit(do_not_specialize=[
-    "num_tokens", "num_units", "num_slots", "num_sequences", "bisections", "sequence_bisections", "num_programs", "low", "high",
-    "entropy_weight", "kl_weight", "rollout_cap", "denominator",
-])  # fmt: skip
-def _policy_loss_tokens_kernel(
-    logp_ptr, old_logp_ptr, advantages_ptr, mask_ptr, token_offsets_ptr, sequence_offsets_ptr, entropy_ptr, entropy_weights_ptr, ref_logp_ptr,
-    rollout_logp_ptr, denominators_ptr, group_ptr, group_count_ptr, tokens_ptr, grad_logp_ptr, grad_entropy_ptr, sums_ptr,
-    num_tokens, num_units, num_slots, num_sequences, bisections, sequence_bisections, num_programs, low, high, entropy_weight, kl_weight,
-    rollout_cap, denominator,
-    GROUPS: tl.constexpr, SQRT: tl.constexpr, HAS_OLD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr, HAS_REF: tl.constexpr, HAS_ROLLOUT: tl.constexpr, DENOMINATOR: tl.constexpr, SEQUENCE: tl.constexpr,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, PARTIALS: tl.constexpr, COUNTED: tl.constexpr,
+@triton.jit
+def _token_loss(
+    token, kept, lp, old, a, wide, wide_token_ratio, low, high, ref_logp_ptr, kl_weight, rollout_logp_ptr, rollout_cap, entropy_ptr,
+    entropy_weight, entropy_weights_ptr,
+    HAS_REF: tl.constexpr, HAS_ROLLOUT: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    slot = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    unit, first, chunks, start, end = _chunk(
-        slot, token_offsets_ptr, sequence_offsets_ptr, num_tokens, num_units, bisections, SEQUENCE, CHUNK
-    )  # fmt: skip
-    own = (slot < num_slots) & (slot - first < chunks)
-    token = start[:, None] + tl.arange(0, CHUNK)[None, :]
-    inside = own[:, None] & (token < end[:, None])
-    kept = _kept(token, inside, mask_ptr, HAS_MASK)
+    """What a token adds before the denominator: its loss, the gradient of its log-prob, its entropy weight; and what the metrics want.
 
-    lp = tl.load(logp_ptr + token, mask=kept, other=0.0).to(tl.float32)
-    old = tl.load(old_logp_ptr + token, mask=kept, other=0.0).to(tl.float32) if HAS_OLD else lp
-    a = tl.load(advantages_ptr + token, mask=kept, other=0.0).to(tl.float32)
-    log_ratio = _limited(lp - old)
-    # The loss is a sum of terms that cancel: its own are kept in float64, what is stored by the token is float32.
-    wide_token_ratio = _exp_wide(log_ratio)
-    token_ratio = wide_token_ratio.to(tl.float32)
-    wide = wide_token_ratio
-    if GROUPS:
-        sums = tl.zeros([ROWS, PARTIALS], tl.float32)
-        counts = tl.zeros([ROWS, PARTIALS], tl.int32)
-        for at in range(0, tl.max(tl.where(own, chunks, 0), axis=0), PARTIALS):
-            which = at + tl.arange(0, PARTIALS)
-            there = own[:, None] & (which[None, :] < chunks[:, None])
-            sums += tl.load(group_ptr + first[:, None] + which[None, :], mask=there, other=0.0)
-            counts += tl.load(group_count_ptr + first[:, None] + which[None, :], mask=there, other=0)
-        count = tl.maximum(tl.sum(counts, axis=1), 1).to(tl.float32)  # [ROWS]
-        wide = tl.zeros_like(wide) + _exp_wide(tl.div_rn(tl.sum(sums, axis=1), count))[:, None]
-        if SQRT:
-            root = tl.sqrt(count.to(tl.float64)).to(tl.float32)
-            low = tl.div_rn(tl.zeros_like(root) + low, root)[:, None]
-            high = tl.div_rn(tl.zeros_like(root) + high, root)[:, None]
+    The loss is a sum of terms that cancel: its own are kept in float64 (wide: the ratio), what is stored by the token is float32."""
     r = wide.to(tl.float32)
+    token_ratio = wide_token_ratio.to(tl.float32)
     lowest = 1.0 - low
     highest = 1.0 + high
     clipped = tl.where(r < lowest, lowest, tl.where(r > highest, highest, r)) * a
@@ -153,6 +118,58 @@ def _policy_loss_tokens_kernel(
         if HAS_WEIGHTS:
             weight = tl.load(entropy_weights_ptr + token, mask=kept, other=0.0).to(tl.float32)
         loss -= weight.to(tl.float64) * h
+
+    return loss, grad, weight, kl, h, lowest, highest
+
+
+@triton.jit(do_not_specialize=[
+    "num_tokens", "num_units", "num_slots", "num_sequences", "bisections", "sequence_bisections", "num_programs", "low", "high",
+    "entropy_weight", "kl_weight", "rollout_cap", "denominator",
+])  # fmt: skip
+def _policy_loss_tokens_kernel(
+    logp_ptr, old_logp_ptr, advantages_ptr, mask_ptr, token_offsets_ptr, sequence_offsets_ptr, entropy_ptr, entropy_weights_ptr, ref_logp_ptr,
+    rollout_logp_ptr, denominators_ptr, group_ptr, group_count_ptr, tokens_ptr, grad_logp_ptr, grad_entropy_ptr, sums_ptr,
+    num_tokens, num_units, num_slots, num_sequences, bisections, sequence_bisections, num_programs, low, high, entropy_weight, kl_weight,
+    rollout_cap, denominator,
+    GROUPS: tl.constexpr, SQRT: tl.constexpr, HAS_OLD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, HAS_REF: tl.constexpr, HAS_ROLLOUT: tl.constexpr, DENOMINATOR: tl.constexpr, SEQUENCE: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, PARTIALS: tl.constexpr, COUNTED: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    slot = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    unit, first, chunks, start, end = _chunk(
+        slot, token_offsets_ptr, sequence_offsets_ptr, num_tokens, num_units, bisections, SEQUENCE, CHUNK
+    )  # fmt: skip
+    own = (slot < num_slots) & (slot - first < chunks)
+    token = start[:, None] + tl.arange(0, CHUNK)[None, :]
+    inside = own[:, None] & (token < end[:, None])
+    kept = _kept(token, inside, mask_ptr, HAS_MASK)
+
+    lp = tl.load(logp_ptr + token, mask=kept, other=0.0).to(tl.float32)
+    old = tl.load(old_logp_ptr + token, mask=kept, other=0.0).to(tl.float32) if HAS_OLD else lp
+    a = tl.load(advantages_ptr + token, mask=kept, other=0.0).to(tl.float32)
+    log_ratio = _limited(lp - old)
+    wide_token_ratio = _exp_wide(log_ratio)
+    wide = wide_token_ratio
+    if GROUPS:
+        sums = tl.zeros([ROWS, PARTIALS], tl.float32)
+        counts = tl.zeros([ROWS, PARTIALS], tl.int32)
+        for at in range(0, tl.max(tl.where(own, chunks, 0), axis=0), PARTIALS):
+            which = at + tl.arange(0, PARTIALS)
+            there = own[:, None] & (which[None, :] < chunks[:, None])
+            sums += tl.load(group_ptr + first[:, None] + which[None, :], mask=there, other=0.0)
+            counts += tl.load(group_count_ptr + first[:, None] + which[None, :], mask=there, other=0)
+        count = tl.maximum(tl.sum(counts, axis=1), 1).to(tl.float32)  # [ROWS]
+        wide = tl.zeros_like(wide) + _exp_wide(tl.div_rn(tl.sum(sums, axis=1), count))[:, None]
+        if SQRT:
+            root = tl.sqrt(count.to(tl.float64)).to(tl.float32)
+            low = tl.div_rn(tl.zeros_like(root) + low, root)[:, None]
+            high = tl.div_rn(tl.zeros_like(root) + high, root)[:, None]
+    r = wide.to(tl.float32)
+    loss, grad, weight, kl, h, lowest, highest = _token_loss(
+        token, kept, lp, old, a, wide, wide_token_ratio, low, high, ref_logp_ptr, kl_weight, rollout_logp_ptr, rollout_cap, entropy_ptr,
+        entropy_weight, entropy_weights_ptr, HAS_REF, HAS_ROLLOUT, HAS_ENTROPY, HAS_WEIGHTS,
+    )  # fmt: skip
 
     if DENOMINATOR == "count":
         found = tl.zeros([COUNTED], tl.int64)
