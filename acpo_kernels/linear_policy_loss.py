@@ -44,9 +44,10 @@ def linear_policy_loss(
     backward multiplies them by the incoming gradient. Masked rows take part in no matrix product; an unmasked row whose gradient
     is exactly zero (clipped; or advantage, KL and entropy weight all 0) takes part in the forward product alone: with shares u of
     unmasked rows and a of rows with a gradient, (2u + 4a) N H V floating-point operations. A ratio that is a mean over other rows
-    (segment or sequence level with old_logp) needs a forward of its own before the first gradient, and so does CUDA: (2u + 6a) N H V.
+    (segment or sequence level with old_logp) needs a forward of its own before the first gradient, (2u + 6a) N H V; so do 16-bit hidden
+    states on CUDA where H is below some 1,300 and holding logits would cost more than the product (_triton/linear_policy_loss.py).
     No N x V tensor exists: the CPU holds the logits of 256 rows in float32, twice that while it closes the gaps that rows without a
-    gradient leave.
+    gradient leave; CUDA those of a number of rows that follows from V, 2 GiB.
 
     Shapes
         hidden [N,H], weight [V,H], ids, old_logp, advantages [N]; the others as in the two operations. logp and entropy [N] come back detached.

@@ -128,7 +128,7 @@ def kernels_in_the_interpreter(request):
 
 
 def round_as_a_gpu_does() -> None:
-    """The interpreter cuts float32 off where it becomes bfloat16; a compiled kernel rounds to nearest even (cvt.rn)."""
+    """The interpreter cuts float32 off where it becomes bfloat16 (a compiled kernel rounds to nearest even, cvt.rn), and has no fused multiply."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -144,6 +144,16 @@ def round_as_a_gpu_does() -> None:
         return interpreter.TensorHandle(rounded.reshape(numpy.shape(src.data)), dst_type.scalar)
 
     builder.cast_impl = cast
+
+    def fused(self, x, y, z):
+        """Rounded once: the interpreter rounds the product as well, and a compensated sum would find nothing lost."""
+        if z.dtype.scalar != tl.float32:
+            return self.unfused(x, y, z)
+        wide = numpy.multiply(x.data, y.data, dtype=numpy.float64) + z.data
+        return interpreter.TensorHandle(wide.astype(numpy.float32), tl.float32)
+
+    builder.unfused = builder.create_fma
+    builder.create_fma = fused
 
 
 def patch_the_language_once() -> None:

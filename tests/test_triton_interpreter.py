@@ -41,6 +41,9 @@ class TestKernelsInTheInterpreter:
     def test_logprob_entropy(self):
         interpreted(["test_logprob_entropy.py"], "interpreter")
 
+    def test_hindsight_information(self):
+        interpreted(["interpreter_hindsight.py"], "test")
+
     def test_operations_from_hidden_states(self):
         interpreted(["interpreter_linear.py"], "interpreter")
 

@@ -17,15 +17,25 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton_compile import ARCHITECTURES, ELEMENTS, Compiled, compile_kernel, launched  # noqa: E402
 
-from acpo_kernels._triton import linear_gradients, linear_hindsight_information, linear_logprob_entropy, linear_tiles  # noqa: E402
+from acpo_kernels._triton import (  # noqa: E402
+    linear_gradients,
+    linear_hindsight_information,
+    linear_logprob_entropy,
+    linear_policy_loss,
+    linear_tiles,
+    policy_loss,
+)
 
 RESOURCES = Path(__file__).parent / "triton_resources.json"
-SIZES = ("V", "H", "stride_weight", "padded", "column", "width_out")
+SIZES = ("V", "H", "stride_weight", "stride_held", "padded", "column", "width_out")
 TENSOR_CORES = {80: r"mma\.sync\.aligned\.m16n8k\d+", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
 
 
 def linear(which: str, element: str, architecture: int, extras: bool = False) -> Compiled:
-    """The hints of a launch at V = 151,936 and H = 896: no bias, one temperature, no softcap; or with bias, temperatures and softcap."""
+    """The hints of a launch at V = 151,936 and H = 896: no bias, one temperature, no softcap; or with bias, temperatures and softcap.
+
+    "forward, held" keeps the logits, "gradient, held" begins with them, "weight, added" is a later chunk's: the one sweep of the policy loss."""
+    which, _, held = which.partition(", ")
     size = ELEMENTS[element]
     tile = linear_tiles.tiles(size, architecture)
     kernel = {
@@ -34,7 +44,7 @@ def linear(which: str, element: str, architecture: int, extras: bool = False) ->
         "hindsight": linear_hindsight_information._linear_hindsight_kernel,
     }[which]  # fmt: skip
     if which == "forward":
-        tile = linear_logprob_entropy.logits_tiles(tile, extras)
+        tile = linear_logprob_entropy.logits_tiles(tile, extras or bool(held))
     elif which == "gradient":
         tile = linear_gradients.gradient_tiles(tile, architecture, extras)
     elif which in ("hidden", "weight"):
@@ -59,32 +69,38 @@ def linear(which: str, element: str, architecture: int, extras: bool = False) ->
     types = {name: f"tensordesc<{element}[{r},{c}]>" if tile.tma else f"*{element}" for name, (r, c) in operands.items()}
     scaled = element == "fp16"
     absent = (set() if extras else {"bias_ptr", "temperatures_ptr", "column_sums_ptr"}) | (set() if scaled else {"scales_ptr", "least_ptr"})
-    integers = {"ids_ptr": "*i64", "index_ptr": "*i32", "count_ptr": "*i32", "flags_ptr": "*i32", "infinite_ptr": "*i32"}
+    absent |= set() if held else {"held_ptr", "places_ptr"}
+    integers = {"places_ptr": "*i32", "ids_ptr": "*i64", "index_ptr": "*i32", "count_ptr": "*i32", "flags_ptr": "*i32", "infinite_ptr": "*i32"}
     for name in kernel.arg_names:
         if name in SIZES:
             types[name] = "i32"
         elif name in ("inverse_temperature", "softcap"):
             types[name] = "fp32"
         elif name in ("gradient_ptr", "residue_ptr", "out_ptr"):
-            types[name] = f"*{element}"
+            types[name] = "*fp32" if held and name == "out_ptr" else f"*{element}"
         elif name.endswith("_ptr") and name not in absent:
             types[name] = integers.get(name, "*fp32")
     constants = {
         "HAS_BIAS": extras, "HAS_TEMPERATURES": extras, "HAS_SOFTCAP": extras, "NEEDS_BIAS": extras, "HAS_LOGP": True, "HAS_ENTROPY": True,
         "RESIDUE": size == 2, "SCALED": scaled, "TMA": tile.tma, "PRECISION": tile.precision, f"BLOCK_{rows}": tile.m, f"BLOCK_{columns}": tile.n,
         f"BLOCK_{inner}": tile.k, "SPLIT": linear_logprob_entropy.SPLIT, "WIDTH": linear_gradients.SLICE, "CHUNK": 128,
+        "HOLD": bool(held), "HELD": bool(held), "ADD": bool(held),
     }  # fmt: skip
     constants = {name: constants.get(name) for name in kernel.arg_names if name not in types}
     divisible = {name for name in types if name.endswith("_ptr") or (name.endswith("_ref") and not tile.tma)}
-    divisible |= {"V", "H", "stride_weight", "width_out"} & set(types)
-    return compile_kernel(kernel, types, constants, divisible, architecture, tile.warps, tile.stages)
+    divisible |= {"V", "H", "stride_weight", "stride_held", "width_out"} & set(types)
+    compiled = compile_kernel(kernel, types, constants, divisible, architecture, tile.warps, tile.stages)
+    assert compiled.stack == 0 and compiled.local == 0, (which, held, element, architecture)  # nothing spilled
+    return compiled
 
 
 KERNELS = ("forward", "gradient", "hidden", "weight", "hindsight")
 EVERY = [(w, e, a, False) for w in KERNELS for e in ELEMENTS for a in ARCHITECTURES]
 EVERY += [(w, "bf16", a, True) for w in ("forward", "gradient", "hindsight") for a in ARCHITECTURES]
+SWEEP = ("forward, held", "gradient, held", "weight, added")
+EVERY += [(w, e, a, False) for w in SWEEP for e in ELEMENTS for a in ARCHITECTURES]
 # A second each: by default bfloat16 on sm_90, and on the others the two with the most registers; `pytest -m every_target` compiles the rest.
-USUAL = [c for c in EVERY if c[1] == "bf16" and not c[3] and (c[2] == 90 or c[0] in ("forward", "gradient"))]
+USUAL = [c for c in EVERY if c[1] == "bf16" and not c[3] and (c[2] == 90 or c[0] in ("forward", "gradient", "weight, added"))]
 USUAL += [("forward", "fp32", 90, False), ("gradient", "bf16", 90, True)]
 CASES = [pytest.param(*c, id=" ".join(map(str, c)), marks=() if c in USUAL else pytest.mark.every_target) for c in EVERY]
 
@@ -101,7 +117,13 @@ def recorded():
 @pytest.mark.parametrize(("which", "element", "architecture", "extras"), CASES)
 def test_products(which, element, architecture, extras, recorded):
     compiled = linear(which, element, architecture, extras)
-    assert compiled.stack == 0 and compiled.local == 0  # nothing spilled
+    if recorded is not None:
+        assert recorded[key(which, element, architecture, extras)] == [compiled.registers, compiled.dynamic]
+    if which in SWEEP:  # float32 logits and sums are moved in whole words
+        assert 128 in compiled.accesses(compiled.ptx, "st" if which == "forward, held" else "ld")
+    if which == "gradient, held":
+        assert not re.search(TENSOR_CORES[architecture], compiled.ptx)
+        return
     assert re.search(TENSOR_CORES[architecture], compiled.ptx)
     if element == "fp32":  # three products of TF32's high and low halves, never one
         assert "tf32" in compiled.ptx
@@ -109,13 +131,11 @@ def test_products(which, element, architecture, extras, recorded):
         assert "cp.async.bulk.tensor.2d" in compiled.ptx and not re.search(r"cp\.async\.c[ag]", compiled.ptx)
     else:
         # TF32 takes no operand that lies across: G and hidden are turned on their way to the weight's product, four bytes at a time.
-        narrow = {"0x4"} if element == "fp32" and which == "weight" else set()
+        narrow = {"0x4"} if element == "fp32" and which.startswith("weight") else set()
         assert set(re.findall(r"cp\.async\.c[ag]\.shared\.global.*?, (0x\w+),", compiled.ptx)) - narrow == {"0x10"}
         assert re.search(r"cp\.async\.cg", compiled.ptx)
     limit = {80: 166912, 90: 232448, 100: 232448}[architecture]
     assert compiled.dynamic <= limit
-    if recorded is not None:
-        assert recorded[key(which, element, architecture, extras)] == [compiled.registers, compiled.dynamic]
 
 
 @pytest.mark.parametrize("element", ELEMENTS)
@@ -164,6 +184,68 @@ def test_launchers_compile_once_for_every_number_of_rows(monkeypatch):
     for rows in (1, 2, 15, 16, 300, 70_000):
         launch(rows)
     assert launches.compiled() == once
+
+
+def test_launches_of_the_policy_loss_in_one_sweep(monkeypatch):
+    """Chunks of 128 rows, two slices of the vocabulary: what is launched does not depend on what the device finds, and nothing is compiled
+    again for another N, or for another chunk than the first two."""
+    modules = linear_tiles, linear_logprob_entropy, linear_gradients, linear_policy_loss, policy_loss
+    kernels = [value for module in modules for name, value in vars(module).items() if re.fullmatch(r"_\w+_kernel", name)]
+    kernels = list({id(k): k for k in kernels}.values())
+    launches = launched(monkeypatch, 90, *kernels)
+    monkeypatch.setattr(linear_policy_loss, "holding_pays", lambda *_: True)
+    monkeypatch.setattr(linear_policy_loss, "chunk_rows", lambda _: 128)
+    monkeypatch.setattr(torch.ops.acpo_kernels, "policy_loss", policy_loss.policy_loss)
+    weight, bias = torch.empty(10_000, 64, dtype=torch.bfloat16), torch.empty(10_000)
+
+    def launch(rows):
+        hidden, x = torch.empty(rows, 64, dtype=torch.bfloat16), torch.zeros(rows)
+        offsets, sequences = torch.tensor([0, rows]), torch.tensor([0, 1])
+        linear_policy_loss.forward(
+            hidden, weight, torch.zeros(rows, dtype=torch.int64), bias, 1.0, None, None, x, x, offsets, sequences, None, 0.2, 0.28, "token", None,
+            None, None, 0.0, None, 2.0, None, None, (True, True, True),
+        )  # fmt: skip
+
+    launch(300)
+    chunk = {
+        "_gather_kernel": 2, "_linear_logprob_entropy_fwd_kernel": 1, "_linear_logprob_entropy_combine_kernel": 1, "_row_gradients_kernel": 1,
+        "_linear_gradient_kernel": 2, "_hidden_gradient_kernel": 2, "_weight_gradient_kernel": 2, "_bias_gradient_kernel": 2, "_scatter_kernel": 1,
+    }  # fmt: skip
+    once = {
+        "_index_kernel": 1,
+        "_chunks_kernel": 1,
+        "_policy_loss_groups_kernel": 1,
+        "_policy_loss_tokens_kernel": 1,
+        "_policy_loss_combine_kernel": 1,
+    }
+    assert Counter(name for name, _ in launches.log) == {name: 3 * count for name, count in chunk.items()} | once
+    compiled = launches.compiled()
+    for rows in (129, 1000):
+        launch(rows)
+    assert launches.compiled() == compiled
+
+
+@pytest.mark.parametrize("ratio", ["token", "segment"])
+def test_which_rows_count_is_never_read_back(monkeypatch, ratio):
+    """Tensors without memory: an .item(), a boolean index or a copy to the host would raise. One sweep, and two phases."""
+    modules = linear_tiles, linear_logprob_entropy, linear_gradients, linear_policy_loss, linear_hindsight_information, policy_loss
+    kernels = {id(v): v for module in modules for name, v in vars(module).items() if re.fullmatch(r"_\w+_kernel", name)}
+    launches = launched(monkeypatch, 90, *kernels.values(), compiling=False)
+    monkeypatch.setattr(linear_policy_loss, "holding_pays", lambda *_: True)
+    monkeypatch.setattr(torch.ops.acpo_kernels, "policy_loss", policy_loss.policy_loss)
+    with torch.device("meta"):
+        hidden, weight, x = torch.empty(300, 64, dtype=torch.float16), torch.empty(10_000, 64, dtype=torch.float16), torch.zeros(300)
+        ids, offsets, sequences = (torch.zeros(size, dtype=torch.int64) for size in (300, 3, 2))
+        mask = torch.ones(300, dtype=torch.bool)
+        with pytest.raises(RuntimeError):  # what this test would see
+            hidden[mask]
+        linear_policy_loss.forward(
+            hidden, weight, ids, None, 1.0, None, None, x, x, offsets, sequences, mask, 0.2, 0.28, ratio, None, x, x, 0.1, x, 2.0, None, None,
+            (True, True, False),
+        )  # fmt: skip
+        linear_hindsight_information.forward(hidden, hidden, weight, ids, None, 1.0, None, None, mask)
+    names = {name for name, _ in launches.log}
+    assert {"_linear_hindsight_kernel", "_weight_gradient_kernel"} <= names and ("_row_gradients_kernel" in names) == (ratio == "token")
 
 
 def test_what_only_float16_and_two_streams_launch(monkeypatch):

@@ -20,6 +20,8 @@ blocks run changes no bit of any row. float16 has five bits of exponent: there G
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -31,6 +33,8 @@ from .linear_tiles import (
     INF,
     LOG2E,
     ROW_BLOCK,
+    Head,
+    Rows,
     Tiles,
     _finish_logits,
     _multiply,
@@ -38,14 +42,13 @@ from .linear_tiles import (
     _rounded,
     _row_scale,
     _tile,
-    aligned_weight,
     compact,
     machine,
     on_device,
     operand,
     tiles,
 )
-from .logprob_entropy import _expm1_series
+from .logits_rows import _expm1_series
 
 SLICE = 8192
 FLAG = tl.constexpr(64)  # rows and columns of a flagged block: the products' own step
@@ -91,13 +94,15 @@ def _scales_kernel(
 @triton.jit(do_not_specialize=["padded", "column", "inverse_temperature", "softcap"])
 def _linear_gradient_kernel(
     hidden_ref, weight_ref, bias_ptr, ids_ptr, temperatures_ptr, index_ptr, count_ptr, entropy_ptr, maximum_ptr, logsumexp_ptr,
-    grad_logp_ptr, grad_entropy_ptr, scales_ptr, gradient_ptr, residue_ptr, flags_ptr, column_sums_ptr,
-    V, H, stride_weight, padded, column, inverse_temperature, softcap,
+    grad_logp_ptr, grad_entropy_ptr, scales_ptr, held_ptr, places_ptr, gradient_ptr, residue_ptr, flags_ptr, column_sums_ptr,
+    V, H, stride_weight, stride_held, padded, column, inverse_temperature, softcap,
     HAS_BIAS: tl.constexpr, HAS_TEMPERATURES: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-    NEEDS_BIAS: tl.constexpr, RESIDUE: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr, HELD: tl.constexpr, RESIDUE: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One slice of the gradient with respect to the logits before softcap: columns [column, column + WIDTH)."""
+    """One slice of the gradient with respect to the logits before softcap: columns [column, column + WIDTH). HELD: row i's logits are row
+    places[i] of held; else they are computed again."""
+    column = column // 16 * 16  # the compiler learns that the held logits are whole 16-byte words
     count = tl.load(count_ptr)
     row_tiles, column_tiles = tl.cdiv(count, BLOCK_M), tl.cdiv(tl.minimum(V - column, WIDTH), BLOCK_V)
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -106,13 +111,19 @@ def _linear_gradient_kernel(
         row_tile, column_tile = _place(item, row_tiles, column_tiles)
         m, local = row_tile * BLOCK_M, column_tile * BLOCK_V
         v = column + local
-        acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-        for h in range(0, H, BLOCK_H):
-            a = _tile(hidden_ref, m, h, padded, H, H, TMA, BLOCK_M, BLOCK_H)
-            b = _tile(weight_ref, v, h, V, H, stride_weight, TMA, BLOCK_V, BLOCK_H)
-            acc = _multiply(a, b.T, acc, PRECISION)
         columns, rows = v + tl.arange(0, BLOCK_V), m + tl.arange(0, BLOCK_M)
         valid = rows < count
+        if HELD:
+            place = tl.load(places_ptr + rows, mask=valid, other=0)
+            at = held_ptr + place.to(tl.int64)[:, None] * stride_held + columns[None, :]
+            x = tl.load(at, mask=valid[:, None] & (columns < stride_held)[None, :], other=-INF)
+        else:
+            acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+            for h in range(0, H, BLOCK_H):
+                a = _tile(hidden_ref, m, h, padded, H, H, TMA, BLOCK_M, BLOCK_H)
+                b = _tile(weight_ref, v, h, V, H, stride_weight, TMA, BLOCK_V, BLOCK_H)
+                acc = _multiply(a, b.T, acc, PRECISION)
+            x = _finish_logits(acc, columns, bias_ptr, softcap, V, HAS_BIAS, HAS_SOFTCAP)
         source = tl.load(index_ptr + rows, mask=valid, other=0)
         per_t, k, limit = _row_scale(source, valid, inverse_temperature, temperatures_ptr, HAS_TEMPERATURES, LOG2E)
         g_logp, g_entropy = _upstream(source, valid, grad_logp_ptr, grad_entropy_ptr, HAS_LOGP, HAS_ENTROPY)
@@ -128,7 +139,6 @@ def _linear_gradient_kernel(
         second = -per_t * per_t * p_top * g_entropy
         first = tl.where(valid, tl.where(bad, float("nan"), first), 0.0)
 
-        x = _finish_logits(acc, columns, bias_ptr, softcap, V, HAS_BIAS, HAS_SOFTCAP)
         u = tl.maximum(x - top[:, None], limit[:, None], propagate_nan=tl.PropagateNan.ALL)
         g = tl.exp2(u * k[:, None]) * (first[:, None] + second[:, None] * u)
         target = tl.load(ids_ptr + source, mask=valid, other=-1)
@@ -185,7 +195,7 @@ def _hidden_gradient_kernel(
         rows, columns = m + tl.arange(0, BLOCK_M), h + tl.arange(0, BLOCK_H)
         at = sums_ptr + rows.to(tl.int64)[:, None] * H + columns[None, :]
         inside = (columns < H)[None, :] & (rows < count)[:, None]
-        acc = tl.load(at, mask=inside, other=0.0)  # the accumulators begin with the slices before
+        acc = tl.load(at, mask=inside & (column > 0), other=0.0)  # the accumulators begin with the slices before
         for v in range(0, size, BLOCK_V):
             a = _tile(gradient_ref, m, v, padded, WIDTH, WIDTH, TMA, BLOCK_M, BLOCK_V)
             b = _tile(weight_ref, column + v, h, V, H, stride_weight, TMA, BLOCK_V, BLOCK_H)
@@ -204,23 +214,36 @@ def _hidden_gradient_kernel(
         tl.store(at, acc, mask=inside)
 
 
+@triton.jit
+def _weight_place(out_ptr, row, column, V, width, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr):
+    rows, columns = row + tl.arange(0, BLOCK_V), column + tl.arange(0, BLOCK_H)
+    return out_ptr + rows.to(tl.int64)[:, None] * width + columns[None, :], (rows < V)[:, None] & (columns < width)[None, :]
+
+
 @triton.jit(do_not_specialize=["padded", "column"])
 def _weight_gradient_kernel(
     gradient_ref, residue_ref, flags_ptr, hidden_ref, count_ptr, least_ptr, out_ptr, V, H, width_out, padded, column,
-    RESIDUE: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    ADD: tl.constexpr, RESIDUE: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One slice of G^T hidden, rounded once. H is the padded width of hidden, width_out that of the weight."""
+    """One slice of G^T hidden, rounded once; or (ADD) added to a float32 sum. H is the padded width of hidden, width_out that of the weight."""
     BLOCKS: tl.constexpr = WIDTH // FLAG
     count = tl.load(count_ptr)
     size = tl.minimum(V - column, WIDTH)
     v_tiles, h_tiles = tl.cdiv(size, BLOCK_V), tl.cdiv(width_out, BLOCK_H)
+    if ADD:
+        v_tiles = tl.where(count > 0, v_tiles, 0)
     program, programs = tl.program_id(0), tl.num_programs(0)
     for step in range(0, tl.cdiv(v_tiles * h_tiles - program, programs)):
         item = program + step * programs
         v_tile, h_tile = _place(item, v_tiles, h_tiles)
         v, h = v_tile * BLOCK_V, h_tile * BLOCK_H
         acc = tl.zeros([BLOCK_V, BLOCK_H], tl.float32)
+        if ADD and TMA:  # the accumulators begin with the sum so far: no room for both, where it is on sm_80
+            at, inside = _weight_place(out_ptr, column + v, h, V, width_out, BLOCK_V, BLOCK_H)
+            acc = tl.load(at, mask=inside, other=0.0)
+            if SCALED:
+                acc = acc * tl.load(least_ptr)  # a power of two
         for m in range(0, count, BLOCK_M):
             a = _tile(gradient_ref, m, v, padded, WIDTH, WIDTH, TMA, BLOCK_M, BLOCK_V)
             b = _tile(hidden_ref, m, h, padded, H, H, TMA, BLOCK_M, BLOCK_H)
@@ -242,34 +265,47 @@ def _weight_gradient_kernel(
                     acc = _multiply(a.T, b, acc, PRECISION)
         if SCALED:
             acc = acc / tl.load(least_ptr)
-        rows, columns = column + v + tl.arange(0, BLOCK_V), h + tl.arange(0, BLOCK_H)
-        at = out_ptr + rows.to(tl.int64)[:, None] * width_out + columns[None, :]
-        tl.store(at, _rounded(acc, out_ptr.dtype.element_ty), mask=(rows < V)[:, None] & (columns < width_out)[None, :])
+        at, inside = _weight_place(out_ptr, column + v, h, V, width_out, BLOCK_V, BLOCK_H)
+        if ADD and not TMA:
+            acc += tl.load(at, mask=inside, other=0.0)
+        tl.store(at, _rounded(acc, out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["column"])
-def _bias_gradient_kernel(column_sums_ptr, count_ptr, out_ptr, V, column, TILE_ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _bias_gradient_kernel(
+    column_sums_ptr, count_ptr, out_ptr, V, column, ADD: tl.constexpr, TILE_ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     local = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = (local < WIDTH) & (column + local < V)
     total = tl.zeros([BLOCK], tl.float32)
     for row_tile in range(0, tl.cdiv(tl.load(count_ptr), TILE_ROWS)):
         total += tl.load(column_sums_ptr + tl.cast(row_tile, tl.int64) * WIDTH + local, mask=inside, other=0.0)
+    if ADD:
+        total += tl.load(out_ptr + column + local, mask=inside, other=0.0)
     tl.store(out_ptr + column + local, _rounded(total, out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "H"])
 def _scatter_kernel(
-    sums_ptr, scales_ptr, position_ptr, out_ptr, rows, H, HS, SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    sums_ptr, scales_ptr, position_ptr, index_ptr, count_ptr, out_ptr, rows, H, HS,
+    COMPACT: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """To every row of the call, zeros where it does not count; or (COMPACT) to the compact rows alone."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    at = tl.load(position_ptr + row, mask=row < rows, other=-1)
+    if COMPACT:
+        there = row < tl.load(count_ptr)
+        at = tl.where(there, row, -1)
+        row = tl.load(index_ptr + row, mask=there, other=0)
+    else:
+        there = row < rows
+        at = tl.load(position_ptr + row, mask=there, other=-1)
     for start in range(0, H, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         x = tl.load(sums_ptr + at.to(tl.int64)[:, None] * HS + offs[None, :], mask=(at >= 0)[:, None] & (offs < H)[None, :], other=0.0)
         if SCALED:
             x = x / tl.load(scales_ptr + at, mask=at >= 0, other=1.0)[:, None]
         out = out_ptr + row.to(tl.int64)[:, None] * H + offs[None, :]
-        tl.store(out, _rounded(x, out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (offs < H)[None, :])
+        tl.store(out, _rounded(x, out_ptr.dtype.element_ty), mask=there[:, None] & (offs < H)[None, :])
 
 
 def slice_width(vocab: int, tile: Tiles) -> int:
@@ -310,61 +346,91 @@ def backward(
     if ids.shape[0] == 0 or not any(needs):
         return grad_hidden, grad_weight.zero_(), grad_bias.zero_()
     with on_device(hidden):
-        architecture, programs = machine(hidden)
-        logits_tile = gradient_tiles(tiles(hidden.element_size(), architecture), architecture, softcap is not None)
-        tile = product_tiles(tiles(hidden.element_size(), architecture), architecture)
-        grad_logp, grad_entropy, temperatures = (None if t is None else t.contiguous() for t in (grad_logp, grad_entropy, temperatures))
-        ids, weight = ids.contiguous(), aligned_weight(weight)
-        rows = compact(ids, mask, grad_logp, grad_entropy)
-        inverse = 1.0 if temperature is None else 1.0 / temperature
-        given = dict(HAS_LOGP=grad_logp is not None, HAS_ENTROPY=grad_entropy is not None, HAS_TEMPERATURES=temperatures is not None)
-        scaled, residue = hidden.dtype == torch.float16, hidden.element_size() == 2
-        scales = shares = least = None
-        if scaled:
-            scales, shares, least = (torch.empty(n, dtype=torch.float32, **new) for n in (rows.padded, rows.padded, 1))
-            _scales_kernel[(1,)](
-                grad_logp, grad_entropy, temperatures, rows.index, rows.count, scales, shares, least, inverse, LOG2E=LOG2E.value, BLOCK=1024, **given
-            )
-        gathered = rows.gather(hidden)
-        other = rows.gather(hidden, shares) if scaled and need_weight else gathered
-        vocab, wide = weight.shape
-        width = slice_width(vocab, tile)
-        gradient = torch.empty(rows.padded, width, dtype=hidden.dtype, **new)
-        low = torch.empty_like(gradient) if residue else gradient
-        flags = torch.empty(rows.padded // FLAG.value * (width // FLAG.value), dtype=torch.int32, **new)
-        column_sums = torch.empty(rows.padded // ROW_BLOCK * width, dtype=torch.float32, **new) if need_bias else None
-        sums = torch.zeros(rows.padded, wide, dtype=torch.float32, **new) if need_hidden else None
-        common = dict(RESIDUE=residue, TMA=tile.tma, PRECISION=tile.precision, WIDTH=width)
-        g_rows, low_rows = (operand(g, tile.m, tile.k, tile.tma) for g in (gradient, low))
-        g_columns, low_columns = (operand(g, tile.k, tile.m, tile.tma) for g in (gradient, low))
-        w_forward, w_backward = operand(weight, logits_tile.n, logits_tile.k, tile.tma), operand(weight, tile.k, tile.n, tile.tma)
-        h_forward, h_backward = operand(gathered, tile.m, tile.k, tile.tma), operand(other, tile.k, tile.n, tile.tma)
-        bias = None if bias is None else bias.contiguous()
-        row_tiles, h_tiles = rows.padded // tile.m, triton.cdiv(wide, tile.n)
-        for column in range(0, vocab, width):
-            size = min(width, vocab - column)
-            _linear_gradient_kernel[(min(programs, row_tiles * triton.cdiv(size, logits_tile.n)),)](
-                h_forward, w_forward, bias, ids, temperatures, rows.index, rows.count, *statistics, grad_logp, grad_entropy, scales,
-                gradient, low, flags, column_sums, vocab, wide, weight.stride(0), rows.padded, column, inverse, 1.0 if softcap is None else softcap,
-                HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, NEEDS_BIAS=need_bias, SCALED=scaled,
-                BLOCK_M=tile.m, BLOCK_V=logits_tile.n, BLOCK_H=tile.k, **given, **common, **logits_tile.options(),
-            )  # fmt: skip
-            if need_hidden:
-                _hidden_gradient_kernel[(min(programs, row_tiles * h_tiles),)](
-                    g_rows, low_rows, flags, w_backward, rows.count, sums, vocab, wide, weight.stride(0), rows.padded, column,
-                    BLOCK_M=tile.m, BLOCK_H=tile.n, BLOCK_V=tile.k, **common, **tile.options(),
-                )  # fmt: skip
-            if need_weight:
-                _weight_gradient_kernel[(min(programs, triton.cdiv(size, tile.m) * h_tiles),)](
-                    g_columns, low_columns, flags, h_backward, rows.count, least, grad_weight, vocab, wide, grad_weight.shape[1], rows.padded, column,
-                    BLOCK_V=tile.m, BLOCK_H=tile.n, BLOCK_M=tile.k, CHUNK=128, SCALED=scaled, **common, **tile.options(),
-                )  # fmt: skip
-            if need_bias:
-                _bias_gradient_kernel[(triton.cdiv(size, 256),)](
-                    column_sums, rows.count, grad_bias, vocab, column, TILE_ROWS=tile.m, WIDTH=width, BLOCK=256
-                )
-        if need_hidden:
-            _scatter_kernel[(triton.cdiv(ids.shape[0], GATHER_ROWS),)](
-                sums, scales, rows.position, grad_hidden, ids.shape[0], hidden.shape[1], wide, SCALED=scaled, ROWS=GATHER_ROWS, BLOCK=GATHER_COLUMNS
-            )
+        head = Head.of(weight, ids, bias, temperature, temperatures, softcap)
+        grad_logp, grad_entropy = (None if g is None else g.contiguous() for g in (grad_logp, grad_entropy))
+        rows = compact(head.ids, mask, grad_logp, grad_entropy)
+        add(head, rows, hidden, grad_logp, grad_entropy, statistics, (grad_hidden, grad_weight, grad_bias))
     return grad_hidden, grad_weight, grad_bias
+
+
+class Held(NamedTuple):
+    """Logits of more rows than have a gradient: row i's are logits[places[i]]."""
+
+    logits: Tensor
+    places: Tensor
+
+
+def add(
+    head: Head,
+    rows: Rows,
+    hidden: Tensor,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    statistics: tuple[Tensor, Tensor, Tensor],
+    out: tuple[Tensor, Tensor, Tensor],
+    held: Held | None = None,
+    more: bool = False,
+) -> None:
+    """What these rows give to the gradients of hidden, weight and bias, empty where not needed. more: to those of weight and bias, float32,
+    it is added."""
+    grad_hidden, grad_weight, grad_bias = out
+    need_hidden, need_weight, need_bias = (g.numel() > 0 for g in out)
+    architecture, programs = machine(hidden)
+    new = dict(device=hidden.device)
+    softcapped = head.softcap is not None
+    logits_tile = gradient_tiles(tiles(hidden.element_size(), architecture), architecture, softcapped)
+    tile = product_tiles(tiles(hidden.element_size(), architecture), architecture)
+    weight, temperatures = head.weight, head.temperatures
+    given = dict(HAS_LOGP=grad_logp is not None, HAS_ENTROPY=grad_entropy is not None, HAS_TEMPERATURES=temperatures is not None)
+    scaled, residue = hidden.dtype == torch.float16, hidden.element_size() == 2
+    scales = shares = least = None
+    if scaled:
+        scales, shares, least = (torch.empty(n, dtype=torch.float32, **new) for n in (rows.padded, rows.padded, 1))
+        _scales_kernel[(1,)](
+            grad_logp, grad_entropy, temperatures, rows.index, rows.count, scales, shares, least, head.inverse, LOG2E=LOG2E.value, BLOCK=1024, **given
+        )
+    gathered = rows.gather(hidden)
+    other = rows.gather(hidden, shares) if scaled and need_weight else gathered
+    vocab, wide = weight.shape
+    width = slice_width(vocab, tile)
+    gradient = torch.empty(rows.padded, width, dtype=hidden.dtype, **new)
+    low = torch.empty_like(gradient) if residue else gradient
+    flags = torch.empty(rows.padded // FLAG.value * (width // FLAG.value), dtype=torch.int32, **new)
+    column_sums = torch.empty(rows.padded // ROW_BLOCK * width, dtype=torch.float32, **new) if need_bias else None
+    sums = torch.empty(rows.padded, wide, dtype=torch.float32, **new) if need_hidden else None
+    common = dict(RESIDUE=residue, TMA=tile.tma, PRECISION=tile.precision, WIDTH=width)
+    g_rows, low_rows = (operand(g, tile.m, tile.k, tile.tma) for g in (gradient, low))
+    g_columns, low_columns = (operand(g, tile.k, tile.m, tile.tma) for g in (gradient, low))
+    w_forward, w_backward = operand(weight, logits_tile.n, logits_tile.k, tile.tma), operand(weight, tile.k, tile.n, tile.tma)
+    h_forward, h_backward = operand(gathered, tile.m, tile.k, tile.tma), operand(other, tile.k, tile.n, tile.tma)
+    logits, places = (None, None) if held is None else held
+    row_tiles, h_tiles = rows.padded // tile.m, triton.cdiv(wide, tile.n)
+    for column in range(0, vocab, width):
+        size = min(width, vocab - column)
+        _linear_gradient_kernel[(min(programs, row_tiles * triton.cdiv(size, logits_tile.n)),)](
+            h_forward, w_forward, head.bias, head.ids, temperatures, rows.index, rows.count, *statistics, grad_logp, grad_entropy, scales,
+            logits, places, gradient, low, flags, column_sums, vocab, wide, weight.stride(0), 0 if held is None else logits.shape[1],
+            rows.padded, column, head.inverse, head.softcap or 1.0, HAS_BIAS=head.bias is not None, HAS_SOFTCAP=softcapped,
+            NEEDS_BIAS=need_bias, HELD=held is not None, SCALED=scaled, BLOCK_M=tile.m, BLOCK_V=logits_tile.n, BLOCK_H=tile.k,
+            **given, **common, **logits_tile.options(),
+        )  # fmt: skip
+        if need_hidden:
+            _hidden_gradient_kernel[(min(programs, row_tiles * h_tiles),)](
+                g_rows, low_rows, flags, w_backward, rows.count, sums, vocab, wide, weight.stride(0), rows.padded, column,
+                BLOCK_M=tile.m, BLOCK_H=tile.n, BLOCK_V=tile.k, **common, **tile.options(),
+            )  # fmt: skip
+        if need_weight:
+            _weight_gradient_kernel[(min(programs, triton.cdiv(size, tile.m) * h_tiles),)](
+                g_columns, low_columns, flags, h_backward, rows.count, least, grad_weight, vocab, wide, grad_weight.shape[1], rows.padded, column,
+                BLOCK_V=tile.m, BLOCK_H=tile.n, BLOCK_M=tile.k, CHUNK=128, ADD=more, SCALED=scaled, **common, **tile.options(),
+            )  # fmt: skip
+        if need_bias:
+            _bias_gradient_kernel[(triton.cdiv(size, 256),)](
+                column_sums, rows.count, grad_bias, vocab, column, ADD=more, TILE_ROWS=tile.m, WIDTH=width, BLOCK=256
+            )
+    if need_hidden:
+        some = rows.padded if rows.position is None else rows.position.shape[0]
+        _scatter_kernel[(triton.cdiv(some, GATHER_ROWS),)](
+            sums, scales, rows.position, rows.index, rows.count, grad_hidden, some, hidden.shape[1], wide, COMPACT=rows.position is None,
+            SCALED=scaled, ROWS=GATHER_ROWS, BLOCK=GATHER_COLUMNS,
+        )  # fmt: skip

@@ -40,7 +40,7 @@ from .linear_tiles import (
     operand,
     tiles,
 )
-from .logprob_entropy import _log1p
+from .logits_rows import _log1p
 
 PARTS = 9  # numbers a row and split: maximum, r, w, S1, S2 of the policy; maximum, r, S1, S2 of hindsight
 FAR = tl.constexpr(-1e30)  # u where x is -inf: finite, and exp of it is 0

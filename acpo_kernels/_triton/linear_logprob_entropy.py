@@ -22,6 +22,8 @@ from .linear_tiles import (
     INF,
     LOG2E,
     LOWEST,
+    Head,
+    Rows,
     Tiles,
     _finish_logits,
     _meet,
@@ -30,14 +32,13 @@ from .linear_tiles import (
     _row_scale,
     _tile,
     _tile_statistics,
-    aligned_weight,
     compact,
     machine,
     on_device,
     operand,
     tiles,
 )
-from .logprob_entropy import _log1p
+from .logits_rows import _log1p
 
 SPLIT = 1024  # columns: 149 splits of V = 151,936 keep a GPU busy with one row tile, and cost 12 bytes a row and split
 COMBINE = 4096  # splits x rows of one program that lets the splits meet
@@ -45,10 +46,10 @@ COMBINE = 4096  # splits x rows of one program that lets the splits meet
 
 @triton.jit(do_not_specialize=["padded", "inverse_temperature", "softcap"])
 def _linear_logprob_entropy_fwd_kernel(
-    hidden_ref, weight_ref, bias_ptr, ids_ptr, temperatures_ptr, index_ptr, count_ptr, parts_ptr, chosen_ptr,
-    V, H, stride_weight, padded, inverse_temperature, softcap,
-    HAS_BIAS: tl.constexpr, HAS_TEMPERATURES: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT: tl.constexpr,
+    hidden_ref, weight_ref, bias_ptr, ids_ptr, temperatures_ptr, index_ptr, count_ptr, parts_ptr, chosen_ptr, held_ptr,
+    V, H, stride_weight, stride_held, padded, inverse_temperature, softcap,
+    HAS_BIAS: tl.constexpr, HAS_TEMPERATURES: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HOLD: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = SPLIT // BLOCK_V
     count = tl.load(count_ptr)
@@ -72,6 +73,9 @@ def _linear_logprob_entropy_fwd_kernel(
         source = tl.load(index_ptr + rows, mask=valid, other=0)
         _, k, limit = _row_scale(source, valid, inverse_temperature, temperatures_ptr, HAS_TEMPERATURES, LOG2E)
         x = _finish_logits(acc, columns, bias_ptr, softcap, V, HAS_BIAS, HAS_SOFTCAP)
+        if HOLD:
+            at = held_ptr + rows.to(tl.int64)[:, None] * stride_held + columns[None, :]
+            tl.store(at, x, mask=(columns < stride_held)[None, :])
         part_top, part_r, part_w = _tile_statistics(x, k, limit)
         fresh = within == 0
         top, r, w = tl.where(fresh, -INF, top), tl.where(fresh, 0.0, r), tl.where(fresh, 0.0, w)
@@ -90,13 +94,20 @@ def _linear_logprob_entropy_fwd_kernel(
 
 @triton.jit(do_not_specialize=["rows", "padded", "inverse_temperature"])
 def _linear_logprob_entropy_combine_kernel(
-    parts_ptr, chosen_ptr, ids_ptr, temperatures_ptr, position_ptr, logp_ptr, entropy_ptr, maximum_ptr, logsumexp_ptr,
+    parts_ptr, chosen_ptr, ids_ptr, temperatures_ptr, position_ptr, index_ptr, count_ptr, logp_ptr, entropy_ptr, maximum_ptr, logsumexp_ptr,
     V, rows, padded, inverse_temperature,
-    HAS_TEMPERATURES: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    COMPACT: tl.constexpr, HAS_TEMPERATURES: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """Of every row of the call, zeros where it does not count; or (COMPACT) of the compact rows alone."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    at = tl.load(position_ptr + row, mask=row < rows, other=-1)
-    active = at >= 0
+    at, inside_rows = row, row < rows
+    if COMPACT:
+        active = row < tl.load(count_ptr)
+        row = tl.load(index_ptr + row, mask=active, other=0)
+        inside_rows = active
+    else:
+        at = tl.load(position_ptr + row, mask=inside_rows, other=-1)
+        active = at >= 0
     per_t, k, limit = _row_scale(row, active, inverse_temperature, temperatures_ptr, HAS_TEMPERATURES, LOG2E)
     split = tl.arange(0, SPLITS)
     splits = tl.cdiv(V, SPLIT)
@@ -122,7 +133,6 @@ def _linear_logprob_entropy_combine_kernel(
     bad = (rest != rest) | (weighted != weighted) | (top == INF) | (top <= LOWEST) | (inside == 0)
     nan = float("nan")
     l = _log1p(rest)  # noqa: E741
-    inside_rows = row < rows
     tl.store(logp_ptr + row, tl.where(active, tl.where(bad, nan, (x_t - base) * per_t - l), 0.0), mask=inside_rows)
     entropy = l + tl.div_rn(weighted * per_t, 1.0 + rest)
     tl.store(entropy_ptr + row, tl.where(active, tl.where(bad, nan, entropy), 0.0), mask=inside_rows)
@@ -146,32 +156,32 @@ def forward(
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp, entropy, the maximum of the logits and the centred logsumexp l, all float32 [N]."""
-    rows = ids.shape[0]
-    results = tuple(torch.empty(rows, dtype=torch.float32, device=ids.device) for _ in range(4))
-    if rows == 0:
+    results = tuple(torch.empty(ids.shape, dtype=torch.float32, device=ids.device) for _ in range(4))
+    if ids.shape[0] == 0:
         return results
     with on_device(hidden):
-        architecture, programs = machine(hidden)
-        tile = logits_tiles(tiles(hidden.element_size(), architecture), softcap is not None)
-        ids, weight = ids.contiguous(), aligned_weight(weight)
-        temperatures = None if temperatures is None else temperatures.contiguous()
-        vocab = weight.shape[0]
-        active = compact(ids, mask)
-        gathered = active.gather(hidden)
-        splits = triton.cdiv(vocab, SPLIT)
-        parts, chosen = (torch.empty(n * active.padded, dtype=torch.float32, device=ids.device) for n in (3 * splits, 1))
-        inverse = 1.0 if temperature is None else 1.0 / temperature
-        flags = dict(HAS_TEMPERATURES=temperatures is not None, SPLIT=SPLIT)
-        _linear_logprob_entropy_fwd_kernel[(min(programs, active.padded // tile.m * splits),)](
-            operand(gathered, tile.m, tile.k, tile.tma), operand(weight, tile.n, tile.k, tile.tma), None if bias is None else bias.contiguous(),
-            ids, temperatures, active.index, active.count, parts, chosen,
-            vocab, weight.shape[1], weight.stride(0), active.padded, inverse, 1.0 if softcap is None else softcap,
-            HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, TMA=tile.tma, PRECISION=tile.precision,
-            BLOCK_M=tile.m, BLOCK_V=tile.n, BLOCK_H=tile.k, **flags, **tile.options(),
-        )  # fmt: skip
-        wide = triton.next_power_of_2(splits)
-        each = max(1, COMBINE // wide)
-        _linear_logprob_entropy_combine_kernel[(triton.cdiv(rows, each),)](
-            parts, chosen, ids, temperatures, active.position, *results, vocab, rows, active.padded, inverse, SPLITS=wide, ROWS=each, **flags
-        )
+        head = Head.of(weight, ids, bias, temperature, temperatures, softcap)
+        rows = compact(head.ids, mask)
+        product(head, rows, rows.gather(hidden), results)
     return results
+
+
+def product(head: Head, rows: Rows, gathered: Tensor, results: tuple[Tensor, ...], held: Tensor | None = None) -> None:
+    """The four results of these rows; held [rows, at least V]: their logits too."""
+    architecture, programs = machine(gathered)
+    tile = logits_tiles(tiles(gathered.element_size(), architecture), head.softcap is not None or held is not None)
+    vocab, splits = head.weight.shape[0], triton.cdiv(head.weight.shape[0], SPLIT)
+    parts, chosen = (torch.empty(n * rows.padded, dtype=torch.float32, device=gathered.device) for n in (3 * splits, 1))
+    flags = dict(HAS_TEMPERATURES=head.temperatures is not None, SPLIT=SPLIT)
+    _linear_logprob_entropy_fwd_kernel[(min(programs, rows.padded // tile.m * splits),)](
+        operand(gathered, tile.m, tile.k, tile.tma), operand(head.weight, tile.n, tile.k, tile.tma), head.bias, head.ids, head.temperatures,
+        rows.index, rows.count, parts, chosen, held, vocab, head.weight.shape[1], head.weight.stride(0), 0 if held is None else held.shape[1],
+        rows.padded, head.inverse, head.softcap or 1.0, HAS_BIAS=head.bias is not None, HAS_SOFTCAP=head.softcap is not None,
+        HOLD=held is not None, TMA=tile.tma, PRECISION=tile.precision, BLOCK_M=tile.m, BLOCK_V=tile.n, BLOCK_H=tile.k, **flags, **tile.options(),
+    )  # fmt: skip
+    wide, some = triton.next_power_of_2(splits), rows.padded if rows.position is None else rows.position.shape[0]
+    each = max(1, COMBINE // wide)
+    _linear_logprob_entropy_combine_kernel[(triton.cdiv(some, each),)](
+        parts, chosen, head.ids, head.temperatures, rows.position, rows.index, rows.count, *results, vocab, some, rows.padded, head.inverse,
+        COMPACT=rows.position is None, SPLITS=wide, ROWS=each, **flags,
+    )  # fmt: skip

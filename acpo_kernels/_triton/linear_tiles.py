@@ -100,12 +100,29 @@ def aligned_weight(weight: Tensor) -> Tensor:
     return copy
 
 
+class Head(NamedTuple):
+    """What turns hidden states into log-probs, as the kernels take it."""
+
+    weight: Tensor
+    ids: Tensor
+    bias: Tensor | None
+    inverse: float
+    temperatures: Tensor | None
+    softcap: float | None
+
+    @classmethod
+    def of(cls, weight, ids, bias, temperature, temperatures, softcap) -> Head:
+        bias, temperatures = (None if t is None else t.contiguous() for t in (bias, temperatures))
+        return cls(aligned_weight(weight), ids.contiguous(), bias, 1.0 if temperature is None else 1.0 / temperature, temperatures, softcap)
+
+
 class Rows(NamedTuple):
-    """The rows that count: index[i] is the row that compact row i < count holds, position[row] the other way round or -1."""
+    """The rows that count: index[i] is the row that compact row i < count holds, position[row] the other way round or -1; None for a
+    part of them."""
 
     count: Tensor
     index: Tensor
-    position: Tensor
+    position: Tensor | None
     padded: int
 
     def gather(self, hidden: Tensor, scale: Tensor | None = None) -> Tensor:

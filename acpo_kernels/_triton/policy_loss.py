@@ -38,6 +38,14 @@ def _limited(x):
 
 
 @triton.jit
+def _reciprocal(x):
+    """1/x to 1e-14, as a float64, by one step of Newton's: a division is a call for whose registers ptxas may make room on the stack."""
+    x = tl.cast(x, tl.float32)
+    y = (1.0 / x).to(tl.float64)
+    return tl.fma(y, tl.fma(-x.to(tl.float64), y, tl.full([], 1.0, tl.float64)), y)
+
+
+@triton.jit
 def _kept(token, inside, mask_ptr, HAS_MASK: tl.constexpr):
     if HAS_MASK:
         inside = inside & (tl.load(mask_ptr + token, mask=inside, other=0) != 0)
@@ -72,52 +80,17 @@ def _policy_loss_groups_kernel(
         tl.store(group_count_ptr + slot, count, mask=own)
 
 
-@triton.jit(do_not_specialize=[
-    "num_tokens", "num_units", "num_slots", "num_sequences", "bisections", "sequence_bisections", "num_programs", "low", "high",
-    "entropy_weight", "kl_weight", "rollout_cap", "denominator",
-])  # fmt: skip
-def _policy_loss_tokens_kernel(
-    logp_ptr, old_logp_ptr, advantages_ptr, mask_ptr, token_offsets_ptr, sequence_offsets_ptr, entropy_ptr, entropy_weights_ptr, ref_logp_ptr,
-    rollout_logp_ptr, denominators_ptr, group_ptr, group_count_ptr, tokens_ptr, grad_logp_ptr, grad_entropy_ptr, sums_ptr,
-    num_tokens, num_units, num_slots, num_sequences, bisections, sequence_bisections, num_programs, low, high, entropy_weight, kl_weight,
-    rollout_cap, denominator,
-    GROUPS: tl.constexpr, SQRT: tl.constexpr, HAS_OLD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr, HAS_REF: tl.constexpr, HAS_ROLLOUT: tl.constexpr, DENOMINATOR: tl.constexpr, SEQUENCE: tl.constexpr,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, PARTIALS: tl.constexpr, COUNTED: tl.constexpr,
+@triton.jit
+def _token_loss(
+    token, kept, lp, old, a, wide, wide_token_ratio, low, high, ref_logp_ptr, kl_weight, rollout_logp_ptr, rollout_cap, entropy_ptr,
+    entropy_weight, entropy_weights_ptr,
+    HAS_REF: tl.constexpr, HAS_ROLLOUT: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    slot = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    unit, first, chunks, start, end = _chunk(
-        slot, token_offsets_ptr, sequence_offsets_ptr, num_tokens, num_units, bisections, SEQUENCE, CHUNK
-    )  # fmt: skip
-    own = (slot < num_slots) & (slot - first < chunks)
-    token = start[:, None] + tl.arange(0, CHUNK)[None, :]
-    inside = own[:, None] & (token < end[:, None])
-    kept = _kept(token, inside, mask_ptr, HAS_MASK)
+    """What a token adds before the denominator: its loss, the gradient of its log-prob, its entropy weight; and what the metrics want.
 
-    lp = tl.load(logp_ptr + token, mask=kept, other=0.0).to(tl.float32)
-    old = tl.load(old_logp_ptr + token, mask=kept, other=0.0).to(tl.float32) if HAS_OLD else lp
-    a = tl.load(advantages_ptr + token, mask=kept, other=0.0).to(tl.float32)
-    log_ratio = _limited(lp - old)
-    # The loss is a sum of terms that cancel: its own are kept in float64, what is stored by the token is float32.
-    wide_token_ratio = _exp_wide(log_ratio)
-    token_ratio = wide_token_ratio.to(tl.float32)
-    wide = wide_token_ratio
-    if GROUPS:
-        sums = tl.zeros([ROWS, PARTIALS], tl.float32)
-        counts = tl.zeros([ROWS, PARTIALS], tl.int32)
-        for at in range(0, tl.max(tl.where(own, chunks, 0), axis=0), PARTIALS):
-            which = at + tl.arange(0, PARTIALS)
-            there = own[:, None] & (which[None, :] < chunks[:, None])
-            sums += tl.load(group_ptr + first[:, None] + which[None, :], mask=there, other=0.0)
-            counts += tl.load(group_count_ptr + first[:, None] + which[None, :], mask=there, other=0)
-        count = tl.maximum(tl.sum(counts, axis=1), 1).to(tl.float32)  # [ROWS]
-        wide = tl.zeros_like(wide) + _exp_wide(tl.div_rn(tl.sum(sums, axis=1), count))[:, None]
-        if SQRT:
-            root = tl.sqrt(count.to(tl.float64)).to(tl.float32)
-            low = tl.div_rn(tl.zeros_like(root) + low, root)[:, None]
-            high = tl.div_rn(tl.zeros_like(root) + high, root)[:, None]
+    The loss is a sum of terms that cancel: its own are kept in float64 (wide: the ratio), what is stored by the token is float32."""
     r = wide.to(tl.float32)
+    token_ratio = wide_token_ratio.to(tl.float32)
     lowest = 1.0 - low
     highest = 1.0 + high
     clipped = tl.where(r < lowest, lowest, tl.where(r > highest, highest, r)) * a
@@ -146,6 +119,58 @@ def _policy_loss_tokens_kernel(
             weight = tl.load(entropy_weights_ptr + token, mask=kept, other=0.0).to(tl.float32)
         loss -= weight.to(tl.float64) * h
 
+    return loss, grad, weight, kl, h, lowest, highest
+
+
+@triton.jit(do_not_specialize=[
+    "num_tokens", "num_units", "num_slots", "num_sequences", "bisections", "sequence_bisections", "num_programs", "low", "high",
+    "entropy_weight", "kl_weight", "rollout_cap", "denominator",
+])  # fmt: skip
+def _policy_loss_tokens_kernel(
+    logp_ptr, old_logp_ptr, advantages_ptr, mask_ptr, token_offsets_ptr, sequence_offsets_ptr, entropy_ptr, entropy_weights_ptr, ref_logp_ptr,
+    rollout_logp_ptr, denominators_ptr, group_ptr, group_count_ptr, tokens_ptr, grad_logp_ptr, grad_entropy_ptr, sums_ptr,
+    num_tokens, num_units, num_slots, num_sequences, bisections, sequence_bisections, num_programs, low, high, entropy_weight, kl_weight,
+    rollout_cap, denominator,
+    GROUPS: tl.constexpr, SQRT: tl.constexpr, HAS_OLD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, HAS_REF: tl.constexpr, HAS_ROLLOUT: tl.constexpr, DENOMINATOR: tl.constexpr, SEQUENCE: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, PARTIALS: tl.constexpr, COUNTED: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    slot = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    unit, first, chunks, start, end = _chunk(
+        slot, token_offsets_ptr, sequence_offsets_ptr, num_tokens, num_units, bisections, SEQUENCE, CHUNK
+    )  # fmt: skip
+    own = (slot < num_slots) & (slot - first < chunks)
+    token = start[:, None] + tl.arange(0, CHUNK)[None, :]
+    inside = own[:, None] & (token < end[:, None])
+    kept = _kept(token, inside, mask_ptr, HAS_MASK)
+
+    lp = tl.load(logp_ptr + token, mask=kept, other=0.0).to(tl.float32)
+    old = tl.load(old_logp_ptr + token, mask=kept, other=0.0).to(tl.float32) if HAS_OLD else lp
+    a = tl.load(advantages_ptr + token, mask=kept, other=0.0).to(tl.float32)
+    log_ratio = _limited(lp - old)
+    wide_token_ratio = _exp_wide(log_ratio)
+    wide = wide_token_ratio
+    if GROUPS:
+        sums = tl.zeros([ROWS, PARTIALS], tl.float32)
+        counts = tl.zeros([ROWS, PARTIALS], tl.int32)
+        for at in range(0, tl.max(tl.where(own, chunks, 0), axis=0), PARTIALS):
+            which = at + tl.arange(0, PARTIALS)
+            there = own[:, None] & (which[None, :] < chunks[:, None])
+            sums += tl.load(group_ptr + first[:, None] + which[None, :], mask=there, other=0.0)
+            counts += tl.load(group_count_ptr + first[:, None] + which[None, :], mask=there, other=0)
+        count = tl.maximum(tl.sum(counts, axis=1), 1).to(tl.float32)  # [ROWS]
+        wide = tl.zeros_like(wide) + _exp_wide(tl.div_rn(tl.sum(sums, axis=1), count))[:, None]
+        if SQRT:
+            root = tl.sqrt(count.to(tl.float64)).to(tl.float32)
+            low = tl.div_rn(tl.zeros_like(root) + low, root)[:, None]
+            high = tl.div_rn(tl.zeros_like(root) + high, root)[:, None]
+    r = wide.to(tl.float32)
+    loss, grad, weight, kl, h, lowest, highest = _token_loss(
+        token, kept, lp, old, a, wide, wide_token_ratio, low, high, ref_logp_ptr, kl_weight, rollout_logp_ptr, rollout_cap, entropy_ptr,
+        entropy_weight, entropy_weights_ptr, HAS_REF, HAS_ROLLOUT, HAS_ENTROPY, HAS_WEIGHTS,
+    )  # fmt: skip
+
     if DENOMINATOR == "count":
         found = tl.zeros([COUNTED], tl.int64)
         for at in range(0, num_programs, COUNTED):
@@ -163,14 +188,14 @@ def _policy_loss_tokens_kernel(
         over = tl.load(denominators_ptr + sequence).to(tl.float32)[:, None]
     else:
         over = tl.load(denominators_ptr + token, mask=kept, other=1.0).to(tl.float32)
-    over = tl.zeros_like(lp) + over
-    tl.store(grad_logp_ptr + token, tl.where(kept, tl.div_rn(grad, over), 0.0), mask=inside)
+    share = _reciprocal(over)
+    tl.store(grad_logp_ptr + token, tl.where(kept, (grad * share).to(tl.float32), 0.0), mask=inside)
     if HAS_ENTROPY:
-        tl.store(grad_entropy_ptr + token, tl.where(kept, tl.div_rn(-weight, over), 0.0), mask=inside)
+        tl.store(grad_entropy_ptr + token, tl.where(kept, (-weight * share).to(tl.float32), 0.0), mask=inside)
 
     zero = 0.0
     out = sums_ptr + program
-    tl.store(out, tl.sum(tl.sum(tl.where(kept, loss / over, 0.0), axis=1), axis=0))
+    tl.store(out, tl.sum(tl.sum(tl.where(kept, loss * share, 0.0), axis=1), axis=0))
     tl.store(out + num_programs, _total(kept))
     tl.store(out + 2 * num_programs, _total(kept & (r < lowest) & (a < 0)))
     tl.store(out + 3 * num_programs, _total(kept & (r > highest) & (a > 0)))
