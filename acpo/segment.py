@@ -1,5 +1,5 @@
-"""`acpo segment`: cuts traces into reasoning steps and says why each ends where it does. No model is read: a tokenizer is enough, and forks (tokens of
-high entropy) are not known."""
+"""`acpo segment`: cuts traces into reasoning steps and says why each ends where it does. No model is read: a tokenizer is enough, and forks (tokens
+of high entropy) are not known."""
 
 from __future__ import annotations
 

@@ -94,6 +94,7 @@ def _view(options):
 def _read_traces(options):
     from rich.console import Console
     from rich.progress import Progress
+    from transformers.utils import logging
 
     from .. import config
     from ..config import ConfigError
@@ -106,6 +107,7 @@ def _read_traces(options):
     layer = {"policy.path": options.model, "problems.path": options.text, "problems.question": PROBLEM, "problems.answer": ANSWER}
     settings = config.load(None, options.run, ("--text", layer))
     traces = read_traces(options.text, options.most, settings.problems.question, settings.problems.answer)
+    logging.disable_progress_bar()
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("traces", total=len(traces))

@@ -62,18 +62,19 @@ def show(view: View, console: Console, shade: str = "credit", groups: int = 1, r
     chosen = view.groups[: groups or None]
     if len(view.groups) > len(chosen):
         console.print()
-        console.print(_overview(view))
+        console.print(_overview(view, console.width))
     for group in chosen:
         console.print()
         _group(group, console, shade, scale, rollouts, [m for m in view.measures if m[0] != shade] if figures else [])
 
 
-def _overview(view: View) -> Table:
-    table = Table("problem", "right", "surprise", "tokens", "question", box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.columns[0].overflow = "fold"
-    for column in table.columns[1:4]:
-        column.justify, column.no_wrap = "right", True
-    table.columns[4].no_wrap, table.columns[4].ratio = True, 1
+def _overview(view: View, width: int) -> Table:
+    names = min(max(7, *(cell_len(visible(g.problem)) for g in view.groups)), 32)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("problem", width=names, overflow="fold")
+    for name, wide in (("right", 7), ("surprise", 8), ("tokens", 6)):
+        table.add_column(name, width=wide, justify="right", no_wrap=True)
+    table.add_column("question", width=max(10, width - names - 31), no_wrap=True, overflow="ellipsis")
     for group in view.groups:
         right = sum(r.outcome is not None and r.outcome > 0.5 for r in group.rollouts)
         question = " ".join(visible(group.prompt).split())
@@ -135,7 +136,7 @@ def _step(rollout: Rollout, k: int, step: Step, shade: str, scale: float, figure
     lines = [head + text] if fits else [head, text]
     if figures:
         found = [(short, getattr(step, name), signed) for name, _, short, signed, _ in figures]
-        lines.append(Text(" ".join(f"{short} {number(x, signed)}" for short, x, signed in found if x is not None), style="dim"))
+        lines.append(Text(" ".join(f"{short}\u00a0{number(x, signed)}" for short, x, signed in found if x is not None), style="dim"))
     return lines
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from acpo_kernels import Segmenter, Segments, segment_credit, segment_reduce
 
 from .. import credit, verify
-from ..attribution import Calibrator, answer_copies, hindsight_evidence, leave_one_out, previous_in_sequence, standardised
+from ..attribution import Calibrator, answer_copies, hindsight_evidence, leave_one_out, previous_in_sequence, standardised, zero_variance
 from ..batch import Batch
 from ..config import Config
 from ..policy import Policy, build
@@ -187,9 +187,8 @@ def _fill(steps: list[list[Step]], batch: Batch, traces: list[Trace], sizes: lis
     outcome = torch.tensor([math.nan if t.outcome is None else t.outcome for t in traces])
     groups = outcome.split(sizes)
     advantages = torch.cat([credit.outcome_advantages(r, len(r), settings.credit.advantage) for r in groups])
-    # The mean of the others, where they have outcomes; else nothing is known before the steps.
-    others = torch.cat([(~r.isnan()).sum() - (~r.isnan()).long() for r in groups])
-    base = torch.where(others > 0, torch.cat([leave_one_out(r, len(r)) for r in groups]), 0.5).double()
+    # The mean of the others, in groups with both outcomes; else nothing is known before the steps.
+    base = torch.cat([torch.where(zero_variance(r, len(r)), 0.5, leave_one_out(r, len(r))) for r in groups]).double()
     low = 0.5 / max(2, max(sizes))
 
     keep = None
