@@ -108,20 +108,12 @@ function strip(rollout) {
 
 /** The shade's value of a step as a bar from a middle line: to the right for, to the left against. */
 function gauge(x) {
-  const space = "http://www.w3.org/2000/svg";
-  const svg = document.createElementNS(space, "svg");
   const signed = measures.get(state.shade).signed;
-  svg.setAttribute("class", "gauge strip");
-  svg.setAttribute("viewBox", signed ? "-1 0 2 1" : "0 0 1 1");
-  svg.setAttribute("preserveAspectRatio", "none");
-  svg.setAttribute("aria-hidden", "true");
-  const path = document.createElementNS(space, "path");
-  path.setAttribute("d", `M0 0H${(much(x) * (x < 0 && signed ? -1 : 1)).toFixed(3)}V1H0z`);
-  path.setAttribute("class", tone(x));
-  const axis = document.createElementNS(space, "line");
-  for (const [name, at] of [["x1", 0], ["x2", 0], ["y1", 0], ["y2", 1]]) axis.setAttribute(name, at);
-  svg.append(path, axis);
-  return svg;
+  const length = much(x) * (signed ? 50 : 100);
+  const bar = make("i", { class: signed ? "gauge signed" : "gauge" });
+  bar.style.setProperty("--from", `${signed ? (x < 0 ? 50 - length : 50) : 0}%`);
+  bar.style.setProperty("--to", `${signed ? (x < 0 ? 50 : 50 + length) : length}%`);
+  return bar;
 }
 
 function figures(rollout, k, long) {
@@ -149,29 +141,44 @@ function step(rollout, k) {
   const [sign, why] = data.rules[rollout.rules[k]];
   const last = k === rollout.counts.length - 1;
   const text = make("div", { class: "text", dir: "auto" }, stepText(rollout, k));
-  text.style.setProperty("--much", much(x).toFixed(3));
-  text.style.setProperty("--tone", `var(--${tone(x)})`);
   const gutter = make("div", { class: "gutter", "aria-hidden": "true" }, make("small", { title: `ends with ${why}` }, `${k + 1} ${sign}`),
     make("b", {}, number(x, measures.get(state.shade).signed)), gauge(x));
-  const item = make("li", { tabindex: "-1", "data-k": k, "aria-label": stepLabel(rollout, k) + ": " + text.textContent }, gutter, text);
+  const item = make("li", { class: tone(x), tabindex: "-1", "data-k": k, "aria-label": stepLabel(rollout, k) + ": " + text.textContent }, gutter, text);
+  item.style.setProperty("--much", much(x).toFixed(3));
   if (rollout.answered && last) item.classList.add("answer");
   if (state.figures) item.append(figures(rollout, k, false));
   return item;
 }
 
-// --- columns: a rollout's steps are drawn when its column comes near ----------------------------------------------------------------
+// --- columns: a rollout's steps are drawn when its column comes near, a few a frame -------------------------------------------------
 
+const BUDGET = 6; // milliseconds of a frame
+let waiting = [];
 const near = new IntersectionObserver((entries) => {
-  for (const entry of entries) if (entry.isIntersecting) fill(entry.target);
-}, { root: $("columns"), rootMargin: "0px 800px 0px 800px" });
+  const come = entries.filter((e) => e.isIntersecting).map((e) => e.target);
+  if (!come.length) return;
+  if (!waiting.length) requestAnimationFrame(fillSome);
+  waiting.push(...come);
+  for (const section of come) near.unobserve(section);
+}, { root: $("columns"), rootMargin: "0px 1200px 0px 1200px" });
 
-function fill(column) {
-  if (column.dataset.filled) return;
-  column.dataset.filled = "yes";
-  column.style.removeProperty("min-height");
-  near.unobserve(column);
-  const list = column.querySelector("ol");
-  list.replaceChildren(...column.rollout.counts.map((_, k) => step(column.rollout, k)));
+function fillSome() {
+  const until = performance.now() + BUDGET;
+  while (waiting.length && performance.now() < until) if (!fillOne(waiting[0])) waiting.shift();
+  if (waiting.length) requestAnimationFrame(fillSome);
+}
+
+/** Draws the next step of a column; false where there is none. */
+function fillOne(section) {
+  const list = section.querySelector("ol");
+  const k = list.childElementCount;
+  if (k === section.rollout.counts.length) return false;
+  list.append(step(section.rollout, k));
+  return true;
+}
+
+function fill(section) {
+  while (fillOne(section));
 }
 
 function column(rollout) {
@@ -190,18 +197,20 @@ function column(rollout) {
   section.append(rollout.counts.length ? make("ol") : make("p", { class: "empty" }, "an empty response"));
   section.rollout = rollout;
   if (rollout.counts.length) {
-    section.style.setProperty("min-height", `${100 + 24 * rollout.counts.length + rollout.text.length / 2}px`);
-    near.observe(section);
+    section.style.setProperty("--tall", `${100 + 24 * rollout.counts.length + rollout.text.length / 2}px`);
   }
   return section;
 }
 
 function drawColumns() {
   near.disconnect();
+  waiting = [];
   let longest = 0; // short lines need no wide columns: more rollouts stand side by side
   for (const r of group().rollouts) for (const line of r.text.split("\n")) longest = Math.max(longest, line.length);
   $("columns").style.setProperty("--wide", `${Math.min(380, Math.max(232, 130 + 7.5 * longest))}px`);
-  $("columns").replaceChildren(...group().rollouts.map(column));
+  const sections = group().rollouts.map(column); // new ones: to move what was drawn would lay all of it out again
+  $("columns").replaceChildren(...sections);
+  for (const section of sections) if (section.rollout.counts.length) near.observe(section);
   $("columns").scrollTo(0, 0);
 }
 
@@ -221,6 +230,13 @@ function drawLegend() {
     ...data.notes.map((n) => make("span", {}, visible(n))));
 }
 
+/** A rollout in the list of its problem. */
+function line(rollout) {
+  const go = () => focusStep(group().rollouts.indexOf(rollout), 0);
+  return make("li", {}, make("button", { type: "button", "aria-label": `rollout ${rollout.number}, ${rollout.verdict}`, onclick: go },
+    make("span", {}, mark(rollout), ` #${rollout.number}`), strip(rollout)));
+}
+
 function drawGroups() {
   const items = data.groups.map((g, i) => {
     const right = g.rollouts.filter((r) => r.outcome > 0.5).length;
@@ -230,8 +246,7 @@ function drawGroups() {
       make("span", { class: "name" }, visible(g.problem)), make("span", { class: "side" }, `${right}/${g.rollouts.length}`),
       make("span", { class: "rate" }, bar), make("span", { class: "side" }, `surprise ${number(most(g.rollouts, "surprise"))}`));
     if (i !== state.group) return button;
-    return make("div", {}, button, make("ol", {}, ...g.rollouts.map((r, j) => make("li", {},
-      make("button", { type: "button", "aria-label": `rollout ${r.number}, ${r.verdict}`, onclick: () => focusStep(j, 0) }, make("span", {}, mark(r), ` #${r.number}`), strip(r))))));
+    return make("div", {}, button, make("ol", {}, ...g.rollouts.map(line)));
   });
   $("groups").replaceChildren(...items);
 }
@@ -272,7 +287,7 @@ function detail(item) {
 function focusStep(j, k) {
   const section = $("columns").children[j];
   if (!section || !section.rollout) return;
-  fill(section);
+  if (section.rollout.counts.length) fill(section);
   const items = section.querySelectorAll("li");
   if (!items.length) {
     section.scrollIntoView({ block: "nearest", inline: "nearest" });
@@ -337,7 +352,7 @@ function nextTheme() {
 }
 
 const next = (names, now) => names[(names.indexOf(now) + 1) % names.length];
-const shades = [...measures.keys()].filter((name) => data.scale[name]);
+const shades = [...measures.keys()];
 
 const KEYS = [
   ["↓ ↑", "next, previous step (also j, k; Home and End)"], ["→ ←", "the same step of the next, previous rollout (also l, h)"],
@@ -380,6 +395,6 @@ $("figures").addEventListener("click", () => setFigures(!state.figures));
 $("theme").addEventListener("click", nextTheme);
 $("help").addEventListener("click", () => $("about").showModal());
 about();
-if (shades.length && !shades.includes(state.shade)) state.shade = shades[0];
+if (!shades.includes(state.shade)) state.shade = shades[0];
 $("shade").value = state.shade;
 setOrder(state.order);

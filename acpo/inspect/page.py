@@ -9,7 +9,7 @@ import html
 import json
 from pathlib import Path
 
-from .data import RULES, Group, Rollout, View
+from .data import MEASURES, RULES, Group, Rollout, View
 from .shown import SURPRISE, summary, visible
 
 HERE = Path(__file__).parent
@@ -48,7 +48,7 @@ def _json(value: object) -> str:
 
 
 def _data(view: View, order: str) -> dict:
-    measures = view.measures
+    measures = view.measures or MEASURES[:1]
     scales = {name: _short(view.scale(name)) for name, *_ in measures}
     return {
         "title": view.title, "summary": summary(view), "order": order, "notes": view.notes, "surprise": SURPRISE, "measures": measures,
