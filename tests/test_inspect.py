@@ -249,7 +249,7 @@ def hostile() -> object:
 
 
 def test_signs_for_what_cannot_be_seen():
-    assert visible("a\x00\x1b[1m\x7f\r\n\tb") == "a␀␛[1m␡␍\n\tb"
+    assert visible("a\x00\x1b[1m\x7f\r\n\tb") == "a⟨U+0000⟩⟨U+001B⟩[1m⟨U+007F⟩⟨U+000D⟩\n\tb"
     assert visible("\u202e\u2066\u200b\ufeff\x9b\U000e0041") == "⟨U+202E⟩⟨U+2066⟩⟨U+200B⟩⟨U+FEFF⟩⟨U+009B⟩⟨U+E0041⟩"
     assert visible("é 👩‍🔬 مرحبا") == "é 👩‍🔬 مرحبا"
 
@@ -257,7 +257,7 @@ def test_signs_for_what_cannot_be_seen():
 def test_the_terminal_shows_no_escape_of_a_rollout():
     text = printed(hostile(), width=400)
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u200b\u2028]", text)
-    assert "␛[31mred␛[0m" in text and "⟨U+202E⟩right to left" in text and "[bold]not bold[/bold]" in text
+    assert "⟨U+001B⟩[31mred⟨U+001B⟩[0m" in text and "⟨U+202E⟩right to left" in text and "[bold]not bold[/bold]" in text
 
 
 def test_the_page_holds_no_tag_of_a_rollout():

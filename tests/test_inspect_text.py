@@ -125,7 +125,7 @@ def test_segment_prints_reasons(tmp_path, capsys):
     assert main(["segment", str(path), "--tokenizer", "bytes", "--width", "90"]) == 0
     out = capsys.readouterr().out
     assert "s.txt  68 tokens, 3 steps" in out and "¶ paragraph: a blank line" in out and "= answer: the answer begins" in out
-    assert "\x1b" not in out and "␛[31m" in out and max(map(len, out.splitlines())) <= 90
+    assert "\x1b" not in out and "⟨U+001B⟩[31m" in out and max(map(len, out.splitlines())) <= 90
     assert main(["segment", str(path), "--tokenizer", "bytes", "--json", "segmenter.max_segments=1"]) == 0
     (step,) = json.loads(capsys.readouterr().out)["steps"]
     assert step["rule"] == "end" and step["text"] == path.read_text()

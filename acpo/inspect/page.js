@@ -7,12 +7,11 @@ const measures = new Map(data.measures.map(([name, label, short, signed, help]) 
 const ORDERS = { surprise: "surprise", outcome: "outcome, wrong first", length: "length, longest first", sampled: "as sampled" };
 const THEMES = ["auto", "light", "dark"];
 
-/** Characters that would hide or reorder what stands in a rollout, as signs: controls, bidirectional overrides, invisible ones. */
+/** Characters that would hide or reorder what stands in a rollout, as signs: controls, bidirectional overrides, invisible ones. As shown.visible. */
 function visible(text) {
-  return text
-    .replace(/[\x00-\x08\x0b-\x1f\x7f]/g, (c) => (c === "\x7f" ? "\u2421" : String.fromCharCode(0x2400 + c.charCodeAt(0))))
-    .replace(/[\x80-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]|[\u{e0000}-\u{e007f}]/gu,
-      (c) => "\u27e8U+" + c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0") + "\u27e9");
+  return text.replace(
+    /[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]|[\u{e0000}-\u{e007f}]/gu,
+    (c) => "\u27e8U+" + c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0") + "\u27e9");
 }
 
 function make(tag, attributes = {}, ...children) {
@@ -119,7 +118,7 @@ function gauge(x) {
 function figures(rollout, k, long) {
   const list = make("dl");
   for (const m of measures.values()) {
-    if (!rollout.steps[m.name]) continue;
+    if (!rollout.steps[m.name] || (!long && m.name === state.shade)) continue;
     list.append(make("div", { title: m.help }, make("dt", {}, long ? m.label : m.short), make("dd", {}, number(value(rollout, k, m.name), m.signed))));
   }
   return list;
@@ -379,10 +378,10 @@ document.addEventListener("keydown", (event) => {
 
 function about() {
   const list = (pairs) => make("dl", {}, ...pairs.flatMap(([a, b]) => [make("dt", {}, a), make("dd", {}, b)]));
-  $("about").replaceChildren(make("h2", { id: "about-title" }, "Keys"), list(KEYS.map(([k, what]) => [make("kbd", {}, k), what])),
+  const close = make("button", { type: "button", onclick: () => $("about").close() }, "close");
+  $("about").replaceChildren(close, make("h2", { id: "about-title" }, "Keys"), list(KEYS.map(([k, what]) => [make("kbd", {}, k), what])),
     make("h2", {}, "Figures of a step"), list([...measures.values()].map((m) => [m.label, m.help])),
-    make("h2", {}, "Surprise"), make("p", {}, data.surprise), make("h2", {}, "Why a step ends"), list(Object.values(data.rules)),
-    make("button", { type: "button", onclick: () => $("about").close() }, "close"));
+    make("h2", {}, "Surprise"), make("p", {}, data.surprise), make("h2", {}, "Why a step ends"), list(Object.values(data.rules)));
 }
 
 $("title").textContent = visible(data.title);

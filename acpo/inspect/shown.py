@@ -11,14 +11,14 @@ SURPRISE = (
     "other than the answer, of n_k tokens with credit c_k: surprise = sum n_k max(0, -s c_k) / sum n_k, the credit a token that pulls against "
     "the outcome: negative credit in a right rollout, positive credit in a wrong one, in units of an advantage. 0: no step was credited against it."
 )
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f]")
-_HIDDEN = re.compile("[\x80-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]")
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
 
 
 def visible(text: str) -> str:
-    """Characters that would steer a terminal, or hide or reorder what stands in a rollout, as signs: controls (an ANSI escape among them) as ␛,
-    bidirectional overrides and invisible ones as ⟨U+202E⟩. Line ends and tabs stay."""
-    text = _CONTROL.sub(lambda m: "\u2421" if m[0] == "\x7f" else chr(0x2400 + ord(m[0])), text)
+    """Characters that would steer a terminal, or hide or reorder what stands in a rollout, as signs: controls (an ANSI escape is \u27e8U+001B\u27e9),
+    bidirectional overrides and invisible ones. Line ends and tabs stay."""
     return _HIDDEN.sub(lambda m: f"\u27e8U+{ord(m[0]):04X}\u27e9", text)
 
 
