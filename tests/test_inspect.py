@@ -196,6 +196,12 @@ def test_the_terminal_without_colour():
     assert printed(shown, groups=0).count("problem p") == 3
 
 
+def test_rollouts_with_the_same_text():
+    shown = view(group([rollout(1, [0.5], 1.0), rollout(2, [0.5, 1.0], 1.0), rollout(3, [0.1], 1.0)]))
+    shown.sort("length")  # the one sampled first is the first, wherever it stands
+    assert shown.groups[0].twins == {3: 1} and "#3 = #1 ✓ right" in printed(shown)
+
+
 def test_the_terminal_with_colour():
     shown = view(group([rollout(1, [1.0, -1.0, 0.0], 1.0)]))
     text = printed(shown, color=True)

@@ -129,6 +129,14 @@ class Group:
     def surprise(self) -> float:
         return max((r.surprise for r in self.rollouts), default=0.0)
 
+    @property
+    def twins(self) -> dict[int, int]:
+        """For a rollout whose text another one has, the first number with that text: a policy that is sure of itself repeats itself."""
+        first: dict[str, int] = {}
+        for rollout in sorted(self.rollouts, key=lambda r: r.number):
+            first.setdefault(rollout.text, rollout.number)
+        return {r.number: first[r.text] for r in self.rollouts if first[r.text] != r.number}
+
 
 @dataclass
 class View:

@@ -190,7 +190,7 @@ function column(rollout) {
   const given = rollout.given === null ? "" : `read ${visible(rollout.given)}`;
   const sign = mark(rollout);
   sign.append(` ${rollout.verdict}`);
-  const head = make("header", {}, make("h2", {}, `#${rollout.number} `, sign, make("span", { class: "given", title: given }, given)),
+  const head = make("header", {}, make("h2", {}, rollout.twin ? make("span", { title: `the same text as #${rollout.twin}` }, `#${rollout.number} = #${rollout.twin}`) : `#${rollout.number}`, sign, make("span", { class: "given", title: given }, given)),
     make("p", {}, facts.join(" · ")), strip(rollout));
   const section = make("section", { class: "rollout", "data-number": rollout.number, "aria-label": `rollout ${rollout.number}, ${rollout.verdict}, ${facts.join(", ")}` }, head);
   section.append(rollout.counts.length ? make("ol") : make("p", { class: "empty" }, "an empty response"));
@@ -381,6 +381,7 @@ function about() {
   const close = make("button", { type: "button", onclick: () => $("about").close() }, "close");
   $("about").replaceChildren(close, make("h2", { id: "about-title" }, "Keys"), list(KEYS.map(([k, what]) => [make("kbd", {}, k), what])),
     make("h2", {}, "Figures of a step"), list([...measures.values()].map((m) => [m.label, m.help])),
+    make("h2", {}, "Figures of a rollout"), list(data.rollout),
     make("h2", {}, "Surprise"), make("p", {}, data.surprise), make("h2", {}, "Why a step ends"), list(Object.values(data.rules)));
 }
 

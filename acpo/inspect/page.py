@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from .data import MEASURES, RULES, Group, Rollout, View
-from .shown import SURPRISE, summary, visible
+from .shown import ROLLOUT, SURPRISE, summary, visible
 
 HERE = Path(__file__).parent
 
@@ -51,15 +51,16 @@ def _data(view: View, order: str) -> dict:
     measures = view.measures or MEASURES[:1]
     scales = {name: _short(view.scale(name)) for name, *_ in measures}
     return {
-        "title": view.title, "summary": summary(view), "order": order, "notes": view.notes, "surprise": SURPRISE, "measures": measures,
-        "rules": RULES, "scale": scales, "groups": [_group(g, [name for name, *_ in measures]) for g in view.groups],
+        "title": view.title, "summary": summary(view), "order": order, "notes": view.notes, "surprise": SURPRISE, "rollout": ROLLOUT,
+        "measures": measures, "rules": RULES, "scale": scales, "groups": [_group(g, [name for name, *_ in measures]) for g in view.groups],
     }  # fmt: skip
 
 
 def _group(group: Group, names: list[str]) -> dict:
+    twins = group.twins
     return {
         "number": group.number, "problem": group.problem, "prompt": group.prompt, "answer": group.answer, "rate": group.pass_rate,
-        "rollouts": [_rollout(r, names) for r in group.rollouts],
+        "rollouts": [_rollout(r, names) | {"twin": twins.get(r.number)} for r in group.rollouts],
     }  # fmt: skip
 
 

@@ -11,6 +11,13 @@ SURPRISE = (
     "other than the answer, of n_k tokens with credit c_k: surprise = sum n_k max(0, -s c_k) / sum n_k, the credit a token that pulls against "
     "the outcome: negative credit in a right rollout, positive credit in a wrong one, in units of an advantage. 0: no step was credited against it."
 )
+ROLLOUT = (
+    ("A", "its advantage within its group: credit = A + own part in the additive form, A times the weight in the other"),
+    ("surprise", "see below"),
+    ("reliability", "how far the attribution was trusted, from 0 (credit is A alone) to 1"),
+    ("#8 = #5", "the two have the same text"),
+    ("read", "the answer that was read from it"),
+)
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )

@@ -92,6 +92,7 @@ def _group(group: Group, console: Console, shade: str, scale: float, rollouts: i
     shown = group.rollouts[: rollouts or None]
     if len(shown) < len(group.rollouts):
         console.print(Text(f"the first {len(shown)} of {plural(len(group.rollouts), 'rollout')}"))
+    twins = group.twins
     across = max(1, min(len(shown), (console.width + 2) // (NARROWEST + 2)))
     width = (console.width + 2) // across - 2
     for first in range(0, len(shown), across):
@@ -99,14 +100,15 @@ def _group(group: Group, console: Console, shade: str, scale: float, rollouts: i
         table = Table.grid(padding=(0, 2, 0, 0))
         for _ in range(across):
             table.add_column(width=width, vertical="top", overflow="fold")
-        table.add_row(*(_rollout(r, shade, scale, figures, width) for r in shown[first : first + across]))
+        table.add_row(*(_rollout(r, shade, scale, figures, width, twins.get(r.number)) for r in shown[first : first + across]))
         console.print(table)
 
 
-def _rollout(rollout: Rollout, shade: str, scale: float, figures: list[tuple], width: int) -> Lines:
+def _rollout(rollout: Rollout, shade: str, scale: float, figures: list[tuple], width: int, twin: int | None) -> Lines:
     side = "" if rollout.outcome is None else "green" if rollout.outcome > 0.5 else "red" if rollout.outcome < 0.5 else ""
     mark = {"green": "✓", "red": "✗"}.get(side, "○")
-    head = Text.assemble((f"#{rollout.number} ", "bold"), (f"{mark} {rollout.verdict}", f"bold {side}".strip()))
+    same = f"= #{twin} " if twin else ""
+    head = Text.assemble((f"#{rollout.number} {same}", "bold"), (f"{mark} {rollout.verdict}", f"bold {side}".strip()))
     if rollout.given is not None:
         head.append(f"  read {visible(rollout.given)}")
     facts = [f"surprise {number(rollout.surprise, False)}", plural(rollout.tokens, "token")]

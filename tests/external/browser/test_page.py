@@ -66,7 +66,7 @@ def test_what_stands_where(open_page):
     assert tab.title() == "run · acpo inspect" and tab.inner_text("#summary").startswith(
         "step 3 · 3 problems · 7 rollouts: 2 right, 4 wrong, 1 without"
     )
-    assert numbers(tab) == ["3", "1", "2", "4"] and texts(tab, ".rollout h2 > span:first-of-type")[:2] == ["✗ wrong", "✓ right"]
+    assert numbers(tab) == ["3", "1", "2", "4"] and texts(tab, ".rollout h2 > span:not(.given)")[:2] == ["✗ wrong", "✓ right"]
     first = tab.locator(".rollout").first
     assert "A −1.00 · surprise 0.56" in first.inner_text() and texts(tab, ".rollout:first-child .gutter b") == ["+2.00", "−1.00", "+0.25", "−1.00"]
     assert texts(tab, ".rollout:first-child .text") == ["step 1.", "step 2.", "step 3.", "step 4."]
@@ -144,6 +144,11 @@ def test_keys(open_page):
     tab.keyboard.press("Escape")
     assert not tab.evaluate("document.getElementById('about').open")
     assert tab.evaluate("document.querySelectorAll('.rollout li[tabindex=\"0\"]').length") <= 1
+
+
+def test_rollouts_with_the_same_text(open_page):
+    tab = open_page(view(group([rollout(1, [0.5], 1.0), rollout(2, [0.5, 1.0], 1.0), rollout(3, [0.1], 1.0)])))
+    assert [h.split(" ✓")[0].split("✓")[0].strip() for h in texts(tab, ".rollout h2")] == ["#1", "#2", "#3 = #1"]
 
 
 def test_pointer(open_page):
