@@ -14,7 +14,7 @@ from rich.console import Console
 from views import HOSTILE, example, group, rollout, view
 
 from acpo.cli import main
-from acpo.inspect.data import read_run
+from acpo.inspect.data import InspectError, read_run
 from acpo.inspect.page import page
 from acpo.inspect.shown import visible
 from acpo.inspect.terminal import bar, number, show
@@ -155,6 +155,13 @@ def test_what_is_wrong_is_one_line(tmp_path, monkeypatch, capsys, arguments, cod
     assert main(["inspect", *arguments]) == code
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("acpo: ") and re.search(message, error), error
+
+
+def test_rows_that_are_not_the_trainers(tmp_path):
+    run = write_run(tmp_path / "run", {1: [row(segment_rule=["no such", "end"])], 2: [row(segment_ends=[6])]})
+    assert read_run(run, 1).rollouts[0].steps[0].rule == "other"
+    with pytest.raises(InspectError, match="rollout 1 of problem 'p1' has lists of different lengths"):
+        read_run(run, 2)
 
 
 def test_columns_that_an_older_version_did_not_write_are_named(tmp_path, capsys):

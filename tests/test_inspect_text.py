@@ -10,6 +10,7 @@ from conftest import SHARED
 
 from acpo import config
 from acpo.cli import main
+from acpo.inspect.data import InspectError
 from acpo.inspect.text import inspect_traces
 from acpo.inspect.traces import Trace
 from acpo.policy import build
@@ -87,6 +88,19 @@ def test_edges(model):
     assert [r.advantage for r in view.rollouts[2:]] == [pytest.approx(1.0, abs=1e-4), pytest.approx(-1.0, abs=1e-4)]
     only = inspect_traces([Trace("a", "q", "")], settings(model), "t")
     assert only.rollouts[0].steps == []
+
+
+@pytest.mark.skipif(not (SHARED / "tokenizer_gpt2").is_dir(), reason="the data beside the checkout is absent")
+def test_a_model_without_padding_and_with_few_positions(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_file=str(SHARED / "tokenizer_gpt2" / "tokenizer.json")).save_pretrained(tmp_path)
+    GPT2LMHeadModel(GPT2Config(vocab_size=50257, n_positions=64, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    long, short = Trace("a", "q", "word " * 100, "4"), Trace("b", "q", TEXTS[0], "4")
+    view = inspect_traces([long, short], settings(str(tmp_path)), "t")
+    assert [r.text for r in view.rollouts] == [TEXTS[0]] and "1 of 2 traces are longer than the model reads, and left out" in view.notes
+    with pytest.raises(InspectError, match="reads at most 64 tokens"):
+        inspect_traces([long], settings(str(tmp_path)), "t")
 
 
 def test_the_command(tmp_path, model, capsys):

@@ -48,6 +48,7 @@ RULES = {
     "fixed": ("…", "pieces of one length (segmenter.fixed)"),
     "score": ("*", "the caller's own scores"),
     "end": ("■", "the end of the rollout"),
+    "other": ("*", "a rule that this version does not know"),
 }
 STATUS = {
     "malformed": "malformed", "unparseable": "no readable answer", "timeout": "verifier timed out", "crash": "verifier crashed",
@@ -200,7 +201,7 @@ def read_run(run: Path, step: int | None = None, problem: str | None = None) -> 
             if step is None:
                 names = sorted(set().union(*asked.values()))
                 raise InspectError(f"no step of {run} asked problem {problem!r}{_nearest(problem, names)}; asked were {_listed(names)}")
-    view = View(f"{run.name or run}", step, *_groups(steps[step], _reader(run)))
+    view = View(clean(run.resolve().name), step, *_groups(steps[step], _reader(run)))
     if problem is not None:
         view.only(problem)
     return view
@@ -280,12 +281,15 @@ def _groups(path: Path, read) -> tuple[list[Group], list[str]]:
 def _rollout(number: int, row: dict[str, Any], read) -> Rollout:
     count, advantage = len(row["segment_tokens"]), finite(row.get("advantage"))
     lists = {n: row.get(f"segment_{n}") or [None] * count for n, *_ in MEASURES if n != "shift"}
+    if not len(row["segment_ends"]) == len(row["segment_rule"]) == count or any(len(values) != count for values in lists.values()):
+        raise InspectError(f"rollout {number} of problem {clean(row['problem'])!r} has lists of different lengths: the file is not the trainer's")
     steps, start = [], 0
     for k in range(count):
         numbers = {n: finite(values[k]) for n, values in lists.items()}
         shift = None if advantage is None or numbers["credit"] is None else numbers["credit"] - advantage
         answer = bool(row.get("answered")) and k == count - 1
-        steps.append(Step(start, row["segment_ends"][k], row["segment_tokens"][k], row["segment_rule"][k], answer, shift=shift, **numbers))
+        rule = row["segment_rule"][k] if row["segment_rule"][k] in RULES else "other"
+        steps.append(Step(start, row["segment_ends"][k], row["segment_tokens"][k], rule, answer, shift=shift, **numbers))
         start = row["segment_ends"][k]
     text = clean(row["response"])
     return Rollout(

@@ -142,7 +142,7 @@ function step(rollout, k) {
   const text = make("div", { class: "text", dir: "auto" }, stepText(rollout, k));
   const gutter = make("div", { class: "gutter", "aria-hidden": "true" }, make("small", { title: `ends with ${why}` }, `${k + 1} ${sign}`),
     make("b", {}, number(x, measures.get(state.shade).signed)), gauge(x));
-  const item = make("li", { class: tone(x), tabindex: "-1", "data-k": k, "aria-label": stepLabel(rollout, k) + ": " + text.textContent }, gutter, text);
+  const item = make("li", { class: tone(x), tabindex: "-1", "aria-describedby": "detail", "data-k": k, "aria-label": stepLabel(rollout, k) + ": " + text.textContent }, gutter, text);
   item.style.setProperty("--much", much(x).toFixed(3));
   if (rollout.answered && last) item.classList.add("answer");
   if (state.figures) item.append(figures(rollout, k, false));
@@ -172,7 +172,9 @@ function fillOne(section) {
   const list = section.querySelector("ol");
   const k = list.childElementCount;
   if (k === section.rollout.counts.length) return false;
-  list.append(step(section.rollout, k));
+  const item = step(section.rollout, k);
+  if (k === 0 && !section.previousElementSibling && !$("columns").querySelector("li[tabindex='0']")) item.tabIndex = 0; // where Tab comes in
+  list.append(item);
   return true;
 }
 
@@ -251,6 +253,7 @@ function drawGroups() {
 }
 
 function draw() {
+  const inside = $("groups").contains(document.activeElement);
   if (!data.groups.length) {
     $("columns").replaceChildren(make("p", { class: "empty" }, "There is no rollout to show."));
     return;
@@ -260,6 +263,7 @@ function draw() {
   drawLegend();
   drawColumns();
   detail(null);
+  if (inside) $("groups").querySelector("[aria-current=true]").focus();
 }
 
 function show(i) {

@@ -23,7 +23,8 @@ from ..attribution import Calibrator, answer_copies, hindsight_evidence, leave_o
 from ..batch import Batch
 from ..config import Config
 from ..policy import Policy, build
-from ..problems import HINT, filled
+from ..problems import HINT, Problem
+from ..prompts import Prompts
 from ..segmentation import ForkThreshold, answered
 from .data import Group, InspectError, Rollout, Step, View, finite
 from .traces import Trace
@@ -31,6 +32,7 @@ from .traces import Trace
 NOTES = (
     "credit at reliability 1 and V uncalibrated (logit V = logit base + evidence): without training neither is measured",
     "credit and hindsight need an answer: {without} of {count} traces have none",
+    "{long} of {count} traces are longer than the model reads, and left out",
 )
 
 
@@ -77,16 +79,29 @@ def steps_of(packed: list[Packed], texts: list[str], segments: Segments, rules: 
 
 def inspect_traces(traces: list[Trace], settings: Config, title: str, advance: Callable[[int], None] = lambda n: None) -> View:
     """Reads the traces with the model of `policy.path`. Traces of one problem are a group. advance(n) is told of n more traces read."""
-    policy, tokenizer = build(settings)
+    policy, tokenizer = build(settings, writes=False)
+    prompter = Prompts(settings.problems, tokenizer)
     names = {t.name or t.problem: None for t in traces}
     order = sorted(range(len(traces)), key=lambda i: list(names).index(traces[i].name or traces[i].problem)) if len(names) > 1 else range(len(traces))
     traces = [traces[i] for i in order]
-    statuses = _judged(traces, settings)
+    problems = [_problem(t, settings) for t in traces]
+    prompts, hinted = (
+        [ids or [tokenizer.bos_token_id or tokenizer.eos_token_id or 0] for ids in map(ask, problems)]
+        for ask in (lambda p: prompter.prompt(p.prompt), prompter.hinted)
+    )  # something must predict the first token
     packed = tokenized(tokenizer, [t.response for t in traces])
-    prompts = _prompts(traces, settings, tokenizer)
+    most = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
+    fits = [len(p.ids) + max(len(a), len(b)) <= most for p, a, b in zip(packed, prompts, hinted, strict=True)]
+    long = len(traces) - sum(fits)
+    if not any(fits):
+        raise InspectError(f"the model reads at most {most:,} tokens (max_position_embeddings), and every trace is longer with its prompt")
+    traces, problems, packed, prompts, hinted = (list(itertools.compress(x, fits)) for x in (traces, problems, packed, prompts, hinted))
+
+    statuses = _judged(traces, problems, settings)
     batch = Batch.from_responses(prompts, [p.ids for p in packed])
     known = torch.tensor([bool(t.answer) for t in traces])
-    _score(batch, policy, known, _prompts(traces, settings, tokenizer, hinted=True), settings, advance)
+    advance(long)
+    _score(batch, policy, known, hinted, settings, advance)
 
     entropy = batch.token["entropy"]
     forks = {"entropy": entropy, "entropy_threshold": ForkThreshold(settings.segmenter.forking_share).update(entropy)}
@@ -99,7 +114,7 @@ def inspect_traces(traces: list[Trace], settings: Config, title: str, advance: C
     steps = steps_of(packed, [t.response for t in traces], batch.segments, rules)
 
     sizes = [len(list(members)) for _, members in itertools.groupby(traces, key=lambda t: t.name or t.problem)]
-    advantages = _fill(steps, batch, traces, sizes, known, settings, tokenizer)
+    advantages = _fill(steps, batch, traces, sizes, known, settings, prompter)
     groups, at = [], 0
     for number, size in enumerate(sizes, 1):
         members = range(at, at + size)
@@ -111,17 +126,24 @@ def inspect_traces(traces: list[Trace], settings: Config, title: str, advance: C
         groups.append(Group(number, first.name or first.id, first.problem, first.answer, rollouts))
         at += size
     notes = [NOTES[0]] if known.any() else []
+    if long:
+        notes.append(NOTES[2].format(long=long, count=long + len(traces)))
     if not known.all():
         notes.append(NOTES[1].format(without=int((~known).sum()), count=len(traces)))
     return View(title, None, groups, notes)
 
 
-def _judged(traces: list[Trace], settings: Config) -> list[tuple[str | None, str | None]]:
+def _problem(trace: Trace, settings: Config) -> Problem:
+    prompt = settings.problems.template.replace("{problem}", trace.problem)
+    return Problem(trace.id, prompt, trace.answer, question=trace.problem, hint=settings.problems.hint or HINT)
+
+
+def _judged(traces: list[Trace], problems: list[Problem], settings: Config) -> list[tuple[str | None, str | None]]:
     """(status, answer that was read) of each trace; where it has an answer and no outcome, the outcome is the verifier's."""
-    open_ = [t for t in traces if t.answer and t.outcome is None]
+    open_ = [b for b, t in enumerate(traces) if t.answer and t.outcome is None]
     verifier = verify.Verifier(settings.verify, verify.kind_of(settings))
     try:
-        verdicts = iter(verifier([_Question(t.answer, t.problem) for t in open_], [t.response for t in open_]) if open_ else [])
+        verdicts = iter(verifier([problems[b] for b in open_], [traces[b].response for b in open_]) if open_ else [])
         out = []
         for trace in traces:
             status = None
@@ -131,30 +153,6 @@ def _judged(traces: list[Trace], settings: Config) -> list[tuple[str | None, str
         return out
     finally:
         verifier.close()
-
-
-@dataclass
-class _Question:
-    """As much of a problem as a verifier looks at."""
-
-    answer: str
-    question: str
-    prompt: str = ""
-
-
-def _prompts(traces: list[Trace], settings: Config, tokenizer, hinted: bool = False) -> list[list[int]]:
-    """Token ids in front of each trace, as the trainer makes them; hinted: with the answer."""
-    out = []
-    for trace in traces:
-        text = settings.problems.template.replace("{problem}", trace.problem)
-        if hinted:
-            text = filled(settings.problems.hint or HINT, prompt=text, answer=trace.answer)
-        if settings.problems.chat:
-            system = [{"role": "system", "content": settings.problems.system}] if settings.problems.system else []
-            text = tokenizer.apply_chat_template([*system, {"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        out.append(ids or [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id])  # something must predict token 1
-    return out
 
 
 @torch.no_grad()
@@ -181,7 +179,9 @@ def _score(batch: Batch, policy: Policy, known: Tensor, hinted: list[list[int]],
         advance(len(part))
 
 
-def _fill(steps: list[list[Step]], batch: Batch, traces: list[Trace], sizes: list[int], known: Tensor, settings: Config, tokenizer) -> list[float]:
+def _fill(
+    steps: list[list[Step]], batch: Batch, traces: list[Trace], sizes: list[int], known: Tensor, settings: Config, prompter: Prompts
+) -> list[float]:
     """Writes the numbers into the steps; returns the traces' advantages, NaN where there is no outcome."""
     segments, token = batch.segments, batch.token
     outcome = torch.tensor([math.nan if t.outcome is None else t.outcome for t in traces])
@@ -193,7 +193,7 @@ def _fill(steps: list[list[Step]], batch: Batch, traces: list[Trace], sizes: lis
 
     keep = None
     if settings.attribution.mask_answer_copies:
-        spellings = [[tokenizer(s, add_special_tokens=False)["input_ids"] for s in (t.answer, " " + t.answer)] if t.answer else [] for t in traces]
+        spellings = [prompter.spellings(t.answer) if t.answer else [] for t in traces]
         keep = answer_copies(batch.responses(), spellings)
     evidence = hindsight_evidence(token["log_ratio"], token["kl"], segments, keep, known, settings.attribution.clamp)
     sequence, terminal = segments.segment_sequence_ids(), segments.is_terminal()

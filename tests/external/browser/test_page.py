@@ -161,7 +161,17 @@ def test_pointer(open_page):
     tab.click("nav ol button >> nth=2")
     assert focused(tab) == ("2", "0")
     tab.click("nav > button >> nth=0")
-    assert "p2" in tab.inner_text("nav [aria-current=true]")
+    assert "p2" in tab.inner_text("nav [aria-current=true]") and "p2" in tab.evaluate("document.activeElement.innerText")  # the focus stays
+
+
+def test_tab_comes_in_at_the_first_step(open_page):
+    tab = open_page(example())
+    tab.focus("#question pre")
+    for _ in range(3):  # some browsers stop at the scrolling area itself
+        tab.keyboard.press("Tab")
+        if focused(tab)[0]:
+            break
+    assert focused(tab) == ("3", "0")
 
 
 def test_nothing_of_a_rollout_runs(open_page):
