@@ -1,5 +1,5 @@
-"""The console script: `acpo train`, `acpo eval`, `acpo report`, `acpo compare`. Errors of the user's making are one line and exit
-code 2; a training run that cannot go on is one line and exit code 1."""
+"""The console script: `acpo train`, `acpo eval`, `acpo report`, `acpo compare`, `acpo inspect`, `acpo segment`. Errors of the user's making are
+one line and exit code 2; a training run that cannot go on, and data that cannot be shown, are one line and exit code 1."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import signal
 import sys
 from pathlib import Path
 
+from . import segment
+from .inspect import command as inspect
+
 EXAMPLES = """examples:
   acpo train configs/arithmetic.yaml                      warm-up, both stages, evaluation, report
   acpo train configs/arithmetic.yaml method=grpo seed=1   the baseline of the same loop
@@ -17,6 +20,8 @@ EXAMPLES = """examples:
   acpo eval --model FOLDER --preset math500 --path math500.jsonl   the same of any model, on a known data set
   acpo compare configs/compare/t2.yaml --jobs 2           arms x paired seeds from one warm start: table, figure, report
   acpo report runs/arithmetic-acpo-0 runs/arithmetic-grpo-0 --out curves.png
+  acpo inspect runs/arithmetic-acpo-0 --html step.html    rollouts side by side, each step with its credit
+  acpo segment traces.jsonl --tokenizer FOLDER            reasoning steps, and why each ends where it does
 """
 
 
@@ -25,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="acpo", description="Step-level credit assignment for RL with verifiable rewards.", epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,eval,report,compare}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,eval,report,compare,inspect,segment}")
     train = verbs.add_parser("train", help="train a policy; the same command continues a run that was broken off")
     train.add_argument("config", help="a YAML file")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file, e.g. trainer.steps=50")
@@ -49,15 +54,18 @@ def main(arguments: list[str] | None = None) -> int:
     compare.add_argument("--launch", default="", help='words in front of every run\'s command, such as "nice -n 10"')
     compare.add_argument("--report", action="store_true", help="write the table of what is finished, run nothing")
     compare.add_argument("--one", default="", help=argparse.SUPPRESS)
+    inspect.add(verbs)
+    segment.add(verbs)
     options, rest = parser.parse_known_args(arguments)
-    if rest:  # argparse takes positional arguments in one place; settings of `eval` may stand behind its options as well
-        if options.verb != "eval" or any(word.startswith("-") for word in rest):
+    if rest:  # argparse takes positional arguments in one place; these verbs' may stand behind options as well
+        if options.verb not in ("eval", "inspect", "segment") or any(word.startswith("-") for word in rest):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        options.run += rest
+        (options.settings if options.verb == "segment" else options.run).extend(rest)
 
     from .checkpoint import CheckpointError
     from .compare import RunError
     from .config import ConfigError
+    from .inspect.data import InspectError
     from .problems import ProblemError
     from .rollout import RolloutError
     from .run import RunTakenError
@@ -65,11 +73,12 @@ def main(arguments: list[str] | None = None) -> int:
     from .verify import VerifyError
 
     try:
-        return {"train": _train, "eval": _eval, "report": _report, "compare": _compare}[options.verb](options)
+        run = {"train": _train, "eval": _eval, "report": _report, "compare": _compare, "inspect": inspect.run, "segment": segment.run}[options.verb]
+        return run(options)
     except (ConfigError, ProblemError, RunTakenError, ImportError) as error:  # ImportError: something optional is not installed, and says what
         print(f"acpo: {error}", file=sys.stderr)
         return 2
-    except (TrainingError, CheckpointError, RunError, RolloutError, VerifyError) as error:
+    except (TrainingError, CheckpointError, RunError, RolloutError, VerifyError, InspectError) as error:
         print(f"acpo: {error}", file=sys.stderr)
         return 1
     except OSError as error:

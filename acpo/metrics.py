@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -13,6 +14,8 @@ from acpo_kernels import segment_reduce
 from .attribution import Attribution, group_std, zero_variance
 from .batch import Batch
 from .problems import Problem
+from .segmentation import answered, character_ends
+from .verify import STATUSES
 
 
 def step_metrics(
@@ -57,19 +60,55 @@ def step_metrics(
     return out
 
 
-def rollout_rows(batch: Batch, outcome: Tensor, attribution: Attribution | None, problems: list[Problem], tokenizer) -> dict[str, list[Any]]:
-    """Columns of rollouts/step-N.parquet: one row a rollout, lists over its segments."""
-    segments = batch.segments
-    columns = {"segment_tokens": segments.lengths, "segment_credit": segment_reduce(batch.token["advantages"], segments, reduce="mean")}
+def rollout_rows(
+    batch: Batch,
+    outcome: Tensor,
+    attribution: Attribution | None,
+    advantages: Tensor,
+    weights: Tensor,
+    rules: list[str],
+    problems: list[Problem],
+    group_size: int,
+    tokenizer,
+) -> dict[str, list[Any]]:
+    """Columns of rollouts/step-N.parquet: one row a rollout, float32 lists over its segments. None stands where nothing was measured: phi, iota and
+    value outside of the attribution's rows, hindsight (the sum of l_t, nats) outside of those that the hindsight stream looked at.
+
+    outcome and advantages [B], weights [S]; rules [S] are the segmenter's reasons, empty for pieces of one length.
+    """
+    segments, token = batch.segments, batch.token
+    means = segment_reduce(torch.stack([token["advantages"], token["entropy"], token["old_logp"]]).float(), segments, reduce="mean")
+    columns: dict[str, Tensor] = dict(zip(("credit", "entropy", "logp"), means, strict=True)) | {"weight": weights}
+    everywhere = torch.ones_like(outcome, dtype=torch.bool)
+    where = dict.fromkeys(columns, everywhere)
     if attribution is not None:
-        columns |= {"segment_phi": attribution.phi, "segment_iota": attribution.iota}
+        columns |= {"phi": attribution.phi, "iota": attribution.iota, "value": attribution.values}
+        where |= dict.fromkeys(("phi", "iota", "value"), attribution.rows)
+    if "log_ratio" in token and len(token["log_ratio"]) == segments.num_tokens:
+        columns["hindsight"] = segment_reduce(torch.nan_to_num(token["log_ratio"], nan=0.0, posinf=0.0, neginf=0.0), segments)
+        where["hindsight"] = batch.sequence.get("hindsight", everywhere)
     counts = segments.sequence_offsets.diff().tolist()
+    texts = tokenizer.batch_decode(batch.responses(), skip_special_tokens=True)
+    names = iter(rules or ["fixed"] * segments.num_segments)
     return {
+        "group": [b // group_size for b in range(len(batch))],
         "problem": [p.id for p in problems],
         "answer": [p.answer for p in problems],
         "prompt": [p.prompt for p in problems],
-        "response": tokenizer.batch_decode(batch.responses(), skip_special_tokens=True),
+        "response": texts,
         "outcome": [None if math.isnan(r) else r for r in outcome.tolist()],
+        "verdict": [STATUSES[v] for v in batch.sequence["verdict"].tolist()],
         "finished": batch.sequence["finished"].tolist(),
-        **{name: [part.tolist() for part in value.split(counts)] for name, value in columns.items()},
+        "advantage": advantages.tolist(),
+        "reliability": [0.0] * len(batch) if attribution is None else attribution.reliability.tolist(),
+        "answered": answered(segments),
+        "segment_ends": character_ends(batch.responses(), segments, texts, tokenizer),
+        "segment_tokens": [part.tolist() for part in segments.lengths.split(counts)],
+        "segment_rule": [list(itertools.islice(names, count)) for count in counts],
+        **{
+            f"segment_{name}": [
+                part.numpy() if use else None for part, use in zip(value.float().cpu().split(counts), where[name].tolist(), strict=True)
+            ]
+            for name, value in columns.items()
+        },
     }

@@ -152,12 +152,13 @@ class Policy(nn.Module):
 SIZES = {"tiny": (64, 128, 2, 2), "small": (96, 288, 2, 4)}
 
 
-def build(config: Config) -> tuple[Policy, object]:
-    """The policy and its tokenizer. Weights of a `from_config` policy are drawn from torch's global generator (the run's seed)."""
+def build(config: Config, writes: bool = True) -> tuple[Policy, object]:
+    """The policy and its tokenizer. Weights of a `from_config` policy are drawn from torch's global generator (the run's seed). writes=False: it
+    only reads, so that its tokenizer need not say what ends a rollout or pads one."""
     settings = config.policy
     if settings.path and not Path(settings.path).is_dir():
         raise ConfigError(f"policy.path: no such folder: {settings.path}")
-    tokenizer = _tokenizer(config)
+    tokenizer = _tokenizer(config, writes)
     device = _device(settings.device)
     model = _pretrained(settings) if settings.path else _from_config(settings, tokenizer)
     _training_without_dropout(model)
@@ -170,7 +171,7 @@ def build(config: Config) -> tuple[Policy, object]:
             f"policy: the tokenizer has {len(tokenizer)} entries and the model only {model.get_output_embeddings().weight.shape[0]} logits"
         )
     packed = settings.packing == "packed" or (settings.packing == "auto" and settings.attention == "flash_attention_2")
-    policy = Policy(model.to(device), tokenizer.pad_token_id, getattr(torch, settings.dtype), packed)
+    policy = Policy(model.to(device), tokenizer.pad_token_id or 0, getattr(torch, settings.dtype), packed)
     if packed:
         packing.check(policy.model, policy.precision())
     return policy, tokenizer
@@ -231,8 +232,8 @@ def _from_config(settings: PolicyConfig, tokenizer) -> nn.Module:
         raise _attention_missing(settings, error) from None
 
 
-def _tokenizer(config: Config):
-    """The tokenizer of policy.tokenizer, of policy.path, or the characters of the synthetic task; it must have pad and eos."""
+def _tokenizer(config: Config, writes: bool):
+    """The tokenizer of policy.tokenizer, of policy.path, or the characters of the synthetic task; to write it must have pad and eos."""
     from .synthetic import tokenizer as characters
 
     source = config.policy.tokenizer or config.policy.path
@@ -242,9 +243,9 @@ def _tokenizer(config: Config):
         tokenizer = characters()
     else:
         tokenizer = byte_tokenizer() if source == "bytes" else load_tokenizer(source)
-    if tokenizer.eos_token_id is None:
+    if writes and tokenizer.eos_token_id is None:
         raise ConfigError(f"policy.tokenizer: {source} has no eos token: a rollout could not end")
-    if tokenizer.pad_token_id is None:
+    if writes and tokenizer.pad_token_id is None:
         raise ConfigError(f"policy.tokenizer: {source} has no pad token: set pad_token in its tokenizer_config.json (its eos token will do)")
     if config.problems.chat and not getattr(tokenizer, "chat_template", None):
         raise ConfigError("problems.chat = true needs a tokenizer with a chat template; set it to false, or give another policy.tokenizer")

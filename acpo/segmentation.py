@@ -1,4 +1,5 @@
-"""From when on a token forks, where the answer of a synthetic task begins, and the ablation that cuts rollouts into pieces of one length."""
+"""From when on a token forks, where the answer of a synthetic task begins, where segments end in the text, and the ablation that cuts rollouts into
+pieces of one length."""
 
 from __future__ import annotations
 
@@ -40,6 +41,32 @@ def answer_starts(responses: list[Tensor], tokenizer) -> Tensor:
         at = ("\n" + text).rfind("\nA")
         starts.append(int((~torch.isin(ids, special)).nonzero()[at]) if at >= 0 else -1)
     return torch.tensor(starts, device=responses[0].device)
+
+
+def answered(segments: Segments) -> list[bool]:
+    """Whether the last segment of each rollout is its answer, [B]."""
+    terminal, offsets = segments.is_terminal().tolist(), segments.sequence_offsets.tolist()
+    return [first < last and terminal[last - 1] for first, last in itertools.pairwise(offsets)]
+
+
+def character_ends(responses: list[Tensor], segments: Segments, texts: list[str], tokenizer) -> list[list[int]]:
+    """Where each segment ends in the decoded text of its rollout, in characters, [b][k]. Special tokens have no text; a character whose bytes lie
+    on both sides of a cut belongs to the segment that completes it."""
+    offsets = segments.sequence_offsets.tolist()
+    steps = [step.tolist() for step in torch.cat(responses).cpu().split(segments.lengths.tolist())]
+    pieces = tokenizer.batch_decode(steps, skip_special_tokens=True)
+    out = []
+    for text, (first, last) in zip(texts, itertools.pairwise(offsets), strict=True):
+        own, parts = steps[first:last], pieces[first:last]
+        if "".join(parts) != text:  # SentencePiece drops a space at the start of what it decodes: decode each with the one before
+            both = tokenizer.batch_decode([a + b for a, b in itertools.pairwise(own)], skip_special_tokens=True)
+            parts = parts[:1] + [pair[len(before) :] for pair, before in zip(both, parts[:-1], strict=True)]
+        ends = list(itertools.accumulate(map(len, parts)))
+        if "".join(parts) != text:  # a cut inside a character: decode the whole way to each boundary
+            ways = tokenizer.batch_decode(list(itertools.accumulate(own)), skip_special_tokens=True)
+            ends = [len(way if text.startswith(way) else way.rstrip("\ufffd")) for way in ways]
+        out.append([*ends[:-1], len(text)] if ends else [])
+    return out
 
 
 def fixed_length(segments: Segments, tokens: int) -> Segments:

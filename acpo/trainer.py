@@ -64,6 +64,7 @@ class Trainer:
         self.verifier = verify.Verifier(config.verify, verify.kind_of(config))
         self.policy, self.tokenizer = build(config)
         self.prompts = Prompts(config.problems, self.tokenizer)
+        self.rules: list[str] = []  # behind the end of each segment, where rollouts are kept
         self.kept: list[Kept] = []  # the rollouts of the step under way, where the engine is another program
         self.segmenter = Segmenter.from_tokenizer(
             self.tokenizer, vocab_size=self.policy.vocab_size, min_tokens=config.segmenter.min_tokens, max_tokens=config.segmenter.max_tokens,
@@ -159,7 +160,10 @@ class Trainer:
         }  # fmt: skip
         if self.run.keeps_rollouts:
             problems = [self.train_problems[i] for i in indices for _ in range(self.config.rollout.group_size)]
-            self.run.save_rollouts(self.step_number, rollout_rows(batch, outcome, attribution, problems, self.tokenizer))
+            rows = rollout_rows(
+                batch, outcome, attribution, advantages, weights, self.rules, problems, self.config.rollout.group_size, self.tokenizer
+            )
+            self.run.save_rollouts(self.step_number, rows)
         self._control(indices, outcome, metrics["entropy"])
         while self.kept:
             self.kept.pop().remove()
@@ -176,8 +180,8 @@ class Trainer:
         sampling, groups without both outcomes are sampled again; every token counts in the budget."""
         wanted, size = self.config.rollout.prompts, self.config.rollout.group_size
         rounds = self.config.curriculum.max_rounds if self.config.curriculum.dynamic_sampling else 1
-        kept: list[tuple[int, list, np.ndarray]] = []
-        spare: list[tuple[int, list, np.ndarray]] = []
+        kept: list[tuple[int, list, np.ndarray, list[str]]] = []
+        spare: list[tuple[int, list, np.ndarray, list[str]]] = []
         self.tried: list[tuple[int, np.ndarray]] = []
         for round_ in range(rounds):
             indices = self.curriculum.sample(wanted - len(kept), self.stages.stage, self.rng)
@@ -187,28 +191,30 @@ class Trainer:
             texts = self.tokenizer.batch_decode([s.ids for s in samples], skip_special_tokens=True)
             pending = self.verifier.submit(problems, texts)
             with self.clock("verify"):
-                rewards = np.array(verify.rewards(problems, pending.result(), self.rng))
+                verdicts = pending.result()
+                rewards = np.array(verify.rewards(problems, verdicts, self.rng))
             self.counters["tokens/generated"] += sum(len(s.ids) for s in samples)
             for g, index in enumerate(indices.tolist()):
                 part = slice(g * size, (g + 1) * size)
-                group = (index, samples[part], rewards[part])
+                group = (index, samples[part], rewards[part], [v.status for v in verdicts[part]])
                 self.tried.append((index, rewards[part]))
                 mixed = len(np.unique(rewards[part][~np.isnan(rewards[part])])) > 1
                 (kept if mixed or rounds == 1 else spare).append(group)
             if len(kept) == wanted:
                 break
         kept += spare[-(wanted - len(kept)) :] if len(kept) < wanted else []
-        samples = [s for _, group, _ in kept for s in group]
+        samples = [s for _, group, _, _ in kept for s in group]
         batch = Batch.from_responses(
-            [ids for index, _, _ in kept for ids in [self.prompts.prompt(self.train_problems[index].prompt)] * size],
+            [ids for index, _, _, _ in kept for ids in [self.prompts.prompt(self.train_problems[index].prompt)] * size],
             [s.ids for s in samples],
             rollout_logp=[s.logp for s in samples],
         )
         device = self.policy.device
         batch.sequence["finished"] = torch.tensor([s.finished for s in samples], device=device)
-        outcome = torch.tensor(np.concatenate([r for _, _, r in kept]), dtype=torch.float32, device=device)
+        outcome = torch.tensor(np.concatenate([r for _, _, r, _ in kept]), dtype=torch.float32, device=device)
         batch.sequence["left_out"] = outcome.isnan()
-        return np.array([index for index, _, _ in kept]), batch, outcome
+        batch.sequence["verdict"] = torch.tensor([verify.STATUSES.index(s) for *_, group in kept for s in group], device=device)
+        return np.array([index for index, _, _, _ in kept]), batch, outcome
 
     def _generate(self, prompts: list[list[int]], round_: int):
         """Rollouts of this round of this step: their seeds follow from the run's, the step and their place, so that a resumed run repeats them."""
@@ -256,7 +262,11 @@ class Trainer:
         entropy = batch.token["entropy"]
         forks = {"entropy": entropy, "entropy_threshold": self.forks.update(entropy)} if self.config.segmenter.entropy else {}
         start = answer_starts(batch.responses(), self.tokenizer) if self.config.problems.task else None
-        segments = self.segmenter(batch.token["ids"], batch.segments.cu_seqlens, answer_start=start, scores=reading, **forks).to(self.policy.device)
+        settings = {"answer_start": start, "scores": reading, **forks}
+        packed = batch.token["ids"], batch.segments.cu_seqlens
+        segments = self.segmenter(*packed, **settings).to(self.policy.device)
+        if self.run.keeps_rollouts and not self.config.segmenter.fixed:
+            self.rules = self.segmenter.explain(*packed, **settings)
         batch.segments = fixed_length(segments, self.config.segmenter.fixed) if self.config.segmenter.fixed else segments
 
     def _attribute(self, batch: Batch, outcome: Tensor, indices: np.ndarray) -> Attribution | None:

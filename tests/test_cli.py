@@ -170,6 +170,24 @@ def test_rollouts_are_kept_as_parquet(finished_run):
     for row in rows:
         assert len(row["segment_tokens"]) == len(row["segment_credit"]) == len(row["segment_phi"]) > 0
         assert sum(row["segment_tokens"]) == len(row["response"]) + row["finished"]  # one character a token, and the end
+        ends = row["segment_ends"]
+        assert (
+            ends == sorted(ends)
+            and ends[-1] == len(row["response"])
+            and [b - a for a, b in zip([0, *ends], ends, strict=False)][:-1] == row["segment_tokens"][:-1]
+        )
+        assert row["segment_rule"][-1] == "end" and (row["segment_rule"][-2:-1] == ["answer"]) == (row["answered"] and len(ends) > 1)
+        assert row["verdict"] in ("judged", "unparseable") and all(w == 1 for w in row["segment_weight"])
+        assert (
+            all(0 < v < 1 for v in row["segment_value"] or [])
+            and all(h >= 0 for h in row["segment_entropy"])
+            and all(p <= 0 for p in row["segment_logp"])
+        )
+    for group in range(4):  # advantages of a group sum to 0, and a step without attribution carries its rollout's
+        members = [row for row in rows if row["group"] == group]
+        assert len(members) == 4 and len({row["problem"] for row in members}) == 1
+        assert sum(row["advantage"] for row in members) == pytest.approx(0, abs=1e-5)
+        assert all(c == pytest.approx(row["advantage"], abs=1e-5) for row in members if row["reliability"] == 0 for c in row["segment_credit"])
 
 
 def test_the_exported_policy_is_the_trained_one(finished_run, warmed):

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ragged import hierarchies, segments_of
 
-from acpo.segmentation import ForkThreshold, fixed_length
+from acpo.policy import byte_tokenizer
+from acpo.segmentation import ForkThreshold, answered, character_ends, fixed_length
 
 
 def test_by_hand():
@@ -34,3 +35,20 @@ def test_the_fork_threshold_is_the_running_mean_of_the_quantile():
     assert forks.update(torch.arange(5.0)) == 3.0
     assert abs(forks.update(torch.arange(5.0) + 10) - (0.9 * 3.0 + 0.1 * 13.0)) < 1e-6
     assert forks.update(torch.zeros(0)) == forks.value, "an empty batch changes nothing"
+
+
+def test_where_segments_end_in_the_text():
+    tokenizer, text = byte_tokenizer(), "aé😀b"  # 1 + 2 + 4 + 1 bytes, a token each
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    segments = segments_of(((1, 3, 2, 2), (), (8,)), (False, False, True))  # the second cut lies inside the face
+    assert character_ends([ids, ids[:0], ids], segments, [text, "", text], tokenizer) == [[1, 2, 2, 4], [], [4]]
+    assert answered(segments) == [False, False, True]
+
+
+def test_where_segments_end_with_a_tokenizer_that_drops_the_space_in_front():
+    class Words:
+        def batch_decode(self, rows, skip_special_tokens):
+            return ["".join(f" {'abc'[i]}" for i in row)[1:] for row in rows]
+
+    segments = segments_of(((1, 2, 1),), (False,))
+    assert character_ends([torch.tensor([0, 1, 2, 0])], segments, ["a b c a"], Words()) == [[1, 5, 7]]

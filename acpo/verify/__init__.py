@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Pending", "Verdict", "Verifier", "VerifyError", "kind_of", "rewards"]
 
 TAIL = 8192  # characters at the end of a rollout without a marked answer that math-verify looks through
+STATUSES = ("judged", "malformed", "unparseable", "timeout", "crash", "gold", "error", "skipped")
 COUNTED = {"timeout": "timeouts", "crash": "crashes", "unparseable": "unparseable", "malformed": "malformed", "gold": "gold", "error": "errors"}
 
 
