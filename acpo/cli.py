@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -35,9 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
     evaluate.add_argument("--samples", type=int, default=8, help="sampled rollouts a problem for pass@k and majority@k; 0: greedy alone (default 8)")
     evaluate.add_argument("--k", default="", help="the k of pass@k and majority@k, separated by commas (default: 1 and --samples)")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
-    report = verbs.add_parser("report", help="draw the curves of one or more runs")
+    report = verbs.add_parser("report", help="curves of one or more runs as a picture, a page and a table of numbers")
     report.add_argument("runs", nargs="+", help="run directories; several are overlaid")
-    report.add_argument("--out", default="", help="the PNG to write (default: curves.png in the first run)")
+    report.add_argument("--out", default="", help="a folder, or one file: .png, .svg, .pdf, .html, .csv (default: the run's directory)")
+    report.add_argument("--json", action="store_true", help="print one JSON object")
     compare = verbs.add_parser("compare", help="run arms x paired seeds from one warm start; the same command continues what was broken off")
     compare.add_argument("config", help="a YAML file such as configs/compare/t2.yaml")
     compare.add_argument("--dir", default=None, help="where the runs live (default: runs/compare/NAME)")
@@ -57,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     from .compare import RunError
     from .config import ConfigError
     from .problems import ProblemError
+    from .report import ReportError
     from .rollout import RolloutError
     from .trainer import TrainingError
     from .verify import VerifyError
@@ -66,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, ProblemError, ImportError) as error:  # ImportError: something optional is not installed, and says what
         print(f"acpo: {error}", file=sys.stderr)
         return 2
-    except (TrainingError, CheckpointError, RunError, RolloutError, VerifyError) as error:
+    except (TrainingError, CheckpointError, RunError, RolloutError, VerifyError, ReportError) as error:
         print(f"acpo: {error}", file=sys.stderr)
         return 1
     except OSError as error:
@@ -100,7 +103,7 @@ def _trained(trainer) -> int:
     run.say(f"{settings.method}: {parameters:,} parameters, {len(trainer.train_problems)} problems, {len(trainer.held_out)} held out")
     last = trainer.train()
     trainer.export()
-    report.write(run.directory)
+    report.write([run.directory])
     run.say("  ".join(f"{name} {value:.4g}" for name, value in last.items()))
     run.say(f"curves: {run.directory / 'curves.png'}   report: {run.directory / 'report.html'}   policy: {run.directory / 'policy'}")
     return 0
@@ -194,23 +197,45 @@ def _print_evaluation(about: dict, found, settings) -> None:
 
 
 def _report(options) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
     from . import report
 
     runs = [Path(r) for r in options.runs]
-    rows = [report.summary(run) for run in runs]
-    path = report.draw(runs, Path(options.out) if options.out else None)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in (row.get(key, "") for key in columns)))
-    console = Console()
-    # Piped into a file, a table keeps every column.
-    Console(width=None if console.is_terminal else 200).print(table)
-    print(f"curves: {path}")
+    groups = report.load(runs)
+    rows = [report.summary(run) for group in groups for run in group.runs]
+    means = [report.group_summary(group) for group in groups if len(group.runs) > 1]
+    paths = report.write(runs, Path(options.out) if options.out else None, groups)
+    if options.json:
+        print(json.dumps(_plain({"runs": rows, "groups": means, "files": [str(p) for p in paths]})))
+        return 0
+    for found in (rows, means):
+        _print_table(report.columns(found), [[report.cell(row.get(name, "")) for name in report.columns(found)] for row in found])
+    print("\n".join(map(str, paths)))
     return 0
+
+
+def _print_table(head: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if not rows:
+        return
+    table = Table()
+    for name in head:
+        table.add_column(Text(name))
+    for row in rows:
+        table.add_row(*map(Text, row))  # Text: what stands in brackets is no markup
+    console = Console()
+    Console(width=None if console.is_terminal else 240).print(table)  # piped into a file, a table keeps every column
+
+
+def _plain(value):
+    """JSON knows no NaN: null."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _compare(options) -> int:

@@ -30,7 +30,7 @@ from . import checkpoint, credit, state, verify
 from .attribution import Attribution, answer_copies
 from .attributors import Attributors
 from .batch import Batch
-from .clock import Clock, peak_memory_gb
+from .clock import Clock, peak_memory
 from .config import Config
 from .controls import control
 from .curriculum import Curriculum
@@ -128,7 +128,7 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One training step: the picture of the module docstring."""
         clock = self.clock = Clock(self.policy.device)
-        cpu = time.process_time()
+        cpu, before = time.process_time(), self.counters["tokens/generated"]
         with clock("sync"):
             self.engine.sync()
         with clock("rollout"):
@@ -160,7 +160,11 @@ class Trainer:
         self.counters["seconds"] += taken
         timing = {f"time/{name}": value for name, value in clock.seconds.items()} | {"time/cpu": time.process_time() - cpu}
         timing["time/segment_share"] = clock.seconds["segment"] / taken
-        return {**metrics, **self.verifier.metrics(), **losses, **self.counters, **timing, "step_time": taken, "memory_gb": peak_memory_gb()}
+        timing["tokens/per_second"] = (self.counters["tokens/generated"] - before) / taken
+        return {
+            **metrics, **self.curriculum.metrics(), **self.verifier.metrics(), **losses, **self.counters, **timing,
+            "step_time": taken, **peak_memory(self.policy.device),
+        }  # fmt: skip
 
     # --- its parts ----------------------------------------------------------------------------------------------------------------
 

@@ -159,7 +159,7 @@ def test_train_leaves_a_run_to_look_at(finished_run):
     assert (finished_run / "curves.png").read_bytes().startswith(b"\x89PNG")
     page = (finished_run / "report.html").read_text()
     last = records(finished_run)[-1]
-    assert f"{last['eval/accuracy']:.3f}" in page and "stage2" in page and "learning_rate: 0.0003" in page
+    assert f"{last['eval/accuracy']:.3f}" in page and "stage 2" in page and "learning_rate: 0.0003" in page
 
 
 def test_rollouts_are_kept_as_parquet(finished_run):
@@ -237,7 +237,7 @@ def test_report_of_a_run_that_is_still_writing(tmp_path, finished_run):
         (["eval", "no_checkpoint", "--k", "x"], "--k must be numbers from 1 to --samples = 8"),
         (["eval", "no_checkpoint", "problems.pth=x"], "unknown setting 'problems.pth'; the nearest is 'problems.path'"),
         (["report", "absent"], "absent is no run directory: it has no metrics.jsonl"),
-        (["report", "damaged"], "holds a line that is not JSON"),
+        (["report", "damaged"], r"damaged/metrics.jsonl, line \d+: this line is not JSON"),
         (["report", "no_checkpoint", "--out", "absent/x.png"], "No such file or directory"),
         (["report", "no_checkpoint", "--out", "x.xyz"], "--out: no picture can be written as x.xyz"),
     ],
