@@ -26,7 +26,7 @@ from torch import Tensor
 from acpo_kernels import Segmenter
 from acpo_kernels.segmenter import Reading
 
-from . import checkpoint, credit, state, verify
+from . import checkpoint, credit, effective, state, trackers, verify
 from .attribution import Attribution, answer_copies
 from .attributors import Attributors
 from .batch import Batch
@@ -102,8 +102,9 @@ class Trainer:
             self.close()
 
     def _train(self) -> dict[str, float]:
+        trackers.check(self.config)
         state.resume(self)
-        self.run.say(f"verifier: {self.verifier.describe()}")
+        self.run.track(self.step_number)
         self.engine.sync()  # before the warm-up: an engine that cannot start is known at once
         self.warm_up()
         steps = self.config.trainer.steps
@@ -117,6 +118,10 @@ class Trainer:
             due = self.step_number % self.config.trainer.eval_every == 0 or self.step_number == steps
             evaluation = self._evaluate(self.step_number) if due else {}
             self.run.log({"phase": f"stage{stage}", "step": self.step_number, **metrics, **evaluation})
+            if self.step_number == 1:
+                self.run.say(effective.line(metrics, self.config))
+                for text in effective.warnings(metrics, self.config):
+                    self.run.warn(text)
             if self.stages.stage != stage:
                 self.run.say(f"stage 2 from step {self.step_number + 1}: {self.stages.reason}")
                 self.run.start_phase("stage 2", steps, self.step_number)
@@ -375,8 +380,9 @@ class Trainer:
         return state["step"]
 
     def close(self) -> None:
-        """Ends what runs beside the loop: the verifier's workers, and what the rollout engine started."""
+        """Ends what runs beside the loop: the verifier's workers, what the rollout engine started, and the tracker."""
         self.verifier.close()
+        self.run.close()
         if "engine" in self.__dict__:
             self.engine.close()
 

@@ -39,7 +39,7 @@ def update(
     left_out = batch.sequence["left_out"].cpu().numpy()
     lengths = batch.segments.cu_seqlens.diff()
     totals: dict[str, float] = defaultdict(float, {"loss": 0.0, "grad_norm": 0.0})
-    count = 0.0
+    count, first = 0.0, True
     for minibatch in np.array_split(order, settings.minibatches):
         rows = minibatch[~left_out[minibatch]].tolist()
         if not rows:
@@ -73,6 +73,9 @@ def update(
                 totals[name] += share * float(result.metrics[name])
             for name, best in (("ratio/max", max), ("ratio/min", min)):
                 totals[name] = best(totals.get(name, 1.0), float(result.metrics[name]))
+            if first:  # the weights are still those that scored: how far this is from 1 is the loop's own error
+                totals["ratio/first_off"] = max(totals["ratio/max"] - 1.0, 1.0 - totals["ratio/min"])
+        first = False
         with clock("optimizer"):
             norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm))
             if not math.isfinite(norm):
