@@ -32,5 +32,9 @@ class Clock:
         return time.perf_counter()
 
 
-def peak_memory_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """GB of the process, and on CUDA what its tensors took, at their most since the start."""
+    out = {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    if device.type == "cuda":
+        out["memory_gpu_gb"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return out

@@ -213,6 +213,7 @@ class TrainerConfig:
     keep_checkpoints: int = 2
     threads: int = 0  # 0: torch's own choice
     keep_rollouts: bool = True  # every rollout as parquet, where pyarrow is installed
+    log: Literal["", "tensorboard", "wandb", "trackio"] = ""  # the metrics there as well; each is an extra of that name
 
 
 @dataclass

@@ -75,6 +75,13 @@ class Curriculum:
             self.a[cell] = self.config.decay * self.a[cell] + (1 - self.config.decay) + wins
             self.b[cell] = self.config.decay * self.b[cell] + (1 - self.config.decay) + trials - wins
 
+    def metrics(self) -> dict[str, float]:
+        """How hard what was tried is: shares of the visited cells whose posterior mean of success lies in [0, 0.1), [0.1, 0.2), ..., [0.9, 1]."""
+        visited = self.a + self.b > 2.0 + 1e-9
+        mean = (self.a / (self.a + self.b))[visited]
+        counts = np.bincount(np.minimum((mean * 10).astype(int), 9), minlength=10) / max(1, len(mean))
+        return {"curriculum/visited": float(visited.mean()), **{f"curriculum/share_0.{i}": float(c) for i, c in enumerate(counts)}}
+
     def state(self) -> dict:
         return {"cells": self.cells, "a": self.a.tolist(), "b": self.b.tolist()}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from acpo_kernels import segment_reduce
 
-from .attribution import Attribution, group_std, zero_variance
+from .attribution import Attribution, binary_entropy, group_std, zero_variance
 from .batch import Batch
 from .problems import Problem
 from .segmentation import answered, character_ends
@@ -31,6 +31,7 @@ def step_metrics(
     out = {
         "reward": float(outcome.nanmean().nan_to_num()),
         "reward_std": float(group_std(outcome, group_size).mean()),
+        **passes(outcome, group_size),
         "frac_reward_zero_std": float(zero_variance(outcome, group_size).float().mean()),
         "entropy": float(batch.token["entropy"].mean()),
         "completions/mean_length": float(lengths.mean()),
@@ -52,12 +53,28 @@ def step_metrics(
         out["entropy/decisions"] = float(batch.token["entropy"][~torch.isin(batch.token["ids"], filler)].mean())
     if attribution is not None:
         out["attribution/rows"] = float(attribution.rows.float().mean())
-        out["attribution/iota_sum"] = float(attribution.iota.sum()) / max(1.0, float(attribution.rows.sum()))
+        looked_at = max(1.0, float(attribution.rows.sum()))
+        first = segments.sequence_offsets[:-1][attribution.rows & (segments.sequence_offsets.diff() > 0)]
+        # Equal on average where V is calibrated: the outcome's uncertainty before the first step, and what the steps were credited with.
+        out["attribution/budget"] = float(binary_entropy(attribution.previous[first].double()).sum()) / looked_at
+        out["attribution/iota_sum"] = float(attribution.iota.sum()) / looked_at
         if "kl" in batch.token:
             out["attribution/not_finite"] = int((~torch.isfinite(batch.token["log_ratio"] + batch.token["kl"])).sum())
     if "confidence" in batch.sequence:
         out["confidence"] = float(batch.sequence["confidence"].mean())
     return out
+
+
+def passes(outcome: Tensor, group_size: int) -> dict[str, float]:
+    """pass@1, the share of right rollouts (reward 1), and pass@G, that of groups with at least one, among problems that the curriculum chose. What
+    the verifier left out (NaN) is not counted."""
+    right = (outcome >= 1.0).view(-1, group_size)
+    known = ~outcome.isnan()
+    tried = known.view(-1, group_size).any(1)
+    return {
+        "pass@1": float(right.sum()) / max(1, int(known.sum())),
+        f"pass@{group_size}": float(right.any(1).sum()) / max(1, int(tried.sum())),
+    }
 
 
 def rollout_rows(

@@ -1,4 +1,4 @@
-"""A run's directory and what is shown while it runs: config.yaml, metrics.jsonl, checkpoints/, rollouts/, and one progress bar a phase."""
+"""A run's directory: config.yaml, metrics.jsonl, checkpoints/, rollouts/; and whoever is told of what stands there."""
 
 from __future__ import annotations
 
@@ -7,19 +7,13 @@ import importlib.util
 import json
 import os
 import platform
-import sys
 
 import yaml
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from . import trackers
 from .checkpoint import put
 from .config import Config, to_dict
-
-WATCHED = (
-    ("reward", "reward", ".2f"), ("eval/accuracy", "held-out", ".3f"), ("entropy", "H", ".3f"), ("attribution/reliability", "rel", ".2f"),
-    ("frac_reward_zero_std", "zero-std", ".2f"), ("warmup/loss", "loss", ".3f"),
-)  # fmt: skip
+from .display import Display
 
 
 class RunTakenError(RuntimeError):
@@ -31,14 +25,13 @@ class Stopped(Exception):
 
 
 class Run:
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, quiet: bool = False):
         self.config = config
         self.directory = config.directory
         self.checkpoints = self.directory / "checkpoints"
         self.metrics = self.directory / "metrics.jsonl"
-        self.console = Console(file=sys.stdout)
-        self.progress: Progress | None = None
-        self.shown: dict[str, float] = {}
+        self.display = Display(quiet)
+        self.tracker: trackers.Tracker | None = None
         self.locked = None  # the open file that holds the lock
         self.keeps_rollouts = config.trainer.keep_rollouts and importlib.util.find_spec("pyarrow") is not None
 
@@ -113,31 +106,31 @@ class Run:
                 os.fsync(file.fileno())
         except OSError as error:  # a full disk is found while writing, and that error names no file
             raise OSError(error.errno, error.strerror, str(self.metrics)) from None
-        self.shown.update({name: record[key] for key, name, _ in WATCHED if key in record})
-        text = "  ".join(f"{name} {self.shown[name]:{form}}" for _, name, form in WATCHED if name in self.shown)
-        if self.progress is not None:
-            self.progress.update(self.task, completed=record["step"], numbers=text)
-        if not self.console.is_terminal and ("eval/accuracy" in record or record["phase"] == "warmup"):
-            self.say(f"{record['phase']} step {record['step']}: {text}")
+        if self.tracker is not None:
+            self.tracker.log(record)
+        self.display.show(record)
+
+    def track(self, step: int) -> None:
+        """From here on trainer.log is told too; the run continues behind `step`."""
+        self.tracker = trackers.build(self.config, self.directory, step)
 
     def start_phase(self, name: str, total: int, done: int) -> None:
-        self.finish()
-        self.shown.pop("loss", None)
-        self.progress = Progress(
-            TextColumn("{task.description:8}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            console=self.console, disable=not self.console.is_terminal,
-        )  # fmt: skip
-        self.task = self.progress.add_task(name, total=total, completed=done, numbers="")
-        self.progress.start()
+        self.display.start_phase(name, total, done)
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.display.say(text)
+
+    def warn(self, text: str) -> None:
+        self.display.warn(text)
 
     def finish(self) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
+        self.display.finish()
+
+    def close(self) -> None:
+        self.finish()
+        if self.tracker is not None:
+            self.tracker.close()
+            self.tracker = None
 
     def last_evaluation(self) -> dict[str, float]:
         found = [r for r in self.records() if "eval/accuracy" in r]

@@ -25,12 +25,13 @@ def add(verbs) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("file", help="traces as JSON lines (.jsonl), a text, or - for standard input")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the segmenter, e.g. segmenter.max_segments=16")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="settings of the segmenter, e.g. segmenter.max_segments=16")
     parser.add_argument("--tokenizer", required=True, metavar="PATH", help="a folder or tokenizer.json of a fast tokenizer, or bytes")
     parser.add_argument("--most", type=int, default=0, metavar="N", help="the first N traces (default: all)")
     parser.add_argument("--width", type=int, default=0, metavar="N", help="columns of the terminal (default: its own; piped: COLUMNS or 120)")
     parser.add_argument("--no-color", action="store_true", help="no colours")
     parser.add_argument("--json", action="store_true", help="print one JSON object a trace")
+    parser.set_defaults(run=run)
 
 
 def run(options) -> int:
@@ -46,11 +47,11 @@ def run(options) -> int:
     for name in ("most", "width"):
         if getattr(options, name) < 0:
             raise ConfigError(f"--{name} must be at least 0, got {getattr(options, name)}")
-    others = [word for word in options.settings if not word.startswith("segmenter.")]
+    others = [word for word in options.words if not word.startswith("segmenter.")]
     if others:
         raise ConfigError(f"wanted settings of the segmenter as segmenter.NAME=VALUE, got {others[0]!r}")
     # A configuration needs a policy and problems; none of them is read here.
-    chosen = config.load(None, options.settings, ("FILE", {"policy.from_config": "tiny", "problems.path": options.file})).segmenter
+    chosen = config.load(None, options.words, ("FILE", {"policy.from_config": "tiny", "problems.path": options.file})).segmenter
     traces = _traces(options)
     tokenizer = byte_tokenizer() if options.tokenizer == "bytes" else load_tokenizer(options.tokenizer)
     try:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import checkpoint
-from .config import ConfigError, to_dict
+from .config import Config, ConfigError, to_dict
 from .guard import STANDS, TrainingError
 from .layers import differences
 
@@ -38,6 +38,13 @@ def save(trainer: Trainer, label: str) -> None:
     checkpoint.save(trainer.run.checkpoints, label, tensors, state, trainer.config.trainer.keep_checkpoints)
 
 
+def settings_changed(state: dict, config: Config) -> list[str]:
+    """How the settings of a checkpoint differ from these, but for who is told of the numbers."""
+    now = to_dict(config)
+    past = {**state["config"], "trainer": {**state["config"]["trainer"], "log": config.trainer.log}}
+    return differences(past, now)
+
+
 def resume(trainer: Trainer) -> None:
     """The newest checkpoint of the run, with its records cut back to it; without one the run begins."""
     trainer.run.lock()
@@ -47,7 +54,7 @@ def resume(trainer: Trainer) -> None:
         trainer.run.cut_back(-1, -1)
         return
     tensors, state = found
-    changed = differences(state["config"], to_dict(trainer.config))
+    changed = settings_changed(state, trainer.config)
     if changed:
         raise ConfigError(f"{trainer.run.directory} holds a run with other settings ({'; '.join(changed[:3])}): give another run_dir, or remove it")
     trainer.curriculum.load(state["curriculum"])

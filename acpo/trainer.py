@@ -25,11 +25,11 @@ from torch import Tensor
 from acpo_kernels import Segmenter
 from acpo_kernels.segmenter import Reading
 
-from . import checkpoint, credit, state, verify
+from . import checkpoint, credit, effective, state, trackers, verify
 from .attribution import Attribution, answer_copies
 from .attributors import Attributors
 from .batch import Batch
-from .clock import Clock, peak_memory_gb
+from .clock import Clock, peak_memory
 from .config import Config
 from .controls import control
 from .curriculum import Curriculum
@@ -105,8 +105,9 @@ class Trainer:
             self.close()
 
     def _train(self) -> dict[str, float]:
+        trackers.check(self.config)
         state.resume(self)
-        self.run.say(f"verifier: {self.verifier.describe()}")
+        self.run.track(self.step_number)
         self.engine.sync()  # before the warm-up: an engine that cannot start is known at once
         self.warm_up()
         steps = self.config.trainer.steps
@@ -122,6 +123,10 @@ class Trainer:
             due = self.step_number % self.config.trainer.eval_every == 0 or self.step_number == steps
             evaluation = self._evaluate(self.step_number) if due else {}
             self.run.log({"phase": f"stage{stage}", "step": self.step_number, **metrics, **evaluation})
+            if self.step_number == 1:
+                self.run.say(effective.line(metrics, self.config))
+                for text in effective.warnings(metrics, self.config):
+                    self.run.warn(text)
             if self.stages.stage != stage:
                 self.run.say(f"stage 2 from step {self.step_number + 1}: {self.stages.reason}")
                 self.run.start_phase("stage 2", steps, self.step_number)
@@ -136,7 +141,7 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One training step: the picture of the module docstring."""
         clock = self.clock = Clock(self.policy.device)
-        cpu = time.process_time()
+        cpu, before = time.process_time(), self.counters["tokens/generated"]
         with clock("sync"):
             self.engine.sync()
         with clock("rollout"):
@@ -171,7 +176,11 @@ class Trainer:
         self.counters["seconds"] += taken
         timing = {f"time/{name}": value for name, value in clock.seconds.items()} | {"time/cpu": time.process_time() - cpu}
         timing["time/segment_share"] = clock.seconds["segment"] / taken
-        return {**metrics, **self.verifier.metrics(), **losses, **self.counters, **timing, "step_time": taken, "memory_gb": peak_memory_gb()}
+        timing["tokens/per_second"] = (self.counters["tokens/generated"] - before) / taken
+        return {
+            **metrics, **self.curriculum.metrics(), **self.verifier.metrics(), **losses, **self.counters, **timing,
+            "step_time": taken, **peak_memory(self.policy.device),
+        }  # fmt: skip
 
     # --- its parts ----------------------------------------------------------------------------------------------------------------
 
@@ -404,8 +413,9 @@ class Trainer:
         return state["step"]
 
     def close(self) -> None:
-        """Ends what runs beside the loop: the verifier's workers, and what the rollout engine started."""
+        """Ends what runs beside the loop: the verifier's workers, what the rollout engine started, and the tracker."""
         self.verifier.close()
+        self.run.close()
         self.run.unlock()
         if "engine" in self.__dict__:
             self.engine.close()

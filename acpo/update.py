@@ -42,7 +42,7 @@ def update(
     clip = (settings.clip_low, config.stages.clip_high if stage == 2 else settings.clip_high)
     left_out = batch.sequence["left_out"].cpu().numpy()
     totals = {"loss": 0.0, "grad_norm": 0.0, **dict.fromkeys(MEANS, 0.0), "ratio/max": 1.0, "ratio/min": 1.0, "optimizer/left_out": 0}
-    count = 0.0
+    count, first = 0.0, True
     for minibatch in np.array_split(order, settings.minibatches):
         rows = minibatch[~left_out[minibatch]].tolist()
         if not rows:
@@ -57,6 +57,8 @@ def update(
             guard.leave_out(error, f"step {step}", policy, batch.select(rows).token, learning_rate=rate, rollouts=len(rows))
             continue
         guard.taken()
+        if first:  # the weights were still those that scored: how far this is from 1 is the loop's own error
+            totals["ratio/first_off"], first = max(sums["ratio/max"] - 1.0, 1.0 - sums["ratio/min"]), False
         count += sums["tokens"]
         for name in MEANS:
             totals[name] += sums[name]

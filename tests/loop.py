@@ -71,8 +71,11 @@ def records(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+UNEQUAL = ("seconds", "step_time", "memory_gb", "verify/seconds", "tokens/per_second")
+
+
 def without_times(record: dict) -> dict:
-    return {k: v for k, v in record.items() if not k.startswith("time/") and k not in ("seconds", "step_time", "memory_gb", "verify/seconds")}
+    return {k: v for k, v in record.items() if not k.startswith("time/") and k not in UNEQUAL}
 
 
 def rolled_out(trainer: Trainer):

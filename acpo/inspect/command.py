@@ -25,7 +25,7 @@ def add(verbs) -> None:
         "inspect", help="rollouts side by side, each step with its credit: in the terminal or as one HTML file", epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("run", nargs="*", metavar="RUN key=value", help="a run directory (or --text and --model, and settings)")
+    parser.add_argument("words", nargs="*", metavar="RUN key=value", help="a run directory (or --text and --model, and settings)")
     parser.add_argument("--step", type=int, default=None, help="the training step (default: the newest, or the newest that asked --problem)")
     parser.add_argument("--problem", default=None, metavar="ID", help="only this problem")
     parser.add_argument("--text", default="", metavar="FILE", help="traces as JSON lines instead of a run")
@@ -43,6 +43,7 @@ def add(verbs) -> None:
     parser.add_argument("--no-color", action="store_true", help="no colours; signs, figures and bars stay")
     parser.add_argument("--html", default="", metavar="FILE", help="write one HTML file that needs nothing else")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
 
 
 def run(options) -> int:
@@ -81,9 +82,9 @@ def _view(options):
             raise ConfigError("--step is of a run: a file of traces has no steps of training")
         view = _read_traces(options)
     else:
-        if len(options.run) != 1:
-            raise ConfigError(f"wanted one run directory, or --text FILE and --model PATH, got {' and '.join(options.run) or 'none'}")
-        return read_run(Path(options.run[0]), options.step, options.problem)
+        if len(options.words) != 1:
+            raise ConfigError(f"wanted one run directory, or --text FILE and --model PATH, got {' and '.join(options.words) or 'none'}")
+        return read_run(Path(options.words[0]), options.step, options.problem)
     if options.problem is not None:
         view.only(options.problem)
     if not view.rollouts:
@@ -101,11 +102,11 @@ def _read_traces(options):
     from .text import inspect_traces
     from .traces import ANSWER, PROBLEM, read_traces
 
-    for word in options.run:
+    for word in options.words:
         if "=" not in word:
             raise ConfigError(f"with --text wanted settings as key=value, got {word!r}")
     layer = {"policy.path": options.model, "problems.path": options.text, "problems.question": PROBLEM, "problems.answer": ANSWER}
-    settings = config.load(None, options.run, ("--text", layer))
+    settings = config.load(None, options.words, ("--text", layer))
     traces = read_traces(options.text, options.most, settings.problems.question, settings.problems.answer)
     logging.disable_progress_bar()
     console = Console(stderr=True)

@@ -1,0 +1,55 @@
+"""The verbs of the console script, a module each: `add` declares its arguments, `run` does it and returns the exit code.
+
+Heavy imports stand inside `run`: `acpo --help` and the shell's completion read the parsers alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from typing import Any
+
+
+def verb(verbs, name: str, what: str, example: str, run) -> argparse.ArgumentParser:
+    """A sub-parser with an example in its help."""
+    parser = verbs.add_parser(
+        name, help=what, description=what[0].upper() + what[1:] + ".", epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+    return parser
+
+
+def json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(_plain(value)))
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no NaN: null."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_table(head: list[str], rows: list[list[str]], title: str | None = None) -> None:
+    """A table that keeps every column where it is piped into a file. Text: what stands in brackets is no markup."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if not rows:
+        return
+    table = Table(title=None if title is None else Text(title), title_justify="left")
+    for name in head:
+        table.add_column(Text(name))
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console = Console()
+    Console(width=None if console.is_terminal else 240).print(table)

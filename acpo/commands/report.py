@@ -1,0 +1,36 @@
+"""`acpo report`: curves of runs, as a picture, a page and a table of numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import json_option, print_json, print_table, verb
+
+
+def add(verbs) -> None:
+    parser = verb(
+        verbs, "report", "curves of one or more runs as a picture, a page and a table of numbers",
+        "acpo report runs/arithmetic-* --out compared", run,
+    )  # fmt: skip
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run directories; several are overlaid, those that differ in the seed alone as one curve"
+    )
+    parser.add_argument("--out", default="", help="a folder, or one file: .png, .svg, .pdf, .html, .csv (default: the run's directory)")
+    json_option(parser)
+
+
+def run(options) -> int:
+    from .. import report
+
+    runs = [Path(r) for r in options.runs]
+    groups = report.load(runs)
+    rows = [report.summary(run) for group in groups for run in group.runs]
+    means = [report.group_summary(group) for group in groups if len(group.runs) > 1]
+    paths = report.write(runs, Path(options.out) if options.out else None, groups)
+    if options.json:
+        print_json({"runs": rows, "groups": means, "files": [str(p) for p in paths]})
+        return 0
+    for found in (rows, means):
+        print_table(report.columns(found), [[report.cell(row.get(name, "")) for name in report.columns(found)] for row in found])
+    print("\n".join(map(str, paths)))
+    return 0

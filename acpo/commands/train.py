@@ -1,0 +1,79 @@
+"""`acpo train`: a run from its configuration, or what is left of it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+
+from . import json_option, print_json, verb
+
+
+def add(verbs) -> None:
+    parser = verb(
+        verbs, "train", "train a policy; the same command continues a run that was broken off",
+        "acpo train configs/arithmetic.yaml trainer.steps=50 seed=1", run,
+    )  # fmt: skip
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file; docs/configuration.md lists every setting")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="settings over those of the file, e.g. trainer.steps=50")
+    parser.add_argument("--dry-run", action="store_true", help="check settings, data, policy, verifier, engine, memory and directory; train nothing")
+    parser.add_argument("--quiet", action="store_true", help="print warnings and errors alone")
+    json_option(parser)
+
+
+def run(options) -> int:
+    from .. import config, preflight, report
+    from ..run import Run, Stopped
+    from ..trainer import Trainer
+
+    settings = config.load(options.config, options.words)
+    run_ = Run(settings, quiet=options.quiet or options.json)
+    trainer = Trainer(settings, run_)
+    try:
+        if options.dry_run:
+            return _dry(preflight.checks(trainer), run_, options.json)
+        for line in preflight.summary(trainer):
+            run_.say(line)
+        with _ends_at_sigterm(trainer):
+            last = trainer.train()
+        trainer.export()
+    except Stopped as stopped:
+        run_.say(f"ended by SIGTERM at {stopped}, saved: the same command continues from there")
+        return 0
+    finally:
+        trainer.close()
+    files = report.write([run_.directory])
+    run_.say("  ".join(f"{name} {value:.4g}" for name, value in last.items()))
+    run_.say(
+        "\n".join(
+            f"{what:8} {path}" for what, path in zip(("curves", "report", "numbers", "policy"), (*files, run_.directory / "policy"), strict=True)
+        )
+    )
+    if options.json:
+        print_json({**last, "run": str(run_.directory), "files": [str(p) for p in files], "policy": str(run_.directory / "policy")})
+    return 0
+
+
+@contextlib.contextmanager
+def _ends_at_sigterm(trainer):
+    """The first SIGTERM lets the step under way end; a second one ends the process as if there were no handler."""
+
+    def note(*_) -> None:
+        trainer.stopping = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _dry(checks, run_, as_json: bool) -> int:
+    found = []
+    for check in checks:
+        found.append(check)
+        run_.say(f"{'ok  ' if check.ok else 'FAIL'} {check.name:10} {check.text}")
+    good = all(check.ok for check in found)
+    if as_json:
+        print_json({"ok": good, "checks": [check._asdict() for check in found]})
+    return 0 if good else 1

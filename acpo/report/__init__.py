@@ -1,0 +1,75 @@
+"""What runs did, to look at: one picture, one page that needs nothing beside it, and the numbers under the figures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from pathlib import Path
+
+from ..layers import ConfigError
+from . import figure, page
+from .panels import SECTIONS, lines
+from .records import Group, Records, ReportError, area, cell, columns, distinct, group_summary, grouped, read, summary
+
+__all__ = ["Group", "Records", "ReportError", "area", "cell", "columns", "group_summary", "grouped", "load", "read", "summary", "write"]
+NUMBERS = (".csv",)
+PAGES = (".html", ".htm")
+
+
+def load(directories: list[Path]) -> list[Group]:
+    """The runs, each once, as groups over seeds."""
+    once = {directory.resolve(): directory for directory in directories}
+    return grouped(distinct([read(directory) for directory in once.values()]))
+
+
+def write(directories: list[Path], out: Path | None = None, groups: list[Group] | None = None) -> list[Path]:
+    """The picture, the page and the numbers of the runs; returns what was written.
+
+    out is a folder for all three, or one file: .html the page, .csv the numbers, else the picture. Without it they go into the run's directory as
+    curves.png, report.html and report.csv; those of several runs into the folder that holds them, as report.png, report.html and report.csv.
+    """
+    groups = load(directories) if groups is None else groups
+    if out is not None and out.suffix and not out.is_dir():
+        paths = [out]
+    else:
+        one = len(directories) == 1
+        folder = out or (directories[0] if one else Path(os.path.commonpath([os.path.abspath(d.parent) for d in directories])))
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [_short(folder / name) for name in ("curves.png" if one else "report.png", "report.html", "report.csv")]
+    for path in paths:
+        if path.suffix in NUMBERS:
+            _replace(path, numbers(groups))
+        elif path.suffix in PAGES:
+            _replace(path, page.html(groups))
+        else:
+            figure.picture(groups, path)
+    return paths
+
+
+def _short(path: Path) -> Path:
+    """Below the current folder a path is said from there."""
+    return path.relative_to(Path.cwd()) if path.is_absolute() and path.is_relative_to(Path.cwd()) else path
+
+
+def _replace(path: Path, text: str) -> None:
+    """Whoever has the page open reads the old one or the new one, never half."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"--out: No such file or directory: {path.parent}")
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text, encoding="utf-8", newline="")
+    os.replace(temporary, path)
+
+
+def numbers(groups: list[Group]) -> str:
+    """What the figures draw, as CSV: one row a point. low and high are empty where fewer than three runs have it."""
+    out = io.StringIO()
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow(("panel", "unit", "series", "group", "runs", "x", "mean", "low", "high"))
+    for _, panels in SECTIONS:
+        for panel in panels:
+            for line in lines(panel, groups):
+                low, high = line.low or [""] * len(line.x), line.high or [""] * len(line.x)
+                for x, mean, below, above in zip(line.x, line.mean, low, high, strict=True):
+                    table.writerow((panel.title, panel.unit, line.name, groups[line.group].label, line.runs, x, mean, below, above))
+    return out.getvalue()

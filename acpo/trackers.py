@@ -1,0 +1,76 @@
+"""`trainer.log`: the numbers of metrics.jsonl in TensorBoard, wandb or trackio as well. Each is an extra, imported where it is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Protocol
+
+from .config import Config, ConfigError, to_dict
+
+
+class Tracker(Protocol):
+    def log(self, record: dict) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check(config: Config) -> None:
+    """A ConfigError where the package of trainer.log is not installed: before a run begins."""
+    name = config.trainer.log
+    if name and importlib.util.find_spec(name) is None:
+        raise ConfigError(f"trainer.log = {name!r} needs {name}: pip install -e '.[{name}]'")
+
+
+def build(config: Config, directory: Path, step: int) -> Tracker | None:
+    """The tracker of a run that continues behind `step`. TensorBoard drops what a part that was broken off had logged later."""
+    check(config)
+    if config.trainer.log == "tensorboard":
+        return _TensorBoard(directory, step)
+    return _Weights(config, directory) if config.trainer.log else None
+
+
+def numbers(record: dict) -> dict[str, float]:
+    return {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
+
+
+class _TensorBoard:
+    """Event files in tensorboard/ of the run directory."""
+
+    def __init__(self, directory: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def log(self, record: dict) -> None:
+        for name, value in numbers(record).items():
+            self.writer.add_scalar(name, value, record["step"])
+        self.writer.flush()  # a run that is killed has shown all its steps
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Weights:
+    """wandb and trackio, which speaks its language. The project is the configuration's name, the run its directory, and it is resumed with it."""
+
+    def __init__(self, config: Config, directory: Path):
+        self.module = importlib.import_module(config.trainer.log)
+        settings = {"project": config.name, "name": directory.name, "config": to_dict(config)}
+        if config.trainer.log == "wandb":
+            settings |= {"dir": str(directory), "id": hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16], "resume": "allow"}
+        else:
+            settings |= {"resume": "allow", "embed": False}
+        self.run = self.module.init(**settings)
+        if config.trainer.log == "wandb":  # the warm-up counts for itself
+            self.run.define_metric("warmup/*", step_metric="warmup/step")
+            self.run.define_metric("*", step_metric="step")
+
+    def log(self, record: dict) -> None:
+        at = "warmup/step" if record["phase"] == "warmup" else "step"
+        self.module.log({**numbers(record), at: record["step"]})
+
+    def close(self) -> None:
+        self.module.finish()
