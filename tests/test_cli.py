@@ -69,7 +69,7 @@ BAD = [
     ("policy missing", ["mini.yaml", "policy.from_config=", "policy.path=absent"], 2, "policy.path: no such folder: absent"),
     ("no chat template", ["mini.yaml", "problems.chat=true"], 2, "problems.chat = true needs a tokenizer with a chat template"),
     ("device", ["mini.yaml", "policy.device=gpu"], 2, "policy.device: 'gpu' cannot be used"),
-    ("not a number", ["mini.yaml", "optimizer.learning_rate=1e30", "optimizer.warmup_steps=0"], 1, "the loss is nan at step 1"),
+    ("not a number", ["mini.yaml", "trainer.steps=3", "optimizer.learning_rate=1e30", "optimizer.warmup_steps=0"], 1, "not finite at step 2"),
     ("run directory is a file", ["mini.yaml", "run_dir=good.jsonl"], 1, "File exists: good.jsonl"),
 ]  # fmt: skip
 
