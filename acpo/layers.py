@@ -61,7 +61,7 @@ def keys(cls: type, prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for item in dataclasses.fields(cls):
         kind = hints[item.name]
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             out.update(keys(kind, f"{prefix}{item.name}."))
         else:
             out[f"{prefix}{item.name}"] = kind

@@ -69,7 +69,7 @@ def load(
         if not right:
             raise ProblemError(f"{where}: wanted an answer behind {answer_after!r} in the field {answer!r}, got nothing")
         prompt = template.replace("{problem}", asked)
-        problems.append(Problem(str(row.get("id", number)), prompt, right, cell=kind, data=row, question=asked, **({"hint": hint} if hint else {})))
+        problems.append(Problem(str(row.get("id", number)), prompt, right, cell=kind, data=row, question=asked, hint=hint or HINT))
     if not problems:
         raise ProblemError(f"problems.path: {path} holds no problem")
     return problems

@@ -20,7 +20,7 @@ def save(trainer: Trainer, label: str) -> None:
     parameters = trainer.policy.trained()
     if not all(p.isfinite().all() for p in parameters.values()):
         raise TrainingError(f"the policy's weights are not finite behind step {trainer.step_number}: {STANDS}")
-    tensors = {
+    tensors: dict[str, dict[str, torch.Tensor]] = {
         "policy": parameters,
         "optimizer": checkpoint.optimizer_tensors(trainer.optimizer),
         "random": {"torch": torch.get_rng_state()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,8 +137,9 @@ def _ids_mask_temperature(ids, shape, device, temperature_, mask) -> None:
     temperature(temperature_, shape, device)
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under autocast the operands of a matrix product take its dtype (differentiably); outside they are left as they are."""
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Under autocast the operands of a matrix product, tensors or None behind the first, take its dtype (differentiably); outside they are left as
+    they are."""
     kind = tensors[0].device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
         return tensors

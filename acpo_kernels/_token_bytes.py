@@ -104,12 +104,13 @@ def _decode(tokens: list[str], decoder: list[dict], pre_tokenizer: list[dict]) -
 
 def _byte_level(tokens: list[str]) -> list[bytes]:
     # One translation of all tokens at once: a character is a byte, so their lengths stay.
-    joined = "".join(tokens).translate(BYTE_LEVEL)
+    text = "".join(tokens).translate(BYTE_LEVEL)
     try:
-        joined = joined.encode("latin-1")
+        joined = text.encode("latin-1")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{NO_ACCESS}, got a byte-level vocabulary with the character {joined[error.start]!r}, which is no byte") from error
-    out, at = [], 0
+        raise ValueError(f"{NO_ACCESS}, got a byte-level vocabulary with the character {text[error.start]!r}, which is no byte") from error
+    out: list[bytes] = []
+    at = 0
     for token in tokens:
         out.append(joined[at : at + len(token)])
         at += len(token)

@@ -70,7 +70,7 @@ class _Head:
         return tile if missing == 0 else torch.cat([tile, tile.new_zeros(missing, tile.shape[1])])
 
 
-def _temperature(temperature: float | None, temperatures: Tensor | None, rows: slice) -> tuple[float, Tensor | None]:
+def _temperature(temperature: float | None, temperatures: Tensor | None, rows: slice) -> tuple[float | None, Tensor | None]:
     return (temperature, None) if temperatures is None else (1.0, temperatures[rows])
 
 

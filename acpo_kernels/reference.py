@@ -220,6 +220,8 @@ def policy_loss(
     logp, advantages = unmasked(logp), unmasked(advantages)
     old = logp.detach() if old_logp is None else unmasked(old_logp)
     count = mask.to(dtype)
+    low: float | Tensor
+    high: float | Tensor
     low, high = clip
 
     # Ratio: r_t = sg[s] exp(logp_t - sg[logp_t]), s = exp(mean of the clamped log-ratio over the token, segment or sequence)

@@ -29,7 +29,7 @@ class Client:
     def __init__(self, url: str):
         try:
             parts = urllib.parse.urlsplit(url)
-            self.host, self.port = parts.hostname, parts.port
+            self.host, self.port = parts.hostname or "", parts.port
         except ValueError as error:
             raise ConfigError(f"rollout.server.url must be http://host:port, got {url!r}: {error}") from None
         if parts.scheme not in ("http", "https") or not self.host or parts.query or parts.fragment or parts.username:
