@@ -81,14 +81,11 @@ def inspect_traces(traces: list[Trace], settings: Config, title: str, advance: C
     """Reads the traces with the model of `policy.path`. Traces of one problem are a group. advance(n) is told of n more traces read."""
     policy, tokenizer = build(settings, writes=False)
     prompter = Prompts(settings.problems, tokenizer)
-    names = {t.name or t.problem: None for t in traces}
-    order = sorted(range(len(traces)), key=lambda i: list(names).index(traces[i].name or traces[i].problem)) if len(names) > 1 else range(len(traces))
-    traces = [traces[i] for i in order]
+    place = {name: i for i, name in enumerate(dict.fromkeys(t.group for t in traces))}
+    traces = sorted(traces, key=lambda t: place[t.group])
     problems = [_problem(t, settings) for t in traces]
-    prompts, hinted = (
-        [ids or [tokenizer.bos_token_id or tokenizer.eos_token_id or 0] for ids in map(ask, problems)]
-        for ask in (lambda p: prompter.prompt(p.prompt), prompter.hinted)
-    )  # something must predict the first token
+    first = [tokenizer.bos_token_id or tokenizer.eos_token_id or 0]  # where a prompt is empty: something must predict the first token
+    prompts, hinted = [prompter.prompt(p.prompt) or first for p in problems], [prompter.hinted(p) or first for p in problems]
     packed = tokenized(tokenizer, [t.response for t in traces])
     most = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
     fits = [len(p.ids) + max(len(a), len(b)) <= most for p, a, b in zip(packed, prompts, hinted, strict=True)]
@@ -113,17 +110,16 @@ def inspect_traces(traces: list[Trace], settings: Config, title: str, advance: C
     batch.segments, rules = segmented(segmenter, packed, **(forks if chosen.entropy and len(entropy) else {}))
     steps = steps_of(packed, [t.response for t in traces], batch.segments, rules)
 
-    sizes = [len(list(members)) for _, members in itertools.groupby(traces, key=lambda t: t.name or t.problem)]
+    sizes = [len(list(members)) for _, members in itertools.groupby(traces, key=lambda t: t.group)]
     advantages = _fill(steps, batch, traces, sizes, known, settings, prompter)
     groups, at = [], 0
     for number, size in enumerate(sizes, 1):
-        members = range(at, at + size)
-        first = traces[at]
+        head = traces[at]
         rollouts = [
             Rollout(n, traces[b].response, steps[b], traces[b].outcome, *statuses[b], True, finite(advantages[b]), None)
-            for n, b in enumerate(members, 1)
+            for n, b in enumerate(range(at, at + size), 1)
         ]
-        groups.append(Group(number, first.name or first.id, first.problem, first.answer, rollouts))
+        groups.append(Group(number, head.name or head.id, head.problem, head.answer, rollouts))
         at += size
     notes = [NOTES[0]] if known.any() else []
     if long:

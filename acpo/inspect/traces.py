@@ -25,6 +25,10 @@ class Trace:
     outcome: float | None = None  # in [0, 1]
     name: str = ""  # of the problem; empty: its text is its name
 
+    @property
+    def group(self) -> str:
+        return self.name or self.problem
+
 
 def read_traces(path: str | Path, most: int = 0, problem: str = PROBLEM, answer: str = ANSWER) -> list[Trace]:
     """The traces of a JSON-lines file, the first `most` (0: all). Only the response must be there; numbers and truth values are taken as outcomes."""
