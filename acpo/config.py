@@ -59,10 +59,10 @@ class PolicyConfig:
     from_config: Literal["small", "tiny", ""] = ""  # a randomly initialised Qwen2 of that size instead
     tokenizer: str = ""  # a folder or tokenizer.json, or "bytes"; empty: that of `path`, or the characters of the synthetic task
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and optimizer state are float32
-    device: str = "auto"
+    device: str = "auto"  # auto: CUDA where there is a device, else the CPU
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     packing: Literal["auto", "packed", "padded"] = "auto"  # of rollouts in a forward pass; auto: packed with flash_attention_2, else padded
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # compute activations again in the backward: less memory, about a third more time
     lora_rank: int = 0  # above 0: train adapters of this rank (peft) and leave the weights of policy.path as they are
     lora_alpha: float = 0.0  # adapters count lora_alpha / lora_rank; 0: twice the rank
     lora_targets: str = "all-linear"  # every linear layer of the body, or names like q_proj,v_proj
@@ -79,10 +79,10 @@ class WarmupConfig:
 
 @dataclass
 class RolloutConfig:
-    engine: Literal["local", "vllm", "vllm_server"] = "local"
+    engine: Literal["local", "vllm", "vllm_server"] = "local"  # local: the policy itself; docs/rollouts.md has the others
     prompts: int = 12  # prompts a step
     group_size: int = 8  # rollouts a prompt
-    max_new_tokens: int = 256
+    max_new_tokens: int = 256  # a rollout is cut there
     temperature: float = 1.0
     batch_tokens: int = 262144  # engine `local`: most prompt and response tokens in the key-value cache at a time
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
@@ -108,10 +108,10 @@ class VerifyConfig:
 
 @dataclass
 class SegmenterConfig:
-    min_tokens: int = 8
-    max_tokens: int = 256
-    max_segments: int = 64
-    target_tokens: int = 64
+    min_tokens: int = 8  # of a step
+    max_tokens: int = 256  # of a step
+    max_segments: int = 64  # steps a rollout
+    target_tokens: int = 64  # of a step: what a cut costs follows from it
     entropy: bool = True  # cut at forking tokens as well
     forking_share: float = 0.1  # share of tokens whose entropy makes them forks
     fixed: int = 0  # an ablation: steps of so many tokens whatever stands there; 0: steps
@@ -137,7 +137,7 @@ class CreditConfig:
     scope: Literal["own", "zero_variance", "all"] = "own"
     gain: float = 0.5  # of hindsight's additive credit and of the weights
     value_gain: float = 1.0  # of value differences, in the additive form
-    bound: float = 0.5
+    bound: float = 0.5  # of the weights and of the ratio form: within [1 - bound, 1 + bound]
     # No advantage on segments that leave the state as it was (the tree says which; without it none); on known filler (an oracle).
     mask: Literal["none", "unchanged", "filler"] = "unchanged"
     token: Literal["none", "entropy"] = "none"  # inside a step: all tokens alike, or more where the policy had a choice
@@ -146,10 +146,10 @@ class CreditConfig:
 
 @dataclass
 class LossConfig:
-    ratio: Literal["token", "segment", "sequence"] = "token"
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    denominator: Literal["tokens", "sequences", "constant"] = "tokens"
+    ratio: Literal["token", "segment", "sequence"] = "token"  # what one importance ratio stands for
+    clip_low: float = 0.2  # the ratio counts down to 1 - clip_low
+    clip_high: float = 0.28  # and up to 1 + clip_high in stage 1
+    denominator: Literal["tokens", "sequences", "constant"] = "tokens"  # of the loss: mean over tokens, of rollout means, or by max_new_tokens
     rollout_cap: float = 2.0  # truncated importance weight of a rollout engine's tokens (`local` needs none); 0: no correction
     minibatches: int = 2  # optimiser steps a batch of rollouts
 
@@ -158,8 +158,8 @@ class LossConfig:
 class EntropyConfig:
     controller: Literal["target", "constant", "step", "none"] = "target"  # step: Skywork-OR1's
     weight: float = 1e-3  # of the bonus: at the start, or constant
-    rate: float = 0.05
-    dead_band: float = 0.05
+    rate: float = 0.05  # of the controller's step
+    dead_band: float = 0.05  # relative distance to the target within which the weight stays
     start: float = 0.8  # target at the start and at the end, as shares of the entropy of the first batches
     end: float = 0.3
     min_weight: float = 1e-5
@@ -172,23 +172,23 @@ class EntropyConfig:
 
 @dataclass
 class CurriculumConfig:
-    sampler: Literal["thompson", "uniform"] = "thompson"
+    sampler: Literal["thompson", "uniform"] = "thompson"  # by a Beta posterior of success, or all alike
     candidates: int = 2  # problems drawn for each that is taken
-    decay: float = 0.9
-    uniform_share: float = 0.1
-    mastered_share: float = 0.1
+    decay: float = 0.9  # of the posterior, a visit
+    uniform_share: float = 0.1  # of the problems, drawn from all alike
+    mastered_share: float = 0.1  # of the problems, from those with a posterior above 0.9: against forgetting
     dynamic_sampling: bool = False  # DAPO: sample again until every group has both outcomes
     max_rounds: int = 4  # of dynamic sampling
 
 
 @dataclass
 class StagesConfig:
-    two: bool = True
-    switch_success: float = 0.6
-    switch_slope: float = 0.01
-    switch_window: int = 50
+    two: bool = True  # whether there is a second stage
+    switch_success: float = 0.6  # running success from which on stage 2 may begin
+    switch_slope: float = 0.01  # gain of success over switch_window steps below which it does
+    switch_window: int = 50  # steps
     switch_share: float = 0.6  # of the steps, at the latest
-    kl_weight: float = 0.01
+    kl_weight: float = 0.01  # of the KL to the policy at the switch, in stage 2
     clip_high: float = 0.2  # in stage 2
     confidence: float = 0.3  # omega of the confidence-weighted reward in stage 2
     confidence_form: Literal["brier", "product"] = "brier"  # product: the naive R c, an ablation
@@ -197,20 +197,20 @@ class StagesConfig:
 @dataclass
 class OptimizerConfig:
     learning_rate: float = 1e-6
-    warmup_steps: int = 5
+    warmup_steps: int = 5  # of the learning rate, linear
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # gradients are scaled down to it
 
 
 @dataclass
 class TrainerConfig:
-    steps: int = 100
+    steps: int = 100  # batches of rollouts
     micro_batch_tokens: int = 16384  # most tokens of a forward or backward pass, padding counted where there is any
-    eval_every: int = 10
-    checkpoint_every: int = 10
-    keep_checkpoints: int = 2
+    eval_every: int = 10  # steps; the last one too
+    checkpoint_every: int = 10  # steps
+    keep_checkpoints: int = 2  # the newest
     threads: int = 0  # 0: torch's own choice
     keep_rollouts: bool = True  # every rollout as parquet, where pyarrow is installed
     log: Literal["", "tensorboard", "wandb", "trackio"] = ""  # the metrics there as well; each is an extra of that name
@@ -226,8 +226,8 @@ class EvalConfig:
 
 @dataclass
 class Config:
-    name: str = "run"
-    method: Literal["acpo", "grpo", "rloo", "dr_grpo", "dapo", "gspo"] = "acpo"
+    name: str = "run"  # of the run; a file without one gives its own
+    method: Literal["acpo", "grpo", "rloo", "dr_grpo", "dapo", "gspo"] = "acpo"  # shorthand for the settings of METHODS
     seed: int = 0
     run_dir: str = ""  # empty: runs/{name}-{method}-{seed}
     problems: ProblemsConfig = field(default_factory=ProblemsConfig)

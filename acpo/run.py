@@ -7,11 +7,7 @@ import importlib.util
 import json
 import os
 import platform
-<<<<<<< HEAD
-=======
-import sys
 from typing import TextIO
->>>>>>> trust
 
 import yaml
 
@@ -35,16 +31,9 @@ class Run:
         self.directory = config.directory
         self.checkpoints = self.directory / "checkpoints"
         self.metrics = self.directory / "metrics.jsonl"
-<<<<<<< HEAD
         self.display = Display(quiet)
         self.tracker: trackers.Tracker | None = None
-        self.locked = None  # the open file that holds the lock
-=======
-        self.console = Console(file=sys.stdout)
-        self.progress: Progress | None = None
-        self.shown: dict[str, float] = {}
         self.locked: TextIO | None = None  # the open file that holds the lock
->>>>>>> trust
         self.keeps_rollouts = config.trainer.keep_rollouts and importlib.util.find_spec("pyarrow") is not None
 
     def lock(self) -> None:

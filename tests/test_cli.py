@@ -115,7 +115,7 @@ def test_not_a_number_keeps_the_checkpoints_and_the_run_goes_on(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(Policy, "forward", broken)
         code, error = one_line(capsys, arguments)
-    assert code == 1 and "the loss is nan at step 3" in error and "the last checkpoint stands" in error
+    assert code == 1 and "the loss is nan at step 4, 3 times in a row" in error and "the last checkpoint stands" in error
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
     assert main(arguments) == 0
     assert "resumed from step 2" in capsys.readouterr().out and [r["step"] for r in records(tmp_path / "run")] == [0, 1, 2, 3, 4]
