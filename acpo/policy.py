@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +153,7 @@ class Policy(nn.Module):
 SIZES = {"tiny": (64, 128, 2, 2), "small": (96, 288, 2, 4)}
 
 
-def build(config: Config, writes: bool = True) -> tuple[Policy, object]:
+def build(config: Config, writes: bool = True) -> tuple[Policy, Any]:
     """The policy and its tokenizer. Weights of a `from_config` policy are drawn from torch's global generator (the run's seed). writes=False: it
     only reads, so that its tokenizer need not say what ends a rollout or pads one."""
     settings = config.policy
