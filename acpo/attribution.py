@@ -75,9 +75,11 @@ def hindsight_evidence(log_ratio: Tensor, kl: Tensor, segments: Segments, mask: 
     return Evidence(running_sum(raw, segments), centred.clamp(-clamp, clamp), rows)
 
 
-def tree_evidence(prefixes: Prefixes, rewards: Tensor, group_size: int, segments: Segments, kappa: float, by_state: bool, rows: Tensor) -> Evidence:
+def tree_evidence(
+    prefixes: Prefixes, rewards: Tensor, group_size: int, segments: Segments, kappa: float, by_state: bool, rows: Tensor, before: bool = False
+) -> Evidence:
     """Evidence of the leave-one-out prefix tree on the given rollouts: logit V - logit of the others' mean."""
-    value = tree_values(prefixes, rewards, group_size, kappa, by_state)
+    value = tree_values(prefixes, rewards, group_size, kappa, by_state, before)
     base = leave_one_out(rewards, group_size)[segments.segment_sequence_ids()]
     low = 0.5 / group_size
     changed = torch.tensor([c for rollout in prefixes.changed for c in rollout], dtype=torch.bool, device=rewards.device)

@@ -52,7 +52,8 @@ class Attributors(Panel):
             return self._probe(batch, acts, answers)
         prefixes = prefixes_of(batch.token["ids"], segments, settings.keys, self.tokenizer)
         metrics["attribution/shared"] = sharing(prefixes, segments, self.group_size)
-        return tree_evidence(prefixes, outcome, self.group_size, segments, settings.kappa, settings.keys == "numbers", acts)
+        by_state, before = settings.keys == "numbers", settings.drawn_to == "before"
+        return tree_evidence(prefixes, outcome, self.group_size, segments, settings.kappa, by_state, acts, before)
 
     def _head(self, batch: Batch, outcome: Tensor, base: Tensor, acts: Tensor) -> Evidence:
         segments = batch.segments

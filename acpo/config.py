@@ -125,7 +125,8 @@ class AttributionConfig:
     slope: float = 3.0  # reliability = slope times the measured skill, at most 1
     control: Literal["none", "shuffled", "position", "random"] = "none"  # put an attribution without information in its place
     clamp: float = 5.0  # nats: bound of a segment's centred information before it becomes credit
-    kappa: float = 2.0  # tree: pseudo-counts of the leave-one-out group mean
+    kappa: float = 2.0  # tree: pseudo-counts of what a prefix is drawn to
+    drawn_to: Literal["mean", "before"] = "mean"  # tree: the leave-one-out group mean, or the value one step before: nothing where nobody shares
     mask_answer_copies: bool = True  # tokens that spell the answer carry no information about reaching it
     reliability: float = -1.0  # in [0, 1]: fixed instead of measured; 0 is exactly the update without attribution
 

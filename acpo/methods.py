@@ -42,6 +42,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "rlsd": {**_OUTCOME, "credit.form": "ratio", "credit.bound": 0.2, "attribution.source": "hindsight", "credit.scope": "all"},
     "acpo": _ACPO,
     # what each part does: the method without it, or with a plain one in its place
+    "acpo-before": {**_ACPO, "attribution.drawn_to": "before"},
     "acpo-fixed-length": {**_ACPO, "segmenter.fixed": 8},
     "acpo-no-attribution": {**_ACPO, "attribution.source": "none", "credit.form": "none", "credit.mask": "none"},
     "acpo-no-entropy": {**_ACPO, "entropy.controller": "none"},

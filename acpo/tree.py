@@ -77,13 +77,15 @@ def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def tree_values(prefixes: Prefixes, rewards: Tensor, group_size: int, kappa: float, by_state: bool = False) -> Tensor:
+def tree_values(prefixes: Prefixes, rewards: Tensor, group_size: int, kappa: float, by_state: bool = False, before: bool = False) -> Tensor:
     """Leave-one-out values at every boundary, [S] in float64, from the other rollouts of the group:
 
         V(s) = (sum of the others' R through s + kappa V') / (n + kappa)
 
     V' is the mean of the others; with by_state it is the same estimate over the rollouts that are in the same STATE however they came there, drawn
-    to that mean in turn. Where nobody shares the prefix, V is V'. NaN, an outcome that the verifier left out, counts nowhere.
+    to that mean in turn. Where nobody shares the prefix, V is V'. With before it is not that mean that values are drawn to but the value one boundary
+    earlier: a step that nobody else took says nothing, where otherwise V jumps back to the mean. NaN, an outcome that the verifier left out, counts
+    nowhere.
     """
     outcome = rewards.tolist()
     values = []
@@ -96,8 +98,9 @@ def tree_values(prefixes: Prefixes, rewards: Tensor, group_size: int, kappa: flo
             own, mine = (0.0, 0) if math.isnan(outcome[b]) else (outcome[b], 1)
             base = (total - own) / max(1, len(known) - mine)
             names = (prefixes.state, prefixes.path) if by_state else (prefixes.path,)
+            value = base
             for k in range(len(prefixes.path[b])):
-                value = base
+                value = value if before else base
                 for table, keys in zip(tables, names, strict=True):
                     summed, count = table.get(keys[b][k], (0.0, 0))
                     n = count - mine

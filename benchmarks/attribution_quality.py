@@ -1,6 +1,6 @@
 """How well does an attribution find what a step did? Transformers on the synthetic tasks, whose V is exactly known.
 
-    python -m benchmarks.attribution_quality configs/compare/multiplication.yaml runs/compare/multiplication/warm/policy [--out DIR] [--batches 16]
+    python -m benchmarks.attribution_quality configs/compare/multiplication.yaml runs/compare/multiplication/warm/policy [KEY=VALUE ...] [--out DIR]
 
 The policy samples groups as in training; every source attributes every rollout (reliability as it would gate it, calibrated on earlier batches
 only). One table, one figure:
@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 
 from acpo import config as configuration
 from acpo.attribution import answer_copies
@@ -280,11 +281,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="a comparison, such as configs/compare/multiplication.yaml")
     parser.add_argument("policy", type=Path, help="its warm start: DIR/warm/policy")
+    parser.add_argument("settings", nargs="*", help="KEY=VALUE, other settings than the comparison's, such as attribution.drawn_to=before")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/attribution"))
     parser.add_argument("--batches", type=int, default=16, help="of 64 rollouts; the first quarter only calibrates")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    collector = Collector(trainer_of(options.config, options.policy, options.seed, {}))
+    more = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in options.settings)}
+    collector = Collector(trainer_of(options.config, options.policy, options.seed, more))
     for _ in range(options.batches // 4):
         collector.step()
     collector.rollouts.clear()
@@ -301,11 +304,12 @@ def main() -> None:
     trainer = collector.trainer
     if trainer.filler is not None:
         forked = {"segmenter.entropy": True, "segmenter.forking_share": 0.5, "segmenter.target_tokens": 4}
-        for name, share in filler_share(trainer_of(options.config, options.policy, options.seed, forked), max(6, options.batches // 2)).items():
+        forked = trainer_of(options.config, options.policy, options.seed, {**more, **forked})
+        for name, share in filler_share(forked, max(6, options.batches // 2)).items():
             table[name]["filler"] = share
     results = {
-        "task": options.config.stem, "seed": options.seed, "rollouts": len(rows), "success": float(np.mean([r["right"] for r in rows])),
-        "lines": len(rows[0]["exact"]), "table": table,
+        "task": options.config.stem, "settings": more, "seed": options.seed, "rollouts": len(rows),
+        "success": float(np.mean([r["right"] for r in rows])), "lines": len(rows[0]["exact"]), "table": table,
     }  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{options.config.stem}.json").write_text(json.dumps(results, indent=1), encoding="utf-8")

@@ -4,7 +4,8 @@
 
 The files are the results.json of `acpo compare`, one a task. Every arm that was run is in the table. Areas are interquartile means over seeds of
 the mean held-out greedy accuracy over GRPO's budget; a difference is paired by seed, with its 95 % bootstrap interval where there are 8 seeds or
-more, and the seeds that it wins. Seconds are CPU seconds of the process: wall seconds of a shared machine would be the doing of others.
+more (none where there are fewer), and the seeds that it wins. Seconds are CPU seconds of the process: wall seconds of a shared machine would be
+the doing of others.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ LEFT_OUT = ("area, seconds", "reliability", "zero-variance groups")  # of the RE
 def markdown(results: dict) -> str:
     head, body = rows(results)
     keep = [i for i, title in enumerate(head) if title not in LEFT_OUT and any(row[i] for row in body)]
-    head, body = [head[i] for i in keep], [[row[i] for i in keep] for row in body]
+    head, body = [head[i] for i in keep], [[row[i].replace(" [too few seeds]", "") for i in keep] for row in body]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
 
 

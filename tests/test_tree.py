@@ -52,6 +52,20 @@ def test_by_state_stands_between_path_and_mean():
     assert tree_values(found, rewards, 4, 2.0, by_state=True)[0].item() == pytest.approx(by_state)  # then drawn to itself: nobody on the path
 
 
+def test_a_step_that_nobody_else_took_says_nothing_when_values_are_drawn_to_the_one_before():
+    """A line more in the first rollout, behind a prefix that two share: drawn to the mean V jumps there and stays, drawn to the value before it does
+    not move; where the prefix is shared, both count the same outcomes."""
+    path = [[b"a", b"a+", b"a+b"], [b"a", b"ab"], [b"a", b"ab"], [b"x", b"xy"]]
+    rewards = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    base, first = 2 / 3, (2 + 2 * 2 / 3) / 4
+    mean, before = (tree_values(prefixes_of(path), rewards, 4, 2.0, before=b)[:5].tolist() for b in (False, True))
+    assert mean == pytest.approx([first, base, base, first, (1 + 2 * base) / 3])
+    assert before == pytest.approx([first, first, first, first, (1 + 2 * first) / 3])
+    segments = segments_of(tuple((1,) * len(p) for p in path))
+    found = tree_evidence(prefixes_of(path), rewards, 4, segments, 2.0, False, torch.ones(4, dtype=torch.bool), before=True)
+    assert found.evidence[0].item() == found.evidence[1].item() == found.evidence[2].item() > 0
+
+
 def test_unbiased_without_shrinkage():
     """Every group of three rollouts of a two-step process, weighed by its probability: where the prefix is shared, the value is V on average."""
     first, success = {b"a": 0.6, b"b": 0.4}, {b"a": 0.3, b"b": 0.8}
@@ -67,14 +81,14 @@ def test_unbiased_without_shrinkage():
         assert total[prefix] / weight[prefix] == pytest.approx(success[prefix], abs=1e-12)
 
 
-@given(st.integers(0, 2**31), st.floats(0, 5))
-def test_a_rollouts_own_outcome_is_not_in_its_values(seed, kappa):
+@given(st.integers(0, 2**31), st.floats(0, 5), st.booleans())
+def test_a_rollouts_own_outcome_is_not_in_its_values(seed, kappa, before):
     generator = torch.Generator().manual_seed(seed)
     path = [[bytes([x]) for x in torch.randint(3, (3,), generator=generator).tolist()] for _ in range(8)]
     rewards = torch.bernoulli(torch.full((8,), 0.5), generator=generator).double()
     turned = rewards.clone()
     turned[2] = 1 - turned[2]
-    one, other = (tree_values(prefixes_of(path), r, 4, kappa, True) for r in (rewards, turned))
+    one, other = (tree_values(prefixes_of(path), r, 4, kappa, True, before) for r in (rewards, turned))
     assert torch.equal(one[6:9], other[6:9]) and torch.equal(one[12:], other[12:])
 
 

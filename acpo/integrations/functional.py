@@ -257,7 +257,7 @@ class StepCredit:
                 return replace(hindsight_evidence(log_ratio, kl, segments, keep, rows, settings.clamp), acts=acts)
             prefixes = prefixes_of(batch.ids, segments, settings.keys, self.tokenizer)
             metrics["acpo/shared"] = sharing(prefixes, segments, size)
-            return tree_evidence(prefixes, outcome, size, segments, settings.kappa, settings.keys == "numbers", acts)
+            return tree_evidence(prefixes, outcome, size, segments, settings.kappa, settings.keys == "numbers", acts, settings.drawn_to == "before")
 
         return of
 
