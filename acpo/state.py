@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def save(trainer: Trainer, label: str) -> None:
     """A checkpoint: all that the next step depends on."""
-    parameters = dict(trainer.policy.named_parameters())
+    parameters: dict[str, torch.Tensor] = dict(trainer.policy.named_parameters())
     if not all(p.isfinite().all() for p in parameters.values()):
         raise TrainingError(f"the policy's weights are not finite behind step {trainer.step_number}: {STANDS}")
     tensors: dict[str, dict[str, torch.Tensor]] = {
@@ -29,7 +29,7 @@ def save(trainer: Trainer, label: str) -> None:
     if trainer.attributors.head is not None:
         tensors["head"] = trainer.attributors.head.tensors()
     if trainer.reference is not None:
-        tensors["reference"] = dict(trainer.reference.named_parameters())
+        tensors["reference"] = dict[str, torch.Tensor](trainer.reference.named_parameters())
     state = {
         "files": sorted(tensors), "warmup_step": trainer.warmup_step, "step": trainer.step_number, "numpy": trainer.rng.bit_generator.state,
         "counters": trainer.counters, "fork_threshold": trainer.forks.value, "attributors": trainer.attributors.state(),
