@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     from .compare import RunError
     from .config import ConfigError
     from .problems import ProblemError
+    from .ranks import first_to_tell
     from .rollout import RolloutError
     from .run import RunTakenError
     from .trainer import TrainingError
@@ -67,10 +68,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return {"train": _train, "eval": _eval, "report": _report, "compare": _compare}[options.verb](options)
     except (ConfigError, ProblemError, RunTakenError, ImportError) as error:  # ImportError: something optional is not installed, and says what
-        print(f"acpo: {error}", file=sys.stderr)
+        if first_to_tell():
+            print(f"acpo: {error}", file=sys.stderr)
         return 2
     except (TrainingError, CheckpointError, RunError, RolloutError, VerifyError) as error:
-        print(f"acpo: {error}", file=sys.stderr)
+        if first_to_tell():
+            print(f"acpo: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"acpo: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
@@ -82,11 +85,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _train(options) -> int:
     from . import config
-    from .run import Run, Stopped
+    from .ranks import run_of
+    from .run import Stopped
     from .trainer import Trainer
 
     settings = config.load(options.config, options.overrides)
-    run = Run(settings)
+    run = run_of(settings)
     run.say(f"run directory: {run.directory}")
     trainer = Trainer(settings, run)
     try:
@@ -123,6 +127,9 @@ def _trained(trainer) -> int:
     run.say(f"{settings.method}: {parameters:,} parameters, {len(trainer.train_problems)} problems, {len(trainer.held_out)} held out")
     last = trainer.train()
     trainer.export()
+    trainer.ranks.close()
+    if not trainer.ranks.leads:
+        return 0
     report.write(run.directory)
     run.say("  ".join(f"{name} {value:.4g}" for name, value in last.items()))
     run.say(f"curves: {run.directory / 'curves.png'}   report: {run.directory / 'report.html'}   policy: {run.directory / 'policy'}")
