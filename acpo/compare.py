@@ -37,6 +37,7 @@ from typing import Any
 from . import config as configuration
 from .config import Config, ConfigError
 from .evidence import mean_area, run_record, summarise
+from .layers import differences
 from .methods import ARMS
 
 KEYS = ("name", "settings", "seeds", "tuning", "against", "baselines", "arms")
@@ -161,7 +162,7 @@ class Comparer:
         record = json.loads(path.read_text(encoding="utf-8"))
         # Read through the present settings: one that is newer than the run stood at its default.
         past = configuration.from_layers((str(path), configuration.flatten(record["config"])))
-        changed = configuration.differences(configuration.to_dict(past), configuration.to_dict(self.settings(job)))
+        changed = differences(configuration.to_dict(past), configuration.to_dict(self.settings(job)))
         if changed:
             raise ConfigError(f"{path.parent} holds a run with other settings ({'; '.join(changed[:3])}): give another --dir, or remove it")
         self._records[job.key] = record

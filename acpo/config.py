@@ -301,7 +301,7 @@ def _override(text: str) -> tuple[str, Any]:
         return key, value  # text is what was typed, not the number or the truth value that YAML reads in it
     try:
         return key, yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return key, value
 
 

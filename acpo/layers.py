@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import reprlib
 import types
 import typing
 from pathlib import Path
@@ -18,6 +19,14 @@ class ConfigError(ValueError):
     """A setting that cannot be used: the message names the key, what was wanted and what came."""
 
 
+DEEPEST = 4
+
+
+def shown(value: Any) -> str:
+    """A value in a message: short, whatever a file nests in itself."""
+    return repr(value) if isinstance(value, (str, float, bool)) else reprlib.repr(value)
+
+
 def read_yaml(path: Path) -> dict:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -25,7 +34,7 @@ def read_yaml(path: Path) -> dict:
         raise ConfigError(f"no such configuration file: {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date or a number that there is not, a thousand brackets
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:
         return {}
@@ -35,11 +44,11 @@ def read_yaml(path: Path) -> dict:
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted ones."""
+    """Nested settings as dotted ones; no deeper than any setting lies, for YAML can nest a mapping in itself."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict):
+        if isinstance(value, dict) and prefix.count(".") < DEEPEST:
             flat.update(flatten(value, name + "."))
         else:
             flat[name] = value
@@ -52,7 +61,7 @@ def keys(cls: type, prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for item in dataclasses.fields(cls):
         kind = hints[item.name]
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             out.update(keys(kind, f"{prefix}{item.name}."))
         else:
             out[f"{prefix}{item.name}"] = kind
@@ -72,18 +81,20 @@ def typed(key: str, value: Any, kind: Any, where: str) -> Any:
         choices = typing.get_args(kind)
         if value not in choices:
             wanted = ", ".join(repr(c) for c in choices)
-            near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
-            raise ConfigError(f"{where}: {key} must be one of {wanted}, got {value!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            near = difflib.get_close_matches(shown(value).strip("'"), [str(c) for c in choices], n=1)
+            raise ConfigError(f"{where}: {key} must be one of {wanted}, got {shown(value)}" + (f"; did you mean {near[0]!r}?" if near else ""))
         return value
     if kind is float and isinstance(value, str):  # YAML 1.1 reads 2e-4 as a string
         with contextlib.suppress(ValueError):
             value = float(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        with contextlib.suppress(OverflowError):
+            value = float(value)
     if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
+        with contextlib.suppress(ValueError):  # an integer of thousands of digits
+            value = str(value)
     if isinstance(kind, types.UnionType) or not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{where}: {key} must be {'an' if kind is int else 'a'} {kind.__name__}, got {value!r}")
+        raise ConfigError(f"{where}: {key} must be {'an' if kind is int else 'a'} {kind.__name__}, got {shown(value)}")
     if kind is float and not math.isfinite(value):
         raise ConfigError(f"{where}: {key} must be finite, got {value}")
     return value

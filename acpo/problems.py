@@ -69,7 +69,7 @@ def load(
         if not right:
             raise ProblemError(f"{where}: wanted an answer behind {answer_after!r} in the field {answer!r}, got nothing")
         prompt = template.replace("{problem}", asked)
-        problems.append(Problem(str(row.get("id", number)), prompt, right, cell=kind, data=row, question=asked, **({"hint": hint} if hint else {})))
+        problems.append(Problem(str(row.get("id", number)), prompt, right, cell=kind, data=row, question=asked, hint=hint or HINT))
     if not problems:
         raise ProblemError(f"problems.path: {path} holds no problem")
     return problems
@@ -125,6 +125,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, int, dict]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ProblemError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+            raise ProblemError(f"{where}: not valid JSON: {error}") from None
         if not isinstance(row, dict):
             raise ProblemError(f"{where}: wanted a JSON object, got {type(row).__name__}")
         yield where, number, row

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+from typing import TextIO
 
 import yaml
 from rich.console import Console
@@ -39,7 +40,7 @@ class Run:
         self.console = Console(file=sys.stdout)
         self.progress: Progress | None = None
         self.shown: dict[str, float] = {}
-        self.locked = None  # the open file that holds the lock
+        self.locked: TextIO | None = None  # the open file that holds the lock
         self.keeps_rollouts = config.trainer.keep_rollouts and importlib.util.find_spec("pyarrow") is not None
 
     def lock(self) -> None:

@@ -11,7 +11,7 @@ import unicodedata
 import yaml
 
 from .config import Config, ConfigError, ProblemsConfig
-from .problems import Problem, load
+from .problems import HINT, Problem, load
 from .synthetic import TASKS, Chain, Multiplication, problems
 
 FIFTH = 0.2  # of the hashes: no more are held out where a number is wanted
@@ -109,7 +109,8 @@ def gym_problems(settings: ProblemsConfig, count: int, stream: int, exclude: fro
             makers.append(reasoning_gym.create_dataset(name, **{**options, "seed": seed, "size": 4 * count + 100}))
         except (TypeError, AssertionError, ValueError) as error:
             raise ConfigError(f"problems.options: the task {name!r} refuses {settings.options!r}: {error}") from None
-    out, seen = [], set(exclude)
+    out: list[Problem] = []
+    seen = set(exclude)
     for i in range(4 * count + 100):
         for name, maker in zip(names, makers, strict=True):
             if len(out) == count:
@@ -118,7 +119,7 @@ def gym_problems(settings: ProblemsConfig, count: int, stream: int, exclude: fro
             problem = Problem(
                 f"{name}-{stream}-{i}", settings.template.replace("{problem}", entry["question"]), str(entry["answer"]), cell=name,
                 data={"task": name, "options": text, "entry": entry}, question=entry["question"],
-                **({"hint": settings.hint} if settings.hint else {}),
+                hint=settings.hint or HINT,
             )  # fmt: skip
             if question_key(problem) not in seen:
                 seen.add(question_key(problem))

@@ -21,7 +21,7 @@ def save(trainer: Trainer, label: str) -> None:
     parameters = {name: full(value.detach()) for name, value in trainer.policy.trained().items()}
     if not all(p.isfinite().all() for p in parameters.values()):
         raise TrainingError(f"the policy's weights are not finite behind step {trainer.step_number}: {STANDS}")
-    tensors = {
+    tensors: dict[str, dict[str, torch.Tensor]] = {
         "policy": parameters,
         "optimizer": {name: full(value) for name, value in checkpoint.optimizer_tensors(trainer.optimizer).items()},
         "random": {"torch": torch.get_rng_state()},

@@ -205,7 +205,8 @@ TASKS = {"multiplication": Multiplication, "chain": Chain}
 
 def problems(task: Multiplication | Chain, count: int, seed: int, exclude: frozenset[str] = frozenset()) -> list[Problem]:
     """`count` different problems, none of them with an id in `exclude`; the same for the same seed."""
-    rng, out, seen = np.random.default_rng((seed, 3)), [], set(exclude)
+    rng, seen = np.random.default_rng((seed, 3)), set(exclude)
+    out: list[Problem] = []
     for _ in range(100 * count):
         if len(out) == count:
             break

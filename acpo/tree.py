@@ -142,7 +142,7 @@ def branch_differences(responses: list[Tensor], rewards: Tensor, group_size: int
         together = [list(range(group_size))]  # rollouts of one prefix
         value = [[_known_mean(outcome[begin : begin + group_size], 0.0)] for _ in group]
         for t in range(max(map(len, ids))):
-            parted = []
+            parted: list[list[int]] = []
             for members in together:
                 by_token: dict[int, list[int]] = defaultdict(list)
                 for i in members:

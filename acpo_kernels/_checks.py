@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ def tensor(
     if dtypes is not None and value.dtype not in dtypes:
         hint = " (fp8 is not supported)" if "float8" in str(value.dtype) else ""
         raise ValueError(f"{name} must have dtype {_short(dtypes)}, got {_short([value.dtype])}{hint}")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got layout {value.layout}")
     if ndim is not None and value.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimension{'s' if ndim != 1 else ''}, got shape {tuple(value.shape)}")
     if shape is not None and tuple(value.shape) != tuple(shape):
@@ -43,7 +46,9 @@ def tensor(
 
 def is_vector(value: object, length: int, device: torch.device, dtypes: tuple[torch.dtype, ...] = FLOAT) -> bool:
     """What `tensor` checks of a tensor [length], in one expression: an operation says what is wrong only once this has failed."""
-    return isinstance(value, Tensor) and value.dtype in dtypes and value.shape == (length,) and value.device == device
+    return (
+        isinstance(value, Tensor) and value.dtype in dtypes and value.shape == (length,) and value.device == device and value.layout is torch.strided
+    )
 
 
 def number(name: str, value: object, *, low: float | None = None, above: float | None = None, high: float | None = None) -> None:
@@ -52,6 +57,8 @@ def number(name: str, value: object, *, low: float | None = None, above: float |
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if value != value or value in (float("inf"), float("-inf")):
         raise ValueError(f"{name} must be finite, got {value}")
+    if isinstance(value, int) and abs(value) > 2**1023:
+        raise ValueError(f"{name} must be a number that a float holds, got an integer of {value.bit_length()} bits")
     if above is not None and not value > above:
         raise ValueError(f"{name} must be greater than {above}, got {value}")
     if low is not None and value < low:
@@ -72,7 +79,7 @@ def tensor_or_number(name: str, value, shapes: tuple, device, *, above: float | 
 
 
 def choice(name: str, value: object, choices: tuple) -> None:
-    if value not in choices:
+    if not (value is None or isinstance(value, str)) or value not in choices:  # an array would compare its elements
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
@@ -130,11 +137,11 @@ def _ids_mask_temperature(ids, shape, device, temperature_, mask) -> None:
     temperature(temperature_, shape, device)
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under autocast the operands of a matrix product take its dtype (differentiably); outside they are left as they are."""
-    given = [t for t in tensors if t is not None]
-    kind = given[0].device.type
-    if not torch.is_autocast_enabled(kind) or given[0].dtype == torch.float64:
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Under autocast the operands of a matrix product, tensors or None behind the first, take its dtype (differentiably); outside they are left as
+    they are."""
+    kind = tensors[0].device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(None if t is None else t.to(dtype) for t in tensors)

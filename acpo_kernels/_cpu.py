@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ._layout import row_layout
 
-available = importlib.util.find_spec(f"{__package__}._C") is not None
+available: bool = importlib.util.find_spec(f"{__package__}._C") is not None
 if available:  # one that is there and does not load is an error, not a reason to be slow
-    from . import _C
+    from . import _C  # type: ignore[attr-defined]
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -86,7 +86,7 @@ _WORKING = (torch.float32, torch.float64)
 # contiguous, every other tensor of at most one dimension read where it lies.
 
 
-def _empty(like: Tensor, *shape: int) -> Tensor:  # one number by another: as a tuple they take torch half a microsecond more
+def _empty(like: Tensor, *shape) -> Tensor:  # one number by another: as a tuple they take torch half a microsecond more
     """Of the results' dtype, in host memory whatever the default device and dtype are."""
     return like.new_empty(*shape) if like.dtype in _WORKING else like.new_empty(*shape, dtype=torch.float32)
 

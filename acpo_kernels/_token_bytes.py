@@ -50,7 +50,10 @@ def _backend(tokenizer: Any) -> Any:
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"tokenizer must be a tokenizer.json or a folder that holds one, got {str(tokenizer)!r}: no file {path}")
-        return Tokenizer.from_file(str(path))
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"tokenizer: cannot read {path}: {' '.join(str(error).split())[:300]}") from None
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if not all(hasattr(backend, name) for name in ("get_vocab", "get_added_tokens_decoder", "decoder", "pre_tokenizer")):
         raise ValueError(f"{NO_ACCESS}, got {type(tokenizer).__name__}, which has no backend_tokenizer")
@@ -101,12 +104,13 @@ def _decode(tokens: list[str], decoder: list[dict], pre_tokenizer: list[dict]) -
 
 def _byte_level(tokens: list[str]) -> list[bytes]:
     # One translation of all tokens at once: a character is a byte, so their lengths stay.
-    joined = "".join(tokens).translate(BYTE_LEVEL)
+    text = "".join(tokens).translate(BYTE_LEVEL)
     try:
-        joined = joined.encode("latin-1")
+        joined = text.encode("latin-1")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{NO_ACCESS}, got a byte-level vocabulary with the character {joined[error.start]!r}, which is no byte") from error
-    out, at = [], 0
+        raise ValueError(f"{NO_ACCESS}, got a byte-level vocabulary with the character {text[error.start]!r}, which is no byte") from error
+    out: list[bytes] = []
+    at = 0
     for token in tokens:
         out.append(joined[at : at + len(token)])
         at += len(token)

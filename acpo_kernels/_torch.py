@@ -70,7 +70,7 @@ class _Head:
         return tile if missing == 0 else torch.cat([tile, tile.new_zeros(missing, tile.shape[1])])
 
 
-def _temperature(temperature: float | None, temperatures: Tensor | None, rows: slice) -> tuple[float, Tensor | None]:
+def _temperature(temperature: float | None, temperatures: Tensor | None, rows: slice) -> tuple[float | None, Tensor | None]:
     return (temperature, None) if temperatures is None else (1.0, temperatures[rows])
 
 
@@ -222,7 +222,8 @@ def policy_loss(
     # Clipped only where the clipped surrogate IS the smaller: a NaN stays one.
     grad = torch.where(reference._clamp(r, 1.0 - low, 1.0 + high) * a < r * a, 0.0, -r * a)
     if rollout_logp is not None:
-        grad = grad * torch.exp((old - torch.where(keep, rollout_logp.to(dtype), 0.0)).clamp(-limit, limit)).clamp(max=rollout_cap)
+        drift = (old - torch.where(keep, rollout_logp.to(dtype), 0.0)).clamp(-limit, limit)
+        grad = grad * torch.exp(drift).clamp(max=min(rollout_cap, reference._FAR))
     if ref_logp is not None:
         delta = torch.where(keep, ref_logp.to(dtype), 0.0) - lp
         clamped = delta.clamp(-limit, limit)

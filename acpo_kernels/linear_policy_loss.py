@@ -11,7 +11,7 @@ from . import _cpu, _linear_loss, _torch, reference
 from ._library import define, number_or_tensor
 from ._results import LinearPolicyLoss
 from .policy_loss import check_arguments
-from .segments import Segments
+from .segments import Segments, check_segments
 
 
 def linear_policy_loss(
@@ -61,6 +61,7 @@ def linear_policy_loss(
         Those of the two operations; gradients in the forward as in Liger's fused linear losses.
     """
     check.implementation(impl)
+    check_segments(segments)
     check.tensor("hidden", hidden, check.FLOAT, ndim=2)
     check.tensor("weight", weight, check.FLOAT, ndim=2)
     hidden, weight, bias = check.autocast(hidden, weight, bias)

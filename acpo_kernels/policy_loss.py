@@ -9,7 +9,7 @@ from . import _checks as check
 from . import _cpu, _torch, reference
 from ._library import define, number_or_tensor, triton
 from ._results import PolicyLoss
-from .segments import Segments
+from .segments import Segments, check_segments
 
 
 def policy_loss(
@@ -82,6 +82,7 @@ def policy_loss(
 
 def check_arguments(segments, clip, ratio, kl_weight, rollout_cap, entropy_weight, denominator, given, optional) -> tuple[float, float]:
     """Checks what every form of the loss takes (given and optional: named tensors [N]); returns clip as two numbers."""
+    check_segments(segments)
     n, device = segments.num_tokens, segments.device
     for name, value in given:
         check.tensor(name, value, check.FLOAT, shape=(n,), shape_name="[N]", device=device)

@@ -16,6 +16,7 @@ from .segments import Segments
 
 IGNORED = -100  # the id of a row to leave out, as in torch.nn.functional.cross_entropy
 LOG_RATIO_LIMIT = 20.0  # exp(20) = 5e8: past it a ratio says only that it is clipped
+_FAR = 1e30  # no ratio reaches it, and float32 holds it: a larger bound binds nothing
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -219,6 +220,8 @@ def policy_loss(
     logp, advantages = unmasked(logp), unmasked(advantages)
     old = logp.detach() if old_logp is None else unmasked(old_logp)
     count = mask.to(dtype)
+    low: float | Tensor
+    high: float | Tensor
     low, high = clip
 
     # Ratio: r_t = sg[s] exp(logp_t - sg[logp_t]), s = exp(mean of the clamped log-ratio over the token, segment or sequence)
@@ -237,7 +240,7 @@ def policy_loss(
     surrogate = torch.where(r * advantages <= clipped, r * advantages, clipped)  # the minimum; its gradient is whole on a border of the clip
     if rollout_logp is not None:  # truncated importance sampling against the engine that sampled
         drift = (old - unmasked(rollout_logp)).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-        surrogate = surrogate * torch.exp(drift).clamp(max=rollout_cap)
+        surrogate = surrogate * torch.exp(drift).clamp(max=min(rollout_cap, _FAR))
     per_token = -surrogate
     k3 = None
     if ref_logp is not None:

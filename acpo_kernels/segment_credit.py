@@ -10,7 +10,7 @@ from . import _checks as check
 from . import _cpu, _torch, reference
 from ._library import define, number_or_tensor, triton
 from ._results import SegmentCredit
-from .segments import Segments
+from .segments import Segments, check_segments
 
 
 def segment_credit(
@@ -60,12 +60,14 @@ def segment_credit(
     Source
         Section 4 of docs/method.md: our reading of ACPO's factorized reward (arXiv 2510.08899).
     """
+    check_segments(segments)
     device = segments.device
     if not (
         impl is None
         and check.is_vector(scores, segments.num_segments, device)
         and check.is_vector(advantages, segments.num_sequences, device)
         and (mask is None or check.is_vector(mask, segments.num_tokens, device, check.BOOL))
+        and type(form) is type(terminal) is str
         and form in _FORM
         and terminal in _TERMINAL
         and type(bound) is type(gain) is type(reliability) is float

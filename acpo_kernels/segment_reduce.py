@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import _checks as check
 from . import _cpu, _torch, reference
 from ._library import define, triton
-from .segments import Segments
+from .segments import Segments, check_segments
 
 
 def segment_reduce(
@@ -29,6 +30,7 @@ def segment_reduce(
     Source
         `torch.segment_reduce`, with offsets on two levels and a mask.
     """
+    check_segments(segments)
     device, n = segments.device, segments.num_tokens
     if not (
         impl is None
@@ -37,6 +39,8 @@ def segment_reduce(
         and values.device == device
         and values.ndim in (1, 2)
         and values.shape[-1] == n
+        and values.layout is torch.strided
+        and type(reduce) is type(level) is str
         and reduce in _REDUCE
         and level in _LEVEL
         and (mask is None or check.is_vector(mask, n, device, check.BOOL))

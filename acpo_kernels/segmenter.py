@@ -121,6 +121,8 @@ class Segmenter:
         boundary_scores: Mapping[str, float] | None = None,
     ):
         """tokens: the bytes of each id, empty for one that is no text. See `from_tokenizer` for the rest."""
+        if isinstance(tokens, (str, bytes)) or not isinstance(tokens, Sequence) or not all(isinstance(t, bytes) for t in tokens):
+            raise TypeError("tokens must be a sequence with the bytes of each id, got something else")
         vocab_size = len(tokens) if vocab_size is None else vocab_size
         _integers(vocab_size=vocab_size, min_tokens=min_tokens, max_tokens=max_tokens, max_segments=max_segments, target_tokens=target_tokens)
         if vocab_size < len(tokens):
@@ -129,6 +131,8 @@ class Segmenter:
             raise ValueError(f"max_tokens must be at least min_tokens = {min_tokens}, got {max_tokens}")
         if threads is not None:
             _integers(threads=threads)
+        if not (boundary_scores is None or isinstance(boundary_scores, Mapping)):
+            raise TypeError(f"boundary_scores must be a mapping from rules to scores, got {type(boundary_scores).__name__}")
         weights = dict(BOUNDARY_SCORES)
         for name, value in (boundary_scores or {}).items():
             check.choice("boundary_scores", name, tuple(BOUNDARY_SCORES))
@@ -292,11 +296,18 @@ def _answer_start(name: str, value: Tensor, offsets: Tensor) -> Tensor:
 
 def _patterns(markers: Sequence[str], aloud: Sequence[str]) -> list[tuple[bytes, int]]:
     for name, texts in (("markers", markers), ("aloud", aloud)):
-        if isinstance(texts, str) or "" in texts:
-            raise ValueError(f"{name} must be a sequence of strings that are not empty, got {texts!r}")
+        if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(t, str) and _is_text(t) for t in texts):
+            raise ValueError(f"{name} must be a sequence of strings that are not empty and can be encoded, got {texts!r}")
     kinds = {_MARKER: markers, _HEAD: _HEADS, _ABBREVIATION: _ABBREVIATIONS, _ANSWER: _ANSWERS, _ALOUD: aloud}
     kinds |= {_BOXED: ("\\boxed{",), _THINK_OPEN: ("<think>",), _THINK_CLOSE: ("</think>",)}
     return [(text.encode(), bits) for bits, texts in kinds.items() for text in texts]
+
+
+def _is_text(text: str) -> bool:
+    try:
+        return len(text.encode()) > 0
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
 
 
 def _integers(**values: Any) -> None:

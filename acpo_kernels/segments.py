@@ -118,6 +118,11 @@ class Segments:
         return f"Segments({self.num_tokens} tokens, {self.num_segments} segments, {self.num_sequences} sequences, {self.device})"
 
 
+def check_segments(value: object) -> None:
+    if not isinstance(value, Segments):
+        raise TypeError(f"segments must be a Segments object, got {type(value).__name__}")
+
+
 def _ids(lengths: Tensor, total: int) -> Tensor:
     index = torch.arange(lengths.shape[0], device=lengths.device)
     return torch.repeat_interleave(index, lengths, output_size=total)  # output_size: no read-back of the sum

@@ -24,7 +24,6 @@ from acpo.policy import Policy
 from acpo.run import Run
 from acpo.trainer import Trainer, TrainingError
 
-ROOT = Path(__file__).resolve().parents[1]
 TREE = "attribution.source=tree", "credit.scope=all"
 MANY = "rollout.prompts=8", "rollout.group_size=8"  # so many that some groups have both outcomes and rollouts that share their first line
 

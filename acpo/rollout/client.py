@@ -29,7 +29,7 @@ class Client:
     def __init__(self, url: str):
         try:
             parts = urllib.parse.urlsplit(url)
-            self.host, self.port = parts.hostname, parts.port
+            self.host, self.port = parts.hostname or "", parts.port
         except ValueError as error:
             raise ConfigError(f"rollout.server.url must be http://host:port, got {url!r}: {error}") from None
         if parts.scheme not in ("http", "https") or not self.host or parts.query or parts.fragment or parts.username:
@@ -68,6 +68,8 @@ class Client:
                     content += piece
                     if len(content) > most_bytes:
                         raise NoAnswer(f"{path} answered more than {most_bytes:,} bytes")
+                if response.length:  # of the announced bytes; a number that is cut short is a number too
+                    raise NoAnswer(f"{path} ended {response.length:,} bytes before its announced end")
         except (OSError, http.client.HTTPException) as error:
             if late.is_set() or isinstance(error, TimeoutError):
                 raise NoAnswer(f"{path} was not answered within {seconds:g} seconds") from None

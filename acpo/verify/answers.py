@@ -74,8 +74,9 @@ def extract_answer(text: str, how: str) -> str | None:
     found = marked_answer(text, how)
     if how == "number" or (how == "auto" and found is None and "####" not in text):
         return last_number(text)
-    by_line = how == "auto" and found is not None and last_boxed(text) is None and last_tag(text) is None
-    return last_number(found) if by_line else found
+    if how == "auto" and found is not None and last_boxed(text) is None and last_tag(text) is None:
+        return last_number(found)
+    return found
 
 
 def last_number(text: str) -> str | None:

@@ -121,7 +121,7 @@ class Pool:
         """One future a job, in order: what the worker replied, or {"status": "timeout"}, or {"status": "died"} where two workers died of it."""
         if self.closed:
             raise VerifyError("the verifier is closed")
-        futures = [Future() for _ in jobs]
+        futures: list[Future] = [Future() for _ in jobs]
         self.loop.call_soon_threadsafe(self._put, list(zip(jobs, futures, strict=True)))
         return futures
 
