@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +155,7 @@ class Policy(nn.Module):
 SIZES = {"tiny": (64, 128, 2, 2), "small": (96, 288, 2, 4)}
 
 
-def build(config: Config) -> tuple[Policy, object]:
+def build(config: Config) -> tuple[Policy, Any]:
     """The policy and its tokenizer. Weights of a `from_config` policy are drawn from torch's global generator (the run's seed)."""
     settings = config.policy
     if settings.path and not Path(settings.path).is_dir():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +25,7 @@ from .run import Run
 
 if TYPE_CHECKING:
     from .batch import Batch
+    from .policy import Policy
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
@@ -126,7 +127,7 @@ class Ranks:
             dist.broadcast_object_list(made, src=0)
         return made[0]
 
-    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Gradients of what every rank held as one sum, in place; a rank without a gradient adds nothing. Sharded ones are summed by their own
         backward."""
         if self.size == 1 or self.sharded:
@@ -146,7 +147,7 @@ class Ranks:
 
     # --- FSDP2 --------------------------------------------------------------------------------------------------------------------
 
-    def shard(self, policy: nn.Module) -> None:
+    def shard(self, policy: Policy) -> None:
         """Shares out the policy's parameters: a group a layer, the rest (embeddings, head) one more."""
         from torch.distributed.fsdp import fully_shard
 
@@ -197,7 +198,7 @@ def full(value: Tensor) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def placed(value: Tensor, like: Tensor) -> Tensor:
+def placed(value: Tensor, like: Any) -> Tensor:
     """A whole tensor shared out as `like` is."""
     if not hasattr(like, "placements") or value.shape != like.shape:
         return value

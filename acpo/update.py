@@ -108,7 +108,7 @@ def gradients(batch: Batch, rows: list[int], policy: Policy, config: Config, cli
             sums[name] = best(sums[name], float(result.metrics[name]))
     sums = ranks.added(sums)
     finite("loss", torch.tensor(sums["loss"]))
-    ranks.sum_gradients(list(policy.trained().values()))
+    ranks.sum_gradients(policy.trained().values())
     return sums
 
 
