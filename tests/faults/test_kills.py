@@ -27,6 +27,7 @@ def test_killed_at_random_instants_and_continued(nursery, undisturbed, tmp_path,
     said = ""
     while number < KILLS:
         run = tmp_path / str(runs)
+        found = None
         for _ in range(min(PER_RUN, KILLS - number)):
             job = nursery.start(run)
             # Half of the kills seek the phase that was hit least; the others come at any instant.
@@ -47,7 +48,7 @@ def test_killed_at_random_instants_and_continued(nursery, undisturbed, tmp_path,
         job = nursery.start(run)
         code, said = job.wait(), job.said()
         assert code == 0, f"seed {SEED}, run {runs}: {said}"
-        assert (found is None) or "resumed from" in said
+        assert found is None or "resumed from" in said
         same(undisturbed, run)
         runs += 1
     with capsys.disabled():
