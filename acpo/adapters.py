@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from .config import ConfigError, PolicyConfig
 
 
-def add(model: nn.Module, settings: PolicyConfig) -> None:
+def add(model: Any, settings: PolicyConfig) -> None:
     """Puts adapters of policy.lora_rank into the layers of policy.lora_targets and freezes everything else. B starts at 0: nothing changes yet."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -20,14 +21,14 @@ def add(model: nn.Module, settings: PolicyConfig) -> None:
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     if targets != "all-linear" and head.rpartition(".")[2] in targets:
         raise ConfigError(f"policy.lora_targets must leave the head {head!r} out: its weight goes into the loss as it is")
-    alpha = settings.lora_alpha or 2 * settings.lora_rank
+    alpha: Any = settings.lora_alpha or 2 * settings.lora_rank
     try:
         inject_adapter_in_model(LoraConfig(r=settings.lora_rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM"), model)
     except ValueError as error:
         raise ConfigError(f"policy.lora_targets: {' '.join(str(error).split())}") from None
 
 
-def layers(model: nn.Module) -> dict[str, nn.Module]:
+def layers(model: nn.Module) -> dict[str, Any]:
     """The layers with an adapter, by name."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight")}
 

@@ -72,7 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _said(error: object, code: int) -> int:
-    print(f"acpo: {error}", file=sys.stderr)
+    from .ranks import first_to_tell
+
+    if first_to_tell():  # of several processes one says why
+        print(f"acpo: {error}", file=sys.stderr)
     return code
 
 

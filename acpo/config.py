@@ -213,6 +213,8 @@ class TrainerConfig:
     checkpoint_every: int = 10  # steps
     keep_checkpoints: int = 2  # the newest
     threads: int = 0  # 0: torch's own choice
+    sharding: Literal["none", "full"] = "none"  # of weights, gradients and optimizer state between processes; full: FSDP2
+    rank_timeout: float = 60.0  # minutes that a process waits for the others: at least the longest evaluation
     keep_rollouts: bool = True  # every rollout as parquet, where pyarrow is installed
     log: Literal["", "tensorboard", "wandb", "trackio"] = ""  # the metrics there as well; each is an extra of that name
 
@@ -324,7 +326,7 @@ _POSITIVE = (
     "trainer.micro_batch_tokens", "trainer.eval_every", "trainer.checkpoint_every", "trainer.keep_checkpoints", "optimizer.learning_rate",
     "optimizer.max_grad_norm", "warmup.batch", "warmup.learning_rate", "segmenter.min_tokens", "segmenter.max_segments",
     "segmenter.target_tokens", "attribution.clamp", "verify.timeout", "eval.temperature", "problems.train", "problems.held_out",
-    "curriculum.max_rounds", "curriculum.candidates",
+    "curriculum.max_rounds", "curriculum.candidates", "trainer.rank_timeout",
     "rollout.vllm.tensor_parallel_size", "rollout.server.concurrency", "rollout.server.timeout", "rollout.server.start_timeout",
     "stages.switch_window", "entropy.min_weight", "entropy.start", "entropy.end",
 )  # fmt: skip

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import ConfigError
 
 
-def hidden_states(model: nn.Module, rows: list[Tensor], starts: list[int]) -> Tensor:
+def hidden_states(model: Any, rows: list[Tensor], starts: list[int]) -> Tensor:
     """The hidden states that predict the tokens of each row from its `starts` on, packed [N,H].
 
     Positions that begin anew tell the rows apart: transformers makes sdpa's mask from them, causal within a row and closed between rows,
@@ -31,7 +32,7 @@ def hidden_states(model: nn.Module, rows: list[Tensor], starts: list[int]) -> Te
 
 
 @torch.no_grad()
-def check(model: nn.Module, precision: torch.autocast) -> None:
+def check(model: Any, precision: torch.autocast) -> None:
     """Refuses a model that would let one rollout see another, or that counts positions through: recurrent layers and convolutions carry
     their state over, some position biases know no beginning but the row's. Asked of the model itself, in three forwards of a dozen tokens."""
     training, vocabulary = model.training, model.get_input_embeddings().weight.shape[0]

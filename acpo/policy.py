@@ -83,9 +83,11 @@ class Policy(nn.Module):
         for name, value in adapters.merged(self.model):
             yield from revert_weight_conversion(self.model, {name: value.detach()}).items()
 
-    def save(self, folder: Path) -> None:
-        """The model as a folder that transformers reads, adapters merged."""
-        self.model.save_pretrained(folder, state_dict=dict(adapters.merged(self.model)) if adapters.layers(self.model) else None)
+    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """The model as a folder that transformers reads, adapters merged. weights: where it does not hold them whole itself."""
+        if adapters.layers(self.model):
+            weights = dict(adapters.merged(self.model))
+        self.model.save_pretrained(folder, state_dict=weights)
 
     def save_shape(self, folder: Path) -> Path:
         """The model's configuration, without weights, as a folder that vLLM builds it from."""

@@ -10,6 +10,7 @@ from . import checkpoint
 from .config import Config, ConfigError, to_dict
 from .guard import STANDS, TrainingError
 from .layers import differences
+from .ranks import full, placed
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -17,14 +18,16 @@ if TYPE_CHECKING:
 
 def save(trainer: Trainer, label: str) -> None:
     """A checkpoint: all that the next step depends on."""
-    parameters = trainer.policy.trained()
+    parameters = {name: full(value.detach()) for name, value in trainer.policy.trained().items()}
     if not all(p.isfinite().all() for p in parameters.values()):
         raise TrainingError(f"the policy's weights are not finite behind step {trainer.step_number}: {STANDS}")
     tensors: dict[str, dict[str, torch.Tensor]] = {
         "policy": parameters,
-        "optimizer": checkpoint.optimizer_tensors(trainer.optimizer),
+        "optimizer": {name: full(value) for name, value in checkpoint.optimizer_tensors(trainer.optimizer).items()},
         "random": {"torch": torch.get_rng_state()},
     }
+    if not trainer.ranks.leads:
+        return
     if trainer.attributors.head is not None:
         tensors["head"] = trainer.attributors.head.tensors()
     if trainer.reference is not None:
@@ -39,9 +42,9 @@ def save(trainer: Trainer, label: str) -> None:
 
 
 def settings_changed(state: dict, config: Config) -> list[str]:
-    """How the settings of a checkpoint differ from these, but for who is told of the numbers."""
+    """How the settings of a checkpoint differ from these, but for who is told of the numbers and over whom the weights are spread."""
     now = to_dict(config)
-    past = {**state["config"], "trainer": {**state["config"]["trainer"], "log": config.trainer.log}}
+    past = {**state["config"], "trainer": {**state["config"]["trainer"], "log": config.trainer.log, "sharding": config.trainer.sharding}}
     return differences(past, now)
 
 
@@ -59,9 +62,12 @@ def resume(trainer: Trainer) -> None:
         raise ConfigError(f"{trainer.run.directory} holds a run with other settings ({'; '.join(changed[:3])}): give another run_dir, or remove it")
     trainer.curriculum.load(state["curriculum"])
     trainer.run.begin()
-    trainer.policy.load_state_dict(tensors["policy"], strict=False)
+    own = dict(trainer.policy.named_parameters())
+    trainer.policy.load_state_dict({name: placed(value, own[name]) for name, value in tensors["policy"].items()}, strict=False)
     trainer.warmup_step, trainer.step_number = state["warmup_step"], state["step"]
-    checkpoint.load_optimizer(trainer.optimizer, tensors["optimizer"])
+    order = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    moments = {name: placed(value, order[int(name.partition(".")[0])]) for name, value in tensors["optimizer"].items()}
+    checkpoint.load_optimizer(trainer.optimizer, moments)
     torch.set_rng_state(tensors["random"]["torch"])
     trainer.rng.bit_generator.state = state["numpy"]
     trainer.counters, trainer.forks.value = state["counters"], state["fork_threshold"]

@@ -4,9 +4,9 @@
 
 Everything with a decision in it is a module of its own; here they are called in order.
 
-Simplifications, with their reasons: one process (the loop under `accelerate launch` is not written yet); rollouts are scored by the
-training forward again although the engine returns log-probs, so that the first ratio is exactly 1; the reference of stage 2 is a second
-copy of the weights on the same device.
+Simplifications, with their reasons: rollouts are scored by the training forward again although the engine returns log-probs, so that the first
+ratio is exactly 1; the reference of stage 2 is a second copy of the weights on the same device; of several processes (ranks.py) each does the
+warm-up whole, and one alone the evaluations.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from .policy import Policy, build
 from .probe import suffix_of
 from .problems import Problem
 from .prompts import Prompts
+from .ranks import RankLost, Ranks, full
 from .rollout import Engine, RolloutError
 from .rollout import build as build_engine
 from .rollout.kept import Kept
@@ -56,6 +57,7 @@ class Trainer:
     def __init__(self, config: Config, run: Run, problems: list[Problem] | None = None):
         """problems: these instead of those that the configuration names, all of them held out (an evaluation)."""
         self.config, self.run = config, run
+        self.ranks = Ranks(config)
         torch.manual_seed(config.seed)
         if config.trainer.threads:
             torch.set_num_threads(config.trainer.threads)
@@ -84,6 +86,8 @@ class Trainer:
         self.warmup_step = self.step_number = 0
         self.guard = Guard(run.directory / "diagnosis.json")
         self.stopping = False  # set from outside: the step under way is the last one, and Stopped comes behind its checkpoint
+        if config.trainer.sharding == "full" and self.ranks.size > 1:
+            self.ranks.shard(self.policy)
         self.optimizer = self._optimizer(config.warmup.learning_rate if config.warmup.steps else config.optimizer.learning_rate)
 
     @cached_property
@@ -97,7 +101,7 @@ class Trainer:
         """Warm-up, stage 1, stage 2, evaluation; continues from the newest checkpoint of the run. Returns the last evaluation."""
         try:
             return self._train()
-        except RolloutError as error:
+        except (RolloutError, RankLost) as error:
             self.run.finish()
             stands = checkpoint.newest(self.run.checkpoints)
             raise TrainingError(f"{error}; checkpoint {stands or 'none'} stands: the same command continues from it") from None
@@ -111,9 +115,9 @@ class Trainer:
         self.engine.sync()  # before the warm-up: an engine that cannot start is known at once
         self.warm_up()
         steps = self.config.trainer.steps
-        if self.step_number == 0 and not self.run.has_step(0):
+        if self.step_number == 0 and self.ranks.of_leader(lambda: not self.run.has_step(0)):
             self.run.log({"phase": "start", "step": 0, **self._evaluate(0), **self.counters})
-        if self.stopping:
+        if any(self.ranks.gather(self.stopping)):
             raise Stopped("the start")
         self.run.start_phase(f"stage {self.stages.stage}", steps, self.step_number)
         while self.step_number < steps:
@@ -130,7 +134,7 @@ class Trainer:
             if self.stages.stage != stage:
                 self.run.say(f"stage 2 from step {self.step_number + 1}: {self.stages.reason}")
                 self.run.start_phase("stage 2", steps, self.step_number)
-            stopping = self.stopping
+            stopping = any(self.ranks.gather(self.stopping))
             if stopping or self.step_number % self.config.trainer.checkpoint_every == 0 or self.step_number == steps:
                 state.save(self, f"step-{self.step_number}")
             if stopping and self.step_number < steps:
@@ -144,17 +148,17 @@ class Trainer:
         cpu, before = time.process_time(), self.counters["tokens/generated"]
         with clock("sync"):
             self.engine.sync()
-        with clock("rollout"):
+        with clock("rollout"), self.ranks.whole(self.policy):
             indices, batch, outcome = self._rollout()
-        with clock("score"):
+        with clock("score"), self.ranks.whole(self.policy):
             # The text is read beside the forward; where to cut also depends on that forward's entropy.
             reading = self.reader.submit(self.segmenter.read, batch.token["ids"].cpu(), batch.segments.cu_seqlens.cpu())
             self._score(batch, outcome, indices)
         with clock("segment"):
             self._segment(batch, reading.result())
-        with clock("attribute"):
+        with clock("attribute"), self.ranks.whole(self.policy):
             attribution = self._attribute(batch, outcome, indices)
-        with clock("credit"):
+        with clock("credit"), self.ranks.whole(self.policy):
             advantages, weights = self._credit(batch, outcome, attribution)
         with clock("update"):
             losses = self._update(batch)
@@ -178,7 +182,7 @@ class Trainer:
         timing["time/segment_share"] = clock.seconds["segment"] / taken
         timing["tokens/per_second"] = (self.counters["tokens/generated"] - before) / taken
         return {
-            **metrics, **self.curriculum.metrics(), **self.verifier.metrics(), **losses, **self.counters, **timing,
+            **metrics, **self.curriculum.metrics(), **self.ranks.added(self.verifier.metrics()), **losses, **self.counters, **timing,
             "step_time": taken, **peak_memory(self.policy.device),
         }  # fmt: skip
 
@@ -196,12 +200,13 @@ class Trainer:
             indices = self.curriculum.sample(wanted - len(kept), self.stages.stage, self.rng)
             problems = [self.train_problems[i] for i in indices for _ in range(size)]
             prompts = [ids for i in indices for ids in [self.prompts.prompt(self.train_problems[i].prompt)] * size]
-            samples = self._generate(prompts, round_)
+            samples = self._generate(self.ranks.share(prompts), round_)
             texts = self.tokenizer.batch_decode([s.ids for s in samples], skip_special_tokens=True)
-            pending = self.verifier.submit(problems, texts)
+            pending = self.verifier.submit(self.ranks.share(problems), texts)
             with self.clock("verify"):
-                verdicts = pending.result()
-                rewards = np.array(verify.rewards(problems, verdicts, self.rng))
+                verdicts = self.ranks.concat(pending.result())
+            samples = self.ranks.concat(samples, self.policy.device)
+            rewards = np.array(verify.rewards(problems, verdicts, self.rng))
             self.counters["tokens/generated"] += sum(len(s.ids) for s in samples)
             for g, index in enumerate(indices.tolist()):
                 part = slice(g * size, (g + 1) * size)
@@ -228,7 +233,7 @@ class Trainer:
     def _generate(self, prompts: list[list[int]], round_: int):
         """Rollouts of this round of this step: their seeds follow from the run's, the step and their place, so that a resumed run repeats them."""
         settings = self.config.rollout
-        seed = int(np.random.SeedSequence((self.config.seed, self.step_number, round_)).generate_state(1, np.uint64)[0] >> 1)
+        seed = int(np.random.SeedSequence((self.config.seed, self.step_number, round_, *self.ranks.seed)).generate_state(1, np.uint64)[0] >> 1)
         if settings.engine != "local":
             key = hashlib.sha256(json.dumps([seed, prompts, settings.max_new_tokens, settings.temperature]).encode()).hexdigest()
             self.kept.append(Kept(self.run.directory / "rollouts" / f"pending-{self.step_number}-{round_}.jsonl", key, self.policy.device))
@@ -236,7 +241,7 @@ class Trainer:
             prompts, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
             generator=torch.Generator(self.policy.device).manual_seed(seed), done=self.kept[-1] if self.kept else None,
         )  # fmt: skip
-        if not torch.cat([s.logp for s in samples]).isfinite().all():
+        if samples and not torch.cat([s.logp for s in samples]).isfinite().all():
             raise TrainingError(f"the policy's log-probs are not finite at step {self.step_number}: {STANDS}")
         return samples
 
@@ -247,8 +252,9 @@ class Trainer:
         rows are looked at changes neither; the CUDA kernels cut the head into other tiles and agree to the rounding of float32."""
         temperature, size = self.config.rollout.temperature, self.config.rollout.group_size
         rows = batch.sequence["hindsight"] = self.attributors.looks("hindsight", outcome)
-        looked_at = set(rows.nonzero().flatten().tolist())
-        for part in batch.micro_batches(list(range(len(batch))), self.config.trainer.micro_batch_tokens, self.policy.packed):
+        extra = 0
+        looked_at, own = set(rows.nonzero().flatten().tolist()), self.ranks.share(range(len(batch)))
+        for part in batch.micro_batches(own, self.config.trainer.micro_batch_tokens, self.policy.packed):
             hidden = self.policy.hidden([batch.prompts[b] for b in part], batch.responses(part))
             if self.attributors.head is not None:
                 batch.put(part, hidden=hidden)
@@ -264,7 +270,9 @@ class Trainer:
                 with self.clock("information"):
                     both = self.policy.hindsight(torch.cat([plain[b] for b in chosen]), hinted, torch.cat(batch.responses(chosen)), temperature)
                 batch.put(chosen, old_logp=both.logp, entropy=both.entropy, log_ratio=both.log_ratio, kl=both.kl)
-                self.counters["tokens/forward_extra"] += sum(map(len, prompts)) + sum(batch.lengths[b] for b in chosen)
+                extra += sum(map(len, prompts)) + sum(batch.lengths[b] for b in chosen)
+        self.counters["tokens/forward_extra"] += sum(self.ranks.gather(extra))
+        self.ranks.exchange(batch, own, "old_logp", "entropy", "log_ratio", "kl", "hidden")
 
     def _segment(self, batch: Batch, reading: Reading | None = None) -> None:
         """Reasoning steps from token ids, the behaviour policy's entropy and, for the synthetic tasks, the place of the answer line."""
@@ -320,9 +328,11 @@ class Trainer:
 
     @torch.no_grad()
     def _reference_logp(self, batch: Batch) -> None:
-        for part in batch.micro_batches(list(range(len(batch))), self.config.trainer.micro_batch_tokens, self.policy.packed):
+        own = self.ranks.share(range(len(batch)))
+        for part in batch.micro_batches(own, self.config.trainer.micro_batch_tokens, self.policy.packed):
             hidden = self.reference.hidden([batch.prompts[b] for b in part], batch.responses(part))
             batch.put(part, ref_logp=self.reference.score(hidden, torch.cat(batch.responses(part)), self.config.rollout.temperature).logp)
+        self.ranks.exchange(batch, own, "ref_logp")
         self.counters["tokens/forward_extra"] += batch.segments.num_tokens + sum(map(len, batch.prompts))
 
     def _update(self, batch: Batch) -> dict[str, float]:
@@ -337,6 +347,7 @@ class Trainer:
             stage=self.stages.stage,
             clock=self.clock,
             guard=self.guard,
+            ranks=self.ranks,
         )
 
     def _control(self, indices: np.ndarray, outcome: Tensor, entropy: float) -> None:
@@ -381,7 +392,7 @@ class Trainer:
             if last:
                 self.optimizer = self._optimizer(self.config.optimizer.learning_rate)
                 self.counters["seconds"] = 0.0  # the curves' clock starts with the first rollout
-            stopping = self.stopping
+            stopping = any(self.ranks.gather(self.stopping))
             if stopping or last or self.warmup_step % (50 * self.config.trainer.checkpoint_every) == 0:
                 state.save(self, f"warmup-{self.warmup_step}")
             if stopping:
@@ -390,7 +401,8 @@ class Trainer:
     def _evaluate(self, step: int) -> dict[str, float]:
         """Accuracy, at both ends pass@k as well, and what the verifier counted that is not 0."""
         ends = (step == 0 and self.config.eval.start) or step == self.config.trainer.steps
-        found = self.evaluate(self.held_out, step, samples=self.config.eval.samples if ends else 0)
+        with self.ranks.whole(self.policy):
+            found = self.ranks.of_leader(lambda: self.evaluate(self.held_out, step, samples=self.config.eval.samples if ends else 0))
         values = {k: v for k, v in found.values.items() if "majority" not in k}
         return {**values, **{f"eval/{k}": v for k, v in found.verify.items() if v and k != "verify/seconds"}}
 
@@ -427,8 +439,10 @@ class Trainer:
 
         logging.disable_progress_bar()
         folder = self.run.directory / "policy"
-        self.policy.save(folder)
-        self.tokenizer.save_pretrained(folder)
+        shared_out = {name: full(value.detach()) for name, value in self.policy.model.named_parameters()} if self.ranks.sharded else None
+        if self.ranks.leads:
+            self.policy.save(folder, shared_out)
+            self.tokenizer.save_pretrained(folder)
 
     def _optimizer(self, rate: float) -> torch.optim.Optimizer:
         config = self.config.optimizer

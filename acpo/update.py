@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .guard import Guard, NotFinite, finite
+from .ranks import Ranks, full
 
 if TYPE_CHECKING:
     from .clock import Clock
@@ -31,6 +31,7 @@ def update(
     stage: int,
     clock: Clock,
     guard: Guard,
+    ranks: Ranks,
 ) -> dict[str, float]:
     """One optimiser step a minibatch of `order`, rollouts [B] without those that the verifier left out; returns the losses' metrics.
     A loss's denominator is that of its whole optimiser step, so micro-batches change nothing. An optimiser step whose loss or gradient is not
@@ -49,7 +50,7 @@ def update(
             continue
         optimizer.zero_grad(set_to_none=True)
         try:
-            sums = gradients(batch, rows, policy, config, clip)
+            sums = gradients(batch, rows, policy, config, clip, ranks)
             with clock("optimizer"):
                 norm = optimizer_step(policy, optimizer, config.optimizer.max_grad_norm)
         except NotFinite as error:
@@ -71,14 +72,15 @@ def update(
     return {**totals, "learning_rate": rate}
 
 
-def gradients(batch: Batch, rows: list[int], policy: Policy, config: Config, clip: tuple[float, float]) -> dict[str, float]:
-    """Adds the gradient of one optimiser step, a micro-batch after the other. Returns its loss, tokens and sums over tokens. NotFinite for a loss."""
+def gradients(batch: Batch, rows: list[int], policy: Policy, config: Config, clip: tuple[float, float], ranks: Ranks) -> dict[str, float]:
+    """Adds the gradient of one optimiser step, a micro-batch after the other, by every rank for its share. Returns loss, tokens and sums over tokens,
+    of all ranks together. NotFinite for a loss, on every rank."""
     settings = config.loss
     corrected = config.rollout.engine != "local" and settings.rollout_cap > 0  # the local engine samples from these very weights
     lengths = batch.segments.cu_seqlens.diff()
     tokens = sum(batch.lengths[b] for b in rows)
-    sums: dict[str, float] = defaultdict(float, {"ratio/max": 1.0, "ratio/min": 1.0})
-    for part_rows in batch.micro_batches(rows, config.trainer.micro_batch_tokens, policy.packed):
+    sums = {"loss": 0.0, "tokens": 0.0, **dict.fromkeys(MEANS, 0.0), "ratio/max": 1.0, "ratio/min": 1.0}
+    for part_rows, counts in ranks.parts(batch, rows, config.trainer.micro_batch_tokens, policy.packed):
         part = batch.select(part_rows)
         if settings.denominator == "tokens":
             denominator: float | Tensor = float(max(tokens, 1))
@@ -92,9 +94,12 @@ def gradients(batch: Batch, rows: list[int], policy: Policy, config: Config, cli
             entropy_weight=part.token.get("entropy_weight"), ref_logp=part.token.get("ref_logp"),
             kl_weight=config.stages.kl_weight if "ref_logp" in part.token else 0.0,
             rollout_logp=part.token["rollout_logp"] if corrected else None, rollout_cap=settings.rollout_cap or 1.0,
+            mask=None if counts else torch.zeros_like(part.token["ids"], dtype=torch.bool),
         )  # fmt: skip
-        sums["loss"] += finite("loss", result.loss)
-        result.loss.backward()
+        (result.loss * ranks.size if ranks.sharded else result.loss).backward()  # FSDP2 takes the mean over ranks
+        if not counts:
+            continue
+        sums["loss"] += float(result.loss.detach())
         if "covariant" in part.token:
             covariance_penalty(part, policy, config, denominator)
         share = float(result.metrics["tokens"])
@@ -103,12 +108,15 @@ def gradients(batch: Batch, rows: list[int], policy: Policy, config: Config, cli
             sums[name] += share * float(result.metrics[name])
         for name, best in (("ratio/max", max), ("ratio/min", min)):
             sums[name] = best(sums[name], float(result.metrics[name]))
+    sums = ranks.added(sums)
+    finite("loss", torch.tensor(sums["loss"]))
+    ranks.sum_gradients(policy.trained().values())
     return sums
 
 
 def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, most: float) -> float:
     """The step along the gradient, whose norm is clipped to `most` and returned. NotFinite, and no step, where it is no number."""
-    norm = finite("gradient norm", torch.nn.utils.clip_grad_norm_(policy.parameters(), most))
+    norm = finite("gradient norm", full(torch.nn.utils.clip_grad_norm_(policy.parameters(), most)))
     optimizer.step()
     return norm
 

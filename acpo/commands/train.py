@@ -22,11 +22,12 @@ def add(verbs) -> None:
 
 def run(options) -> int:
     from .. import config, preflight, report
-    from ..run import Run, Stopped
+    from ..ranks import run_of
+    from ..run import Stopped
     from ..trainer import Trainer
 
     settings = config.load(options.config, options.words)
-    run_ = Run(settings, quiet=options.quiet or options.json)
+    run_ = run_of(settings, quiet=options.quiet or options.json)
     trainer = Trainer(settings, run_)
     try:
         if options.dry_run:
@@ -36,11 +37,14 @@ def run(options) -> int:
         with _ends_at_sigterm(trainer):
             last = trainer.train()
         trainer.export()
+        trainer.ranks.close()
     except Stopped as stopped:
         run_.say(f"ended by SIGTERM at {stopped}, saved: the same command continues from there")
         return 0
     finally:
         trainer.close()
+    if not trainer.ranks.leads:
+        return 0
     files = report.write([run_.directory])
     run_.say("  ".join(f"{name} {value:.4g}" for name, value in last.items()))
     run_.say(

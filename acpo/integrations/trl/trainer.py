@@ -211,7 +211,8 @@ class ACPOTrainer(GRPOTrainer):
         )  # fmt: skip
         width = mask.shape[1]
         tokens = found.advantages[here, :width]
-        if not torch.equal(tokens, torch.where(written, output["advantages"].unsqueeze(1), 0.0)):  # else TRL's own: its sums round otherwise
+        plain = torch.where(written, output["advantages"].unsqueeze(1), 0.0)
+        if credit.settings.credit.form != "none" or not torch.equal(tokens, plain):  # else TRL's own, whose sums over tokens round otherwise
             output["advantages"] = tokens
         if found.entropy_weight is not None:
             output["acpo_entropy_weight"] = found.entropy_weight[here, :width]

@@ -1,0 +1,235 @@
+"""Two processes on the CPU against one, on the same stored rollouts; sharded parameters; a process that dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from loop import parameters, records, settings, steps, trainer_of, write_config
+from torch import multiprocessing
+
+from acpo.checkpoint import latest, optimizer_tensors
+from acpo.config import ConfigError
+from acpo.ranks import Ranks, run_of
+from acpo.state import resume as state_of
+
+pytestmark = pytest.mark.slow
+STEPS, DTYPES = 3, (torch.float64, torch.float32)
+# Three groups of four on two ranks: the second group lies across both. Every source, several micro-batches and optimiser steps.
+METHOD = (
+    "rollout.prompts=3", "attribution.source=hindsight,tree,head", "credit.scope=all", "loss.minibatches=2", "trainer.micro_batch_tokens=120",
+    "optimizer.max_grad_norm=1e9", "policy.packing=packed",
+)  # fmt: skip
+VARIANTS = {
+    "acpo": METHOD,
+    "stage 2": (*METHOD, "stages.switch_share=0.1", "stages.kl_weight=0.1", "loss.denominator=sequences"),
+    "penalty": (*METHOD, "entropy.covariance=always", "entropy.covariance_share=0.1", "curriculum.dynamic_sampling=true"),
+}
+
+
+class Stored:
+    """An engine that hands out what was rolled out before; without that, one that keeps what it hands out."""
+
+    def __init__(self, trainer, stored: list):
+        self.inner, self.ranks, self.stored, self.kept = trainer.engine, trainer.ranks, list(stored), []
+
+    def sync(self):
+        pass
+
+    def close(self):
+        pass
+
+    def generate(self, prompts, **arguments):
+        if not self.stored:
+            self.kept.append(self.inner.generate(prompts, **arguments))
+            return self.kept[-1]
+        return self.ranks.share(self.stored.pop(0))
+
+
+def steps_on(folder: Path, overrides: tuple[str, ...], weights: dict, stored: list, dtype: torch.dtype) -> dict:
+    """Three SGD steps: losses, the gradients of each optimiser step, weights and what the controllers have come to."""
+    torch.set_num_threads(1)
+    trainer = trainer_of(folder, *overrides, weights=weights)
+    trainer.policy.to(dtype)
+    trainer.optimizer = torch.optim.SGD(trainer.policy.parameters(), lr=0.05)
+    trainer.engine = engine = Stored(trainer, stored)
+    gradients, summed = [], trainer.ranks.sum_gradients
+
+    def seen(of):
+        summed(of)
+        gradients.append({name: p.grad.clone() for name, p in trainer.policy.named_parameters()})
+
+    trainer.ranks.sum_gradients = seen
+    metrics = []
+    for _ in range(STEPS):
+        trainer.step_number += 1
+        metrics.append(trainer.step())
+    controllers = (trainer.curriculum.state(), trainer.entropy.state(), trainer.stages.state(), trainer.attributors.state(), trainer.forks.value)
+    out = {"metrics": metrics, "gradients": gradients, "weights": parameters(trainer), "stored": engine.kept, "controllers": json.dumps(controllers)}
+    trainer.close()
+    trainer.ranks.close()
+    return out
+
+
+def one_of_two(rank: int, port: int, folder: Path, jobs: dict[str, tuple]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo")
+    torch.use_deterministic_algorithms(True)
+    torch.save({name: steps_on(folder / name / str(rank), *job) for name, job in jobs.items()}, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory, warmed) -> dict[str, tuple[dict, list[dict]]]:
+    """Every variant in both dtypes, on one process and on two."""
+    folder, ones, jobs = tmp_path_factory.mktemp("ranks"), {}, {}
+    for variant, overrides in VARIANTS.items():
+        stored = steps_on(folder / variant / "stored", overrides, warmed, [], torch.float32)["stored"]
+        for dtype in DTYPES:
+            name = f"{variant} {dtype}"
+            jobs[name] = (overrides, warmed, stored, dtype)
+            ones[name] = steps_on(folder / name / "one", *jobs[name])
+    multiprocessing.spawn(one_of_two, (free_port(), folder, jobs), nprocs=2)
+    ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return {name: (ones[name], [rank[name] for rank in ranks]) for name in jobs}
+
+
+def compare(one: dict, two: list[dict], tolerance: float) -> None:
+    def close(a: torch.Tensor, b: torch.Tensor, name: str) -> None:
+        assert (a - b).abs().max() <= tolerance * b.abs().max(), f"{name}: {float((a - b).abs().max())} of {float(b.abs().max())}"
+
+    for rank in two:
+        assert len(rank["gradients"]) == len(one["gradients"]) == STEPS * 2
+        for own, wanted in zip(rank["gradients"], one["gradients"], strict=True):
+            most = max(float(g.abs().max()) for g in wanted.values())
+            assert most > 1e-3
+            for name, gradient in wanted.items():
+                assert (own[name] - gradient).abs().max() <= tolerance * most, name
+        for name, weight in one["weights"].items():
+            close(rank["weights"][name], weight, name)
+        for own, wanted in zip(rank["metrics"], one["metrics"], strict=True):
+            for name in (
+                "loss",
+                "grad_norm",
+                "reward",
+                "entropy",
+                "kl/old",
+                "ratio/max",
+                "tokens/generated",
+                "tokens/forward_extra",
+                "verify/errors",
+            ):
+                assert own[name] == pytest.approx(wanted[name], rel=1e-4 if tolerance > 1e-9 else 1e-5, abs=1e-6), name
+    for name, gradient in two[0]["gradients"][-1].items():
+        assert torch.equal(gradient, two[1]["gradients"][-1][name]), f"{name} differs between ranks"
+        assert torch.equal(two[0]["weights"][name], two[1]["weights"][name])
+    assert two[0]["controllers"] == two[1]["controllers"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_processes_are_one(both, warmed, variant, dtype):
+    one, two = both[f"{variant} {dtype}"]
+    assert any(bool((one["weights"][name] != weight.to(dtype)).any()) for name, weight in warmed.items())
+    compare(one, two, 1e-10 if dtype == torch.float64 else 1e-5)
+
+
+def test_a_head_whose_gradient_stays_at_home_is_seen(both):
+    """What the comparison is for: the head's weight goes into the loss beside the model's forward, and must be summed all the same."""
+    one, _ = both[f"acpo {torch.float32}"]
+    head = "model.model.embed_tokens.weight"
+    half = [dict(gradients, **{head: gradients[head] * 0.5}) for gradients in one["gradients"]]
+    compare(one, [one, one], 1e-5)
+    for two in ([one, dict(one, gradients=half)], [dict(one, gradients=half)] * 2):
+        with pytest.raises(AssertionError, match="embed_tokens"):
+            compare(one, two, 1e-5)
+
+
+@pytest.fixture
+def launched():
+    """`acpo train` on two processes, which do not outlive the test."""
+    jobs = []
+
+    def start(folder: Path, *overrides: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "acpo.cli"]
+        arguments = ["train", str(write_config(folder)), f"run_dir={folder / 'run'}", *overrides]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        jobs.append(subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.terminate()
+
+
+FULL = ("trainer.sharding=full", "warmup.steps=0", "stages.two=false", "entropy.covariance=never")
+
+
+def test_sharded_parameters_train_and_their_checkpoint_goes_on_alone(tmp_path, finished_run, launched):
+    start = (f"policy.path={finished_run / 'policy'}", "policy.from_config=", *FULL, "optimizer.learning_rate=0.001")
+    job = launched(tmp_path, *start, "trainer.steps=4")
+    out, err = job.communicate(timeout=1500)
+    assert job.returncode == 0, err[-3000:]
+    run = tmp_path / "run"
+    assert [r["step"] for r in records(run)] == [0, 1, 2, 3, 4] and out.count("run directory") == 1
+    tensors, state = latest(run / "checkpoints")
+    before = latest(finished_run / "checkpoints")[0]["policy"]
+    assert state["step"] == 4 and all(v.shape == before[n].shape for n, v in tensors["policy"].items())
+    assert any(not torch.equal(v, before[n]) for n, v in tensors["policy"].items())
+    alone = [o for o in start if not o.startswith("trainer.sharding")]
+    own = trainer_of(tmp_path, *alone, "trainer.steps=4")
+    state_of(own)
+    for name, value in own.policy.named_parameters():
+        assert torch.equal(value, tensors["policy"][name]), name
+    moments = optimizer_tensors(own.optimizer)
+    assert moments and all(torch.equal(v, tensors["optimizer"][n]) for n, v in moments.items())
+    steps(own, 1)
+    own.close()
+
+
+def test_a_process_that_dies_ends_the_job_with_one_message(tmp_path, launched):
+    job = launched(tmp_path, "trainer.steps=400", "warmup.steps=20", "trainer.checkpoint_every=1", "trainer.eval_every=1000", "eval.start=false")
+    metrics, begin = tmp_path / "run" / "metrics.jsonl", time.monotonic()
+    while not (metrics.exists() and '"phase": "stage1", "step": 2' in metrics.read_text()):
+        assert job.poll() is None and time.monotonic() - begin < 1500
+        time.sleep(0.2)
+    for child in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split():
+        if b"RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes():
+            os.kill(int(child), signal.SIGKILL)
+    _, err = job.communicate(timeout=600)
+    told = [line for line in err.splitlines() if line.startswith("acpo: ")]
+    assert job.returncode != 0 and len(told) == 1, err[-3000:]
+    assert re.search(r"another of the 2 processes ended .*; checkpoint step-\d+ stands: the same command continues from it", told[0])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.engine=vllm", r"rollout\.engine = 'vllm': several processes sample with 'local' alone"),
+        ("trainer.sharding=full", r"trainer\.sharding = 'full'.* stage 2 keeps a copy"),
+    ],
+)
+def test_what_several_processes_cannot_do(tmp_path, monkeypatch, override, message):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=message):
+        Ranks(settings(tmp_path, override))
+
+
+def test_one_process_shares_nothing_out(tmp_path):
+    with pytest.raises(ConfigError, match=r"trainer\.sharding = 'full' needs several processes"):
+        run_of(settings(tmp_path, "trainer.sharding=full"))
