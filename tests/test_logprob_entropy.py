@@ -82,9 +82,9 @@ def test_budget(run, dtype, v):
 
 
 def test_budget_large_vocabulary(run):
-    logits, ids, grads = case(3, 151_936, seed=5)
+    logits, ids, grads = case(1 if INTERPRETED else 3, 151_936, seed=5)
     check(run, logits, ids, **grads)
-    check(run, logits.bfloat16(), ids, temperature=torch.tensor([0.6, 1.0, 1.7]), **grads)
+    check(run, logits.bfloat16(), ids, temperature=torch.tensor([0.6, 1.0, 1.7])[: len(ids)], **grads)
 
 
 def test_rounding_logits_to_bfloat16_breaks_the_budget():

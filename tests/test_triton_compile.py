@@ -43,7 +43,9 @@ def logprob_entropy(which: str, element: str, aligned: bool, architecture: int, 
         del common["temperatures_ptr"]
         types["temperatures_ptr"] = "*fp32"
     divisible = {name for name in types if name.endswith("_ptr")} | ({"V"} if aligned else set())
-    return compile_kernel(kernel, types, common, divisible, architecture, kernels.NUM_WARPS)
+    compiled = compile_kernel(kernel, types, common, divisible, architecture, kernels.NUM_WARPS)
+    assert compiled.stack == 0 and compiled.local == 0, (which, element, aligned, architecture)  # nothing spilled
+    return compiled
 
 
 CASES = [(w, e, a, arch) for w in ("fwd", "bwd") for e in ELEMENTS for a in (True, False) for arch in ARCHITECTURES]
@@ -62,7 +64,6 @@ def recorded():
 @pytest.mark.parametrize(("which", "element", "aligned", "architecture"), CASES, ids=lambda c: str(c))
 def test_logprob_entropy(which, element, aligned, architecture, recorded):
     compiled = logprob_entropy(which, element, aligned, architecture)
-    assert compiled.stack == 0 and compiled.local == 0  # nothing spilled
     bits = 128 if aligned else 8 * ELEMENTS[element]
     if which == "fwd":
         loop, again = compiled.loops()  # the row, and of a confident one the words of one thread
@@ -87,7 +88,6 @@ def test_logprob_entropy(which, element, aligned, architecture, recorded):
 def test_a_temperature_a_token_costs_one_division_a_row(element, architecture):
     compiled = logprob_entropy("fwd", element, True, architecture, HAS_TEMPERATURES=True)
     loop, _ = compiled.loops()
-    assert compiled.stack == compiled.local == 0
     assert set(compiled.accesses(loop, "ld")) == {128} and not re.search(r"\bdiv\.|\brcp\.|shfl|bar\.", loop)
 
 
@@ -95,7 +95,6 @@ def test_a_temperature_a_token_costs_one_division_a_row(element, architecture):
 def test_in_place_the_gradient_waits_once_for_the_target(architecture):
     """A scalar that every warp reads lies where one of them writes: one barrier between, after all narrow loads and before any store."""
     compiled = logprob_entropy("bwd", "bf16", True, architecture, INPLACE=True)
-    assert compiled.stack == compiled.local == 0
     assert set(compiled.accesses(compiled.ptx, "st")) == {128}
     (barrier,) = re.finditer(r"bar\.sync|barrier\.sync", compiled.ptx)
     assert "st.global" not in compiled.ptx[: barrier.start()]
@@ -115,10 +114,12 @@ def test_a_logit_of_the_forward_fits_its_issue_slots(element):
     assert 5 < a_logit <= SLOTS[ELEMENTS[element]], a_logit
 
 
-def test_row_offsets_are_64_bit():
-    """N V past 2^31."""
-    for which in ("fwd", "bwd"):
-        assert re.search(r"mul\.(wide\.s32|lo\.s64)|mad\.wide\.s32|mad\.lo\.s64", logprob_entropy(which, "bf16", True, 90).ptx)
+@pytest.mark.parametrize(("which", "pointers"), [("fwd", ("logits_ptr",)), ("bwd", ("logits_ptr", "gradient_ptr"))])
+def test_row_offsets_are_64_bit(which, pointers):
+    """N V past 2^31: what is added to the pointer of the rows before anything else is a 64-bit number."""
+    compiled = logprob_entropy(which, "bf16", True, 90)
+    assert [compiled.offsets(name) for name in pointers] == [{"i64"}] * len(pointers)
+    assert compiled.offsets("ids_ptr") == {"i32"}  # what it would read
 
 
 def test_launcher_compiles_once_for_every_number_of_rows(monkeypatch):
@@ -142,7 +143,7 @@ def test_launcher_compiles_once_for_every_number_of_rows(monkeypatch):
 
 
 if __name__ == "__main__":  # records the table for this version of triton
-    table = json.loads(RESOURCES.read_text()) if RESOURCES.exists() else {}
     built = {key(*c): logprob_entropy(*c) for c in CASES}
+    table = json.loads(RESOURCES.read_text()) if RESOURCES.exists() else {}
     table.setdefault(triton.__version__, {}).update({k: [c.registers, c.shared] for k, c in built.items()})
     RESOURCES.write_text(json.dumps(table, indent=1) + "\n")

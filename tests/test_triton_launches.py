@@ -34,21 +34,21 @@ def reduce(reduce, *, n=N, dtype=torch.float32, mask=True, level="segment"):
     return MODULES["segment_reduce"].segment_reduce(values, OFFSETS.clamp(max=n), SEQUENCES, reduce, level, mask)
 
 
-def reduce_backward(reduce, *, mask=True):
-    values, mask = torch.zeros(2, N), torch.ones(N, dtype=torch.bool) if mask else None
+def reduce_backward(reduce, *, n=N, mask=True):
+    values, mask = torch.zeros(2, n), torch.ones(n, dtype=torch.bool) if mask else None
     units = torch.zeros(2, 3)
     operation = MODULES["segment_reduce"].segment_reduce_backward
-    return operation(units, OFFSETS, SEQUENCES, reduce, "segment", mask, N, torch.float32, values, units)
+    return operation(units, OFFSETS, SEQUENCES, reduce, "segment", mask, n, torch.float32, values, units)
 
 
-def credit(form, scale, *, mask=True):
+def credit(form, scale, *, mask=True, segments=3):
     mask = torch.ones(N, dtype=torch.bool) if mask else None
-    arguments = (torch.zeros(3), OFFSETS, SEQUENCES, torch.zeros(2), N, torch.ones(2, dtype=torch.bool), mask, form, 0.5, 0.5)
+    arguments = (torch.zeros(segments), OFFSETS, SEQUENCES, torch.zeros(2), N, torch.ones(2, dtype=torch.bool), mask, form, 0.5, 0.5)
     return MODULES["segment_credit"].segment_credit(*arguments, None, torch.ones(2), True, scale, None)
 
 
-def loss(ratio, denominator, *, mask=True, everything=True):
-    x, mask = torch.zeros(N), torch.ones(N, dtype=torch.bool) if mask else None
+def loss(ratio, denominator, *, n=N, mask=True, everything=True):
+    x, mask = torch.zeros(n), torch.ones(n, dtype=torch.bool) if mask else None
     number, tensor = (None, denominator) if isinstance(denominator, torch.Tensor) else (denominator, None)
     more = x if everything else None
     return MODULES["policy_loss"].policy_loss(
@@ -61,26 +61,32 @@ def hindsight(dtype, vocab=1024):
     return MODULES["hindsight_information"].hindsight_information(*streams, torch.zeros(3, dtype=torch.int64), 1.0, None, None)
 
 
-# The launches of a call, as the docstrings of the kernels state them.
+# The launches of a call, as the docstrings of the kernels state them: one, and two where what every program would read again is much.
 CALLS = {
-    "segment_reduce sum": (lambda: reduce("sum"), 2),
-    "segment_reduce mean": (lambda: reduce("mean"), 2),
-    "segment_reduce max bf16": (lambda: reduce("max", dtype=torch.bfloat16), 2),
+    "segment_reduce sum": (lambda: reduce("sum"), 1),
+    "segment_reduce mean": (lambda: reduce("mean"), 1),
+    "segment_reduce max bf16": (lambda: reduce("max", dtype=torch.bfloat16), 1),
     "segment_reduce mean, N <= CHUNK": (lambda: reduce("mean", n=100), 1),
-    "segment_reduce sum, sequences, no mask": (lambda: reduce("sum", level="sequence", mask=False), 2),
+    "segment_reduce sum, sequences, no mask": (lambda: reduce("sum", level="sequence", mask=False), 1),
     "segment_reduce_backward sum": (lambda: reduce_backward("sum"), 1),
     "segment_reduce_backward mean, no mask": (lambda: reduce_backward("mean", mask=False), 1),
-    "segment_reduce_backward mean": (lambda: reduce_backward("mean"), 3),
-    "segment_reduce_backward max": (lambda: reduce_backward("max"), 3),
+    "segment_reduce_backward mean": (lambda: reduce_backward("mean"), 1),
+    "segment_reduce_backward max": (lambda: reduce_backward("max"), 1),
+    "segment_reduce_backward mean, many tokens": (lambda: reduce_backward("mean", n=100_000), 2),
+    "segment_reduce_backward max, many tokens": (lambda: reduce_backward("max", n=100_000), 2),
     "segment_credit weights": (lambda: credit("weights", 0.7), 1),
     "segment_credit weights, no mask": (lambda: credit("weights", 0.7, mask=False), 1),
-    "segment_credit weights, the batch's scale": (lambda: credit("weights", None), 2),
-    "segment_credit additive, the batch's scale": (lambda: credit("additive", None), 2),
-    "policy_loss token": (lambda: loss("token", None), 3),
-    "policy_loss token, a denominator": (lambda: loss("token", 7.0), 2),
-    "policy_loss token, no mask, on-policy": (lambda: loss("token", None, mask=False, everything=False), 2),
-    "policy_loss segment, one denominator a sequence": (lambda: loss("segment", torch.ones(2)), 3),
-    "policy_loss sequence": (lambda: loss("sequence", None), 3),
+    "segment_credit weights, the batch's scale": (lambda: credit("weights", None), 1),
+    "segment_credit additive, the batch's scale": (lambda: credit("additive", None), 1),
+    "segment_credit weights, the batch's scale, many segments": (lambda: credit("weights", None, segments=500_000), 2),
+    "policy_loss token": (lambda: loss("token", None), 1),
+    "policy_loss token, a denominator": (lambda: loss("token", 7.0), 1),
+    "policy_loss token, no mask, on-policy": (lambda: loss("token", None, mask=False, everything=False), 1),
+    "policy_loss segment, one denominator a sequence": (lambda: loss("segment", torch.ones(2)), 1),
+    "policy_loss sequence": (lambda: loss("sequence", None), 1),
+    "policy_loss token, many tokens": (lambda: loss("token", None, n=200_000), 2),
+    "policy_loss token, a denominator, many tokens": (lambda: loss("token", 7.0, n=200_000), 1),
+    "policy_loss segment, many tokens": (lambda: loss("segment", None, n=20_000), 2),
     "hindsight_information bf16": (lambda: hindsight(torch.bfloat16), 1),
     "hindsight_information fp32": (lambda: hindsight(torch.float32), 1),
     "hindsight_information fp16 unaligned": (lambda: hindsight(torch.float16, 1001), 1),
@@ -117,6 +123,10 @@ def measure(monkeypatch, architecture: int, name: str):
     found = {f"{name}: {kernel.strip('_')} sm_{architecture}": measured(compiled) for kernel, compiled in launches.log}
     for key, compiled in found.items():
         assert compiled.stack == 0 and compiled.local == 0, key  # nothing spilled
+        before, arrival, after = compiled.ptx.partition("atom.global.gpu.acq_rel.add")
+        assert bool(arrival) == (("segment_reduce_fwd" in key and "N <= CHUNK" not in key) or "policy_loss_kernel" in key), key
+        if arrival:  # what a program leaves to the last one: stored, then a barrier, then the arrival; and read from L2
+            assert before.rindex("bar.sync") > before.rindex("st.global") and "ld.global.cg" in after and "atom." not in before + after
     if name in ("hindsight_information bf16", "hindsight_information fp32"):
         (compiled,) = found.values()
         loop, *again = [loop for loop in compiled.loops() if ".global" in loop]
@@ -138,6 +148,36 @@ def test_resources(name, architecture, monkeypatch):
             assert recorded[key] == [compiled.registers, compiled.shared], key
 
 
+def test_nothing_is_read_back(monkeypatch):
+    """Tensors without memory: an .item(), a boolean index or a copy to the host would raise."""
+    launches = launched(monkeypatch, 90, *KERNELS, compiling=False)
+    monkeypatch.setitem(globals(), "OFFSETS", OFFSETS.to("meta"))
+    monkeypatch.setitem(globals(), "SEQUENCES", SEQUENCES.to("meta"))
+    with torch.device("meta"):
+        for call, _ in CALLS.values():
+            call()
+    assert len(launches.log) == sum(number for _, number in CALLS.values())
+
+
+def test_counters_of_arrivals(monkeypatch):
+    """One buffer for a stream, zero; each captured call has its own."""
+    ragged = importlib.import_module("acpo_kernels._triton.ragged")
+    for name in ("_ARRIVALS", "_CAPTURED"):
+        monkeypatch.setattr(ragged, name, {})
+    on_cpu = torch.zeros(1)
+
+    class OnCuda:
+        device, is_cuda = on_cpu.device, True
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert ragged.arrivals(3, OnCuda()).tolist() == [0, 0, 0] and not ragged._CAPTURED  # nothing ran before the capture
+    first = ragged.arrivals(1, on_cpu)
+    assert first is ragged.arrivals(1024, on_cpu) and not first.any() and ragged.arrivals(1025, on_cpu).shape[0] >= 1025
+    captured = [ragged.arrivals(number, OnCuda()) for number in (1, 5, 2)]
+    assert [(x.data_ptr() - captured[0].data_ptr()) // 4 for x in captured] == [0, 4, 12] and all(x.data_ptr() % 16 == 0 for x in captured)
+    assert ragged.arrivals(2**16, OnCuda()).shape[0] == 2**16  # spent: zeroed in the graph
+
+
 def test_nothing_is_compiled_again_for_another_batch(monkeypatch):
     launches = launched(monkeypatch, 90, *KERNELS)
     seen = set()
@@ -153,16 +193,15 @@ def test_nothing_is_compiled_again_for_another_batch(monkeypatch):
     assert len(seen) == 1, seen
 
 
-def record() -> dict[str, list[int]]:
-    table = {}
-    for name in CALLS:
-        for architecture in ARCHITECTURES:
-            with pytest.MonkeyPatch.context() as monkeypatch:
-                table |= {key: [c.registers, c.shared] for key, c in measure(monkeypatch, architecture, name).items()}
-    return table
+def record() -> None:
+    """The table for this version of triton, what every run compares first; written after each call."""
+    for name, architecture in sorted(((n, a) for n in CALLS for a in ARCHITECTURES), key=lambda case: case not in EVERY_RUN):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            found = {key: [c.registers, c.shared] for key, c in measure(monkeypatch, architecture, name).items()}
+        table = json.loads(RESOURCES.read_text())
+        table.setdefault(triton.__version__, {}).update(found)
+        RESOURCES.write_text(json.dumps(table, indent=1) + "\n")
 
 
-if __name__ == "__main__":  # records the table for this version of triton
-    table = json.loads(RESOURCES.read_text())
-    table.setdefault(triton.__version__, {}).update(record())
-    RESOURCES.write_text(json.dumps(table, indent=1) + "\n")
+if __name__ == "__main__":
+    record()

@@ -22,6 +22,7 @@ class Compiled:
     local: int
     dynamic: int  # shared memory asked for at launch; `shared` is what the code holds itself
     cubin: bytes
+    ttir: str
 
     def loops(self) -> list[str]:
         """The bodies of the loops: from a label to the branch back to it."""
@@ -41,6 +42,12 @@ class Compiled:
             if branch and branch[1] and int(branch[1], 16) < address:
                 found.append([text for at, text in lines if int(branch[1], 16) <= at <= address])
         return found
+
+    def offsets(self, pointer: str) -> set[str]:
+        """The types of the numbers that are added to a pointer of the signature, before it is spread over a tile or not: i32, i64."""
+        names = {f"%{pointer}"} | set(re.findall(rf"(%\S+) = tt\.splat %{pointer}\b", self.ttir))
+        added = re.findall(r"tt\.addptr (%\S+), %\S+ : \S+?(?:<[^,]*>)?, (?:tensor<(?:\d+x)+)?(i\d+)", self.ttir)
+        return {kind for name, kind in added if name in names}
 
     @staticmethod
     def accesses(ptx: str, kind: str) -> list[int]:
@@ -86,7 +93,7 @@ def measured(compiled) -> Compiled:
     usage = cuobjdump("--dump-resource-usage", compiled.asm["cubin"])
     numbers = {key: int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "SHARED", "LOCAL")}
     static = (numbers[key] for key in ("REG", "STACK", "SHARED", "LOCAL"))
-    return Compiled(compiled.asm["ptx"], *static, compiled.metadata.shared, compiled.asm["cubin"])
+    return Compiled(compiled.asm["ptx"], *static, compiled.metadata.shared, compiled.asm["cubin"], compiled.asm["ttir"])
 
 
 class Driver:

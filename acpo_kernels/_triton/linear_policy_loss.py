@@ -29,8 +29,8 @@ from .._linear_loss import in_one_sweep
 from ..reference import active_rows
 from . import linear_gradients, linear_logprob_entropy
 from .linear_tiles import ROW_BLOCK, Head, Rows, aligned_width, compact, on_device
-from .policy_loss import _denominator, _limited, _reciprocal, _token_loss
-from .ragged import _exp_wide, _unit_begin, bisections
+from .policy_loss import _denominator, _limited, _token_loss
+from .ragged import _exp_wide, _reciprocal, _unit_begin, bisections
 from .ragged import compact as packed
 
 WORKSPACE = 2**31  # bytes

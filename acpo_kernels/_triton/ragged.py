@@ -4,6 +4,10 @@ A UNIT is a segment or a sequence. It is cut into chunks of CHUNK tokens counted
 sums depends on nothing but its own tokens, and a huge unit is spread over as many programs as it needs. Unit u owns the slots
 u + begin_u // CHUNK, ..., at least one and at least as many as it has chunks: the grid follows from N and the number of units
 alone, offsets are never read back, and a slot finds its unit by bisection. A program takes ROWS neighbouring slots.
+
+One launch. A launch costs some 3 us on the GPU and more on the host, as long as these operations take at 65,536 tokens. What a later
+launch would do with all results of this one is done by the program that arrives last (`_arrive`): which one that is changes no bit. What
+every program must know of tokens that others read, it reads itself, out of L2, as long as that is less than REDUNDANT bytes in all.
 """
 
 from __future__ import annotations
@@ -15,11 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A program is a tile of 1024 tokens, 8 for each of 128 threads. Reasoning steps hold 8 to 256 tokens (section 2 of docs/method.md),
+# A program is a tile of 1024 tokens, 4 for each of 256 threads. Reasoning steps hold 8 to 256 tokens (section 2 of docs/method.md),
 # so eight chunks of 128; a rollout is long, so one chunk of 1024. The first token of a chunk lies anywhere: loads are as wide as
 # an element, 32 neighbouring ones a warp.
 TILES = {"segment": {"ROWS": 8, "CHUNK": 128}, "sequence": {"ROWS": 1, "CHUNK": 1024}}
-NUM_WARPS = 4
+# With a limit of its own choice ptxas weighs occupancy and puts values on the stack to fit 32, 56, 80 or 128 registers; with this one it does not.
+LAUNCH = {"num_warps": 8, "maxnreg": 255}
+REDUNDANT = 2**24  # bytes: 3 us of an H200's L2 at 5.5 TB/s, what the launch that they spare would cost
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2_HIGH = tl.constexpr(0.693115234375)  # 13 bits: its product with an integer of up to 11 bits is exact
@@ -35,8 +41,8 @@ def _unit_begin(unit, token_offsets_ptr, sequence_offsets_ptr, SEQUENCE: tl.cons
 
 @triton.jit
 def _chunk(slot, token_offsets_ptr, sequence_offsets_ptr, num_tokens, num_units, bisections, SEQUENCE: tl.constexpr, CHUNK: tl.constexpr):
-    """(unit, its first slot, its number of chunks, first token and end of the chunk) of each slot; past the last chunk of a unit the
-    chunk is empty and `slot - first slot >= chunks`."""
+    """(unit, its first slot, its number of chunks, first token and end of the chunk, end of the unit) of each slot; past the last chunk
+    of a unit the chunk is empty and `slot - first slot >= chunks`."""
     low = slot * 0
     high = low + num_units
     for _ in range(bisections):
@@ -50,7 +56,38 @@ def _chunk(slot, token_offsets_ptr, sequence_offsets_ptr, num_tokens, num_units,
     first = low + begin // CHUNK
     chunks = tl.maximum((end - begin + CHUNK - 1) // CHUNK, 1)
     start = begin + (slot - first) * CHUNK
-    return low, first, chunks, start, tl.minimum(start + CHUNK, end)
+    return low, first, chunks, start, tl.minimum(start + CHUNK, end), end
+
+
+@triton.jit
+def _arrive(counter_ptr, wanted, here):
+    """Counts an arrival and tells who was the last of `wanted`, who then sees what all others have stored, and leaves the counter 0."""
+    tl.debug_barrier()  # every thread's stores come before the one arrival of its program
+    last = here & (tl.atomic_add(counter_ptr, 1, mask=here, sem="acq_rel", scope="gpu") == wanted - 1)
+    tl.store(counter_ptr, 0, mask=last)
+    tl.debug_barrier()
+    return last
+
+
+@triton.jit
+def _reciprocal(x):
+    """1/x to 1e-16, as a float64, by two of Newton's steps. A division is a call of a routine, for whose registers ptxas may put others
+    on the stack: there is none in these kernels, nor a square root."""
+    x = tl.cast(x, tl.float64)
+    one = tl.full([], 1.0, tl.float64)
+    y = (1.0 / x.to(tl.float32)).to(tl.float64)
+    y = tl.fma(y, tl.fma(-x, y, one), y)
+    return tl.fma(y, tl.fma(-x, y, one), y)
+
+
+@triton.jit
+def _inverse_root(x):
+    """1/sqrt(x) likewise; 0 of what is 0 in float32."""
+    x = tl.cast(x, tl.float64)
+    y = tl.where(x.to(tl.float32) > 0.0, tl.rsqrt(x.to(tl.float32)), 0.0).to(tl.float64)
+    half = tl.full([], 0.5, tl.float64)
+    y = tl.fma(y * half, tl.fma(-x * y, y, 2.0 * half), y)
+    return tl.fma(y * half, tl.fma(-x * y, y, 2.0 * half), y)
 
 
 @triton.jit
@@ -90,6 +127,30 @@ def slots(num_tokens: int, num_units: int, level: str) -> int:
 
 def bisections(num_units: int) -> int:
     return max(num_units, 1).bit_length()
+
+
+_ARRIVALS: dict[tuple[torch.device, int], Tensor] = {}
+_CAPTURED: dict[torch.device, tuple[Tensor, int]] = {}  # counters, and how many of them graphs have
+
+
+def arrivals(number: int, tensor: Tensor) -> Tensor:
+    """Counters that hold 0, and 0 again when a kernel is done with them: zeroed once for a device and a stream, whose kernels follow one
+    another. A CUDA graph may run beside any stream: each call in it gets counters that nobody else has, out of 65,536 zeroed beforehand,
+    or, where nothing ran before the capture or those are spent, some that the graph itself zeroes."""
+    new = lambda size: torch.zeros(size, dtype=torch.int32, device=tensor.device)  # noqa: E731
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        held, taken = _CAPTURED.get(tensor.device, (None, 0))
+        end = taken + triton.cdiv(number, 4) * 4  # whole 16 bytes: what is aligned is not compiled again
+        if held is None or end > held.shape[0]:
+            return new(number)
+        _CAPTURED[tensor.device] = held, end
+        return held[taken:end]
+    key = tensor.device, torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+    held = _ARRIVALS.get(key)
+    if held is None or held.shape[0] < number:
+        held = _ARRIVALS[key] = new(max(1024, triton.next_power_of_2(number)))
+        _CAPTURED.setdefault(tensor.device, (new(2**16), 0))
+    return held
 
 
 def device(tensor: Tensor):

@@ -1,8 +1,11 @@
 """CUDA kernels of `segment_credit`. The contract is in acpo_kernels/segment_credit.py.
 
-One launch, and one before it where the batch's own scale is asked for. A program writes 1024 token advantages of one rollout and
-first works out the rollout's conserving factor by itself: over its segments, and with a mask over its tokens (N/1024 programs of a
-rollout read its mask from the L2, 32 KB for 32,768 tokens). What a rollout gives therefore depends on that rollout alone.
+One launch. A program writes 1024 token advantages of one rollout and first works out the rollout's conserving factor by itself: over
+its segments, and with a mask over its tokens (N/1024 programs of a rollout read its mask from the L2, 32 KB for 32,768 tokens). What a
+rollout gives therefore depends on that rollout alone.
+
+The batch's own scale, where it is asked for, is the mean over all scores: every program reads those, programs x 4 S bytes out of L2, up
+to `REDUNDANT` (16 MiB, the time of a launch; 128 programs and 32,768 segments); above, a launch before leaves partial sums.
 
 The sums and the weights are float64, exact to 1e-16 whatever their order: a weight is rounded once, to nearest, so that
 |sum_t w - T| <= 2^-24 T. The sum is of w~ - 1, of which reliability 0 and scores of 0 leave exactly 0, and the factor exactly 1.
@@ -15,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .. import _torch
-from .ragged import NUM_WARPS, TILES, _chunk, bisections, compact, device, slots
+from .ragged import LAUNCH, REDUNDANT, TILES, _chunk, _inverse_root, _reciprocal, bisections, compact, device, slots
 
 INF = tl.constexpr(float("inf"))
 STAT_ROWS, STAT_COLUMNS = 16, 64  # sequences of a program and segments of one at a time: K_max = 64 segments a rollout
@@ -41,8 +44,19 @@ def _segment_credit_scale_kernel(
     scores_ptr, sequence_offsets_ptr, terminal_ptr, partial_ptr, num_sequences,
     ADDITIVE: tl.constexpr, HAS_TERMINAL: tl.constexpr, STAT_ROWS: tl.constexpr, STAT_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sum of |phi| (phi^2) and number of the other segments of STAT_ROWS sequences."""
-    sequence = tl.program_id(0).to(tl.int64) * STAT_ROWS + tl.arange(0, STAT_ROWS)
+    block = tl.program_id(0)
+    total, count = _scores(block, scores_ptr, sequence_offsets_ptr, terminal_ptr, num_sequences, ADDITIVE, HAS_TERMINAL, STAT_ROWS, STAT_COLUMNS)
+    tl.store(partial_ptr + 2 * block, tl.sum(tl.sum(total, axis=1), axis=0))
+    tl.store(partial_ptr + 2 * block + 1, tl.sum(count, axis=0))
+
+
+@triton.jit
+def _scores(
+    block, scores_ptr, sequence_offsets_ptr, terminal_ptr, num_sequences,
+    ADDITIVE: tl.constexpr, HAS_TERMINAL: tl.constexpr, STAT_ROWS: tl.constexpr, STAT_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Of STAT_ROWS sequences: sums of |phi| (phi^2) and number of their other segments."""
+    sequence = tl.cast(block, tl.int64) * STAT_ROWS + tl.arange(0, STAT_ROWS)
     here = sequence < num_sequences
     first = tl.load(sequence_offsets_ptr + sequence, mask=here, other=0)
     end = tl.load(sequence_offsets_ptr + sequence + 1, mask=here, other=0)
@@ -53,9 +67,7 @@ def _segment_credit_scale_kernel(
         inside = (segment < end[:, None]) & (segment != last[:, None])
         phi = _finite(tl.load(scores_ptr + segment, mask=inside, other=0.0).to(tl.float32))
         total += phi * phi if ADDITIVE else tl.abs(phi)
-    count = tl.sum((end - first - (last >= 0)).to(tl.float64), axis=0)
-    tl.store(partial_ptr + 2 * tl.program_id(0), tl.sum(tl.sum(total, axis=1), axis=0))
-    tl.store(partial_ptr + 2 * tl.program_id(0) + 1, count)
+    return total, (end - first - (last >= 0)).to(tl.float64)
 
 
 @triton.jit
@@ -70,10 +82,10 @@ def _segment_credit_kernel(
     scores_ptr, token_offsets_ptr, sequence_offsets_ptr, advantages_ptr, terminal_ptr, mask_ptr, reliabilities_ptr, scales_ptr, partial_ptr,
     credit_ptr, weights_ptr, num_tokens, num_sequences, num_partials, bisections, bound, gain, reliability, scale,
     ADDITIVE: tl.constexpr, HAS_TERMINAL: tl.constexpr, HAS_MASK: tl.constexpr, RELIABILITIES: tl.constexpr, SCALE: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, STAT_ROWS: tl.constexpr, STAT_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0).to(tl.int64)
-    sequence, first_slot, chunks, start, end = _chunk(
+    sequence, first_slot, chunks, start, end, _ = _chunk(
         slot, token_offsets_ptr, sequence_offsets_ptr, num_tokens, num_sequences, bisections, True, CHUNK
     )  # fmt: skip
     own = slot - first_slot < chunks
@@ -90,18 +102,29 @@ def _segment_credit_kernel(
         rho = tl.load(reliabilities_ptr).to(tl.float64)
     elif RELIABILITIES == "sequences":
         rho = tl.load(reliabilities_ptr + sequence).to(tl.float64)
-    per_scale = 1.0 / tl.full([], scale, tl.float64)
+    per_scale = _reciprocal(scale)
     if SCALE == "tensor":
-        per_scale = 1.0 / tl.load(scales_ptr).to(tl.float64)
-    elif SCALE == "batch":
+        per_scale = _reciprocal(tl.load(scales_ptr))
+    elif SCALE == "partials":
         total = tl.zeros([BLOCK], tl.float64)
         count = tl.zeros([BLOCK], tl.float64)
         for at in range(0, num_partials, BLOCK):
             which = at + tl.arange(0, BLOCK)
             total += tl.load(partial_ptr + 2 * which, mask=which < num_partials, other=0.0)
             count += tl.load(partial_ptr + 2 * which + 1, mask=which < num_partials, other=0.0)
-        mean = tl.sum(total, axis=0) / tl.maximum(tl.sum(count, axis=0), 1.0)
-        per_scale = 1.0 / ((tl.sqrt(mean) if ADDITIVE else mean) + 1e-6)
+        mean = tl.sum(total, axis=0) * _reciprocal(tl.maximum(tl.sum(count, axis=0), 1.0))
+        per_scale = _reciprocal((mean * _inverse_root(mean) if ADDITIVE else mean) + 1e-6)
+    elif SCALE == "scores":
+        total = tl.zeros([STAT_ROWS, STAT_COLUMNS], tl.float64)
+        count = tl.zeros([STAT_ROWS], tl.float64)
+        for block in range(0, num_partials):
+            more, number = _scores(
+                block, scores_ptr, sequence_offsets_ptr, terminal_ptr, num_sequences, ADDITIVE, HAS_TERMINAL, STAT_ROWS, STAT_COLUMNS
+            )  # fmt: skip
+            total += more
+            count += number
+        mean = tl.sum(tl.sum(total, axis=1), axis=0) * _reciprocal(tl.maximum(tl.sum(count, axis=0), 1.0))
+        per_scale = _reciprocal((mean * _inverse_root(mean) if ADDITIVE else mean) + 1e-6)
 
     lane = tl.arange(0, BLOCK)
     steps = bisections * 0
@@ -126,7 +149,7 @@ def _segment_credit_kernel(
                 low = tl.load(token_offsets_ptr + segment, mask=inside, other=0)
                 high = tl.load(token_offsets_ptr + segment + 1, mask=inside, other=0)
                 moved += (high - low).to(tl.float64) * deviation
-        mean = tl.sum(total, axis=0) / tl.maximum(others, 1).to(tl.float64)
+        mean = tl.sum(total, axis=0) * _reciprocal(tl.maximum(others, 1))
         if HAS_MASK:
             kept = tl.zeros([BLOCK], tl.int32)
             for at in range(begin, stop, BLOCK):
@@ -145,7 +168,7 @@ def _segment_credit_kernel(
             if HAS_TERMINAL:
                 terminal_begin = tl.load(token_offsets_ptr + tl.maximum(last, 0), mask=last >= 0, other=0)
                 sum_moved += tl.where(last >= 0, (stop - terminal_begin).to(tl.float64) * mean, 0.0)
-        factor = tl.where(tokens > 0, tokens / tl.where(tokens > 0, tokens + rho * sum_moved, 1.0), 1.0)
+        factor = tl.where(tokens > 0, tokens * _reciprocal(tl.where(tokens > 0, tokens + rho * sum_moved, 1.0)), 1.0)
 
     # Every program of a rollout has all its weights; the first writes them.
     for at in range(first, tl.where(own & (slot == first_slot), after, first), BLOCK):
@@ -205,21 +228,25 @@ def segment_credit(
     if sequences == 0:
         return credit, weights
     scores, terminal = scores.contiguous(), compact(terminal_segments) if exclude_terminal else None
-    common = {"ADDITIVE": form == "additive", "HAS_TERMINAL": terminal is not None, "num_warps": NUM_WARPS}
+    common = {
+        "ADDITIVE": form == "additive", "HAS_TERMINAL": terminal is not None, "STAT_ROWS": STAT_ROWS, "STAT_COLUMNS": STAT_COLUMNS,
+        **LAUNCH,
+    }  # fmt: skip
     kinds = "number" if reliabilities is None else "tensor" if reliabilities.ndim == 0 else "sequences"
     partial, num_partials = None, triton.cdiv(sequences, STAT_ROWS)
-    batch = scale is None and scales is None
+    programs = slots(num_tokens, sequences, "sequence")
+    scaled = "number" if scale is not None else "tensor"
+    if scale is None and scales is None:
+        scaled = "scores" if 4 * programs * scores.shape[0] <= REDUNDANT else "partials"
     with device(scores):
-        if batch:
+        if scaled == "partials":
             partial = torch.empty(2 * num_partials, dtype=torch.float64, device=scores.device)
-            _segment_credit_scale_kernel[(num_partials,)](
-                scores, sequence_offsets, terminal, partial, sequences, **common, STAT_ROWS=STAT_ROWS, STAT_COLUMNS=STAT_COLUMNS
-            )
+            _segment_credit_scale_kernel[(num_partials,)](scores, sequence_offsets, terminal, partial, sequences, **common)
         chunk = TILES["sequence"]["CHUNK"]
-        _segment_credit_kernel[(slots(num_tokens, sequences, "sequence"),)](
+        _segment_credit_kernel[(programs,)](
             scores, token_offsets, sequence_offsets, advantages.contiguous(), terminal, compact(mask), compact(reliabilities), scales, partial,
             credit, weights, num_tokens, sequences, num_partials, bisections(sequences), float(bound), float(gain),
             1.0 if reliability is None else float(reliability), 1.0 if scale is None else float(scale), HAS_MASK=mask is not None,
-            RELIABILITIES=kinds, SCALE="batch" if batch else "number" if scales is None else "tensor", CHUNK=chunk, BLOCK=chunk, **common,
+            RELIABILITIES=kinds, SCALE=scaled, CHUNK=chunk, BLOCK=chunk, **common,
         )  # fmt: skip
     return credit, weights

@@ -1,8 +1,14 @@
 """CUDA kernels of `segment_reduce` and its backward. The contract is in acpo_kernels/segment_reduce.py.
 
-Bytes: N C s read (and N of the mask), once; the offsets and one partial result a chunk beside it. Launches: forward one where
-N <= CHUNK and else two, the second of which adds the chunks of a unit in their order; backward one (sum, mean), with a mask two or
-three (mean: the unmasked tokens are counted first), two or three (max: the tokens that attain it are counted first).
+Forward: one launch for any number of channels. A program reduces ROWS chunks of one channel. A unit of one chunk is done with that; of a
+longer one each chunk leaves a partial result, and whichever arrives last adds them all, in the order of the chunks, whoever that is: the
+same bits in every run (`_arrive` in ragged.py).
+
+Backward: one launch for sum, and for mean without a mask. With a mask mean wants the unmasked tokens of a unit before the first
+gradient, and max the tokens that attain it. Each chunk counts its unit's again where that reads little (`REDUNDANT`: at most N^2/CHUNK
+elements a channel, if one unit holds all tokens), in the one launch; else a forward counts them in a launch before.
+
+Bytes: N C s read (and N of the mask for each channel), once; the offsets and, of long units, a partial result a chunk beside it.
 """
 
 from __future__ import annotations
@@ -13,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _torch
-from .ragged import NUM_WARPS, TILES, _chunk, bisections, compact, device, slots
+from .ragged import LAUNCH, REDUNDANT, TILES, _arrive, _chunk, _reciprocal, arrivals, bisections, compact, device, slots
 
 INF = tl.constexpr(float("inf"))
 ROUNDING = tl.constexpr("rtne")
-PARTIALS = 32  # of a unit that the second launch takes at a time, for 32 units a program: again a tile of 1024
+PARTIALS = 32  # of a unit that are taken at a time
 
 SUM, MEAN, MAX, TIES = (tl.constexpr(k) for k in range(4))
 MODES = {"sum": 0, "mean": 1, "max": 2}
@@ -41,14 +47,16 @@ _UNSPECIALISED = ["stride_channel", "num_tokens", "num_units", "num_slots", "bis
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def _segment_reduce_fwd_kernel(
-    values_ptr, maxima_ptr, mask_ptr, token_offsets_ptr, sequence_offsets_ptr, out_ptr, partial_ptr, count_ptr,
+    values_ptr, maxima_ptr, mask_ptr, token_offsets_ptr, sequence_offsets_ptr, out_ptr, partial_ptr, count_ptr, arrivals_ptr,
     stride_channel, num_tokens, num_units, num_slots, bisections,
-    MODE: tl.constexpr, HAS_MASK: tl.constexpr, DIRECT: tl.constexpr, SEQUENCE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    MODE: tl.constexpr, HAS_MASK: tl.constexpr, SEVERAL: tl.constexpr, SEQUENCE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    PARTIALS: tl.constexpr,
 ):  # fmt: skip
+    """SEVERAL: a unit may have more than one chunk."""
     tiles = tl.cdiv(num_slots, ROWS)  # one dimension of the grid for both: the others end at 65,535
     channel = (tl.program_id(0) // tiles).to(tl.int64)
     slot = (tl.program_id(0) % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    unit, first, chunks, start, end = _chunk(
+    unit, first, chunks, start, end, _ = _chunk(
         slot, token_offsets_ptr, sequence_offsets_ptr, num_tokens, num_units, bisections, SEQUENCE, CHUNK
     )  # fmt: skip
     own = (slot < num_slots) & (slot - first < chunks)
@@ -60,85 +68,83 @@ def _segment_reduce_fwd_kernel(
     if MODE == TIES:
         x = (x == tl.load(maxima_ptr + channel * num_units + unit)[:, None]).to(tl.float32)
     result = _reduced(tl.where(inside, x, -INF if MODE == MAX else 0.0), MODE)
-    if MODE == MEAN:
-        count = tl.sum(inside.to(tl.int32), axis=1)
-        if DIRECT:
-            result = tl.div_rn(result, tl.maximum(count, 1).to(tl.float32))
-        elif channel == 0:
-            tl.store(count_ptr + slot, count, mask=own)
-    if DIRECT:
-        tl.store(out_ptr + channel * num_units + unit, result, mask=own)
-    else:
-        tl.store(partial_ptr + channel * num_slots + slot, result, mask=own)
-
-
-@triton.jit(do_not_specialize=_UNSPECIALISED)
-def _segment_reduce_combine_kernel(
-    token_offsets_ptr, sequence_offsets_ptr, partial_ptr, count_ptr, out_ptr, num_tokens, num_units, num_slots,
-    MODE: tl.constexpr, SEQUENCE: tl.constexpr, CHUNK: tl.constexpr, PARTIALS: tl.constexpr,
-):  # fmt: skip
-    tiles = tl.cdiv(num_units, PARTIALS)
-    channel = (tl.program_id(0) // tiles).to(tl.int64)
-    unit = (tl.program_id(0) % tiles).to(tl.int64) * PARTIALS + tl.arange(0, PARTIALS)  # [32]
-    here = unit < num_units
-    low, high = unit, unit + 1
-    if SEQUENCE:
-        low = tl.load(sequence_offsets_ptr + low, mask=here, other=0)
-        high = tl.load(sequence_offsets_ptr + high, mask=here, other=0)
-    begin = tl.load(token_offsets_ptr + low, mask=here, other=0)
-    end = tl.load(token_offsets_ptr + high, mask=here, other=0)
-    first = unit + begin // CHUNK
-    chunks = tl.where(here, tl.minimum(tl.maximum((end - begin + CHUNK - 1) // CHUNK, 1), num_slots - first), 0)
-    neutral = -INF if MODE == MAX else 0.0
-    total = tl.full([PARTIALS, PARTIALS], neutral, tl.float32)
-    count = tl.zeros([PARTIALS, PARTIALS], tl.int32)
-    for at in range(0, tl.max(chunks, axis=0), PARTIALS):
-        which = at + tl.arange(0, PARTIALS)
-        inside = which[None, :] < chunks[:, None]
-        index = first[:, None] + which[None, :]
-        x = tl.load(partial_ptr + channel * num_slots + index, mask=inside, other=neutral)
-        total = _maximum(total, x) if MODE == MAX else total + x
+    count = tl.sum(inside.to(tl.int32), axis=1)
+    out = out_ptr + channel * num_units + unit
+    tl.store(out, _mean(result, count) if MODE == MEAN else result, mask=own & (chunks == 1))
+    if SEVERAL:
+        several = own & (chunks > 1)
+        partial = channel * num_slots
+        tl.store(partial_ptr + partial + slot, result, mask=several)
         if MODE == MEAN:
-            count += tl.load(count_ptr + index, mask=inside, other=0)
-    result = _reduced(total, MODE)
-    if MODE == MEAN:
-        result = tl.div_rn(result, tl.maximum(tl.sum(count, axis=1), 1).to(tl.float32))
-    tl.store(out_ptr + channel * num_units + unit, result, mask=here)
+            tl.store(count_ptr + partial + slot, count, mask=several)
+        last = _arrive(arrivals_ptr + channel * num_units + unit, chunks, several)
+        if tl.max(last.to(tl.int32), axis=0) != 0:
+            neutral = -INF if MODE == MAX else 0.0
+            total = tl.full([ROWS, PARTIALS], neutral, tl.float32)
+            counts = tl.zeros([ROWS, PARTIALS], tl.int32)
+            for at in range(0, tl.max(tl.where(last, chunks, 0), axis=0), PARTIALS):
+                which = at + tl.arange(0, PARTIALS)[None, :]
+                there = last[:, None] & (which < chunks[:, None])
+                index = partial + first[:, None] + which
+                part = tl.load(partial_ptr + index, mask=there, other=neutral, cache_modifier=".cg")
+                total = _maximum(total, part) if MODE == MAX else total + part
+                if MODE == MEAN:
+                    counts += tl.load(count_ptr + index, mask=there, other=0, cache_modifier=".cg")
+            result = _reduced(total, MODE)
+            tl.store(out, _mean(result, tl.sum(counts, axis=1)) if MODE == MEAN else result, mask=last)
+
+
+@triton.jit
+def _mean(total, count):
+    return (total * _reciprocal(tl.maximum(count, 1))).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def _segment_reduce_bwd_kernel(
     grad_ptr, values_ptr, maxima_ptr, count_ptr, mask_ptr, token_offsets_ptr, sequence_offsets_ptr, out_ptr,
     stride_channel, num_tokens, num_units, num_slots, bisections,
-    MODE: tl.constexpr, HAS_MASK: tl.constexpr, SEQUENCE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    MODE: tl.constexpr, HAS_MASK: tl.constexpr, COUNTED: tl.constexpr, SEQUENCE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
+    """COUNTED: what the gradient of a unit is divided by was counted in a launch before."""
     tiles = tl.cdiv(num_slots, ROWS)
     channel = (tl.program_id(0) // tiles).to(tl.int64)
     slot = (tl.program_id(0) % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    unit, first, chunks, start, end = _chunk(
+    unit, first, chunks, start, end, unit_end = _chunk(
         slot, token_offsets_ptr, sequence_offsets_ptr, num_tokens, num_units, bisections, SEQUENCE, CHUNK
     )  # fmt: skip
     own = (slot < num_slots) & (slot - first < chunks)
-    token = start[:, None] + tl.arange(0, CHUNK)[None, :]
-    inside = own[:, None] & (token < end[:, None])
-    kept = inside
-    if HAS_MASK:
-        kept = kept & (tl.load(mask_ptr + token, mask=inside, other=0) != 0)
+    begin = start - (slot - first) * CHUNK
+    at = tl.arange(0, CHUNK)[None, :]
+    row = values_ptr + channel * stride_channel
     grad = tl.load(grad_ptr + channel * num_units + unit)  # [ROWS]
-    if MODE == MEAN:
-        if HAS_MASK:
-            count = tl.load(count_ptr + unit)
+    attained = tl.load(maxima_ptr + channel * num_units + unit)[:, None] if MODE == MAX else 0.0
+    if MODE != SUM:
+        if COUNTED:
+            count = tl.load(count_ptr + (channel * num_units if MODE == MAX else 0) + unit)
+        elif MODE == MEAN and not HAS_MASK:
+            count = (unit_end - begin).to(tl.float32)
         else:
-            begin = start - (slot - first) * CHUNK
-            last = tl.load(sequence_offsets_ptr + unit + 1) if SEQUENCE else unit + 1
-            count = (tl.load(token_offsets_ptr + last) - begin).to(tl.float32)
-        grad = tl.div_rn(grad, tl.maximum(count, 1.0))
-    if MODE == MAX:
-        grad = tl.div_rn(grad, tl.maximum(tl.load(count_ptr + channel * num_units + unit), 1.0))
-        x = tl.load(values_ptr + channel * stride_channel + token, mask=kept, other=0.0).to(tl.float32)
-        kept = kept & (x == tl.load(maxima_ptr + channel * num_units + unit)[:, None])
-    result = tl.where(kept, grad[:, None], 0.0)
+            found = tl.zeros([ROWS], tl.int32)
+            for chunk in range(0, tl.max(tl.where(own, chunks, 0), axis=0)):
+                token = begin[:, None] + chunk * CHUNK + at
+                there = own[:, None] & (token < unit_end[:, None])
+                found += tl.sum(_taken(token, there, row, attained, mask_ptr, MODE, HAS_MASK).to(tl.int32), axis=1)
+            count = found.to(tl.float32)
+        grad = (grad * _reciprocal(tl.maximum(count, 1.0))).to(tl.float32)
+    token = start[:, None] + at
+    inside = own[:, None] & (token < end[:, None])
+    result = tl.where(_taken(token, inside, row, attained, mask_ptr, MODE, HAS_MASK), grad[:, None], 0.0)
     tl.store(out_ptr + channel * num_tokens + token, result.to(out_ptr.dtype.element_ty, fp_downcast_rounding=ROUNDING), mask=inside)
+
+
+@triton.jit
+def _taken(token, inside, row_ptr, attained, mask_ptr, MODE: tl.constexpr, HAS_MASK: tl.constexpr):
+    """Which of these tokens the unit's gradient goes to."""
+    if HAS_MASK:
+        inside = inside & (tl.load(mask_ptr + token, mask=inside, other=0) != 0)
+    if MODE == MAX:
+        inside = inside & (tl.load(row_ptr + token, mask=inside, other=0.0).to(tl.float32) == attained)
+    return inside
 
 
 def _rows(values: Tensor) -> tuple[Tensor, int, int]:
@@ -155,19 +161,14 @@ def _forward(values, maxima, token_offsets, sequence_offsets, mode: int, level: 
     out = torch.empty((*values.shape[:-1], units), dtype=torch.float32, device=values.device)
     if out.numel() == 0:
         return out
-    num_slots, direct = slots(n, units, level), n <= tile["CHUNK"]
-    partial = None if direct else torch.empty(channels * num_slots, dtype=torch.float32, device=values.device)
-    count = None if direct or mode != MEAN.value else torch.empty(num_slots, dtype=torch.int32, device=values.device)
+    num_slots, several = slots(n, units, level), n > tile["CHUNK"]
+    new = lambda dtype: torch.empty(channels * num_slots, dtype=dtype, device=values.device) if several else None  # noqa: E731
     with device(values):
         _segment_reduce_fwd_kernel[(triton.cdiv(num_slots, tile["ROWS"]) * channels,)](
-            values, maxima, compact(mask), token_offsets, sequence_offsets, out, partial, count, stride, n, units, num_slots, bisections(units),
-            MODE=mode, HAS_MASK=mask is not None, DIRECT=direct, SEQUENCE=sequence, **tile, num_warps=NUM_WARPS,
+            values, maxima, compact(mask), token_offsets, sequence_offsets, out, new(torch.float32), new(torch.int32) if mode == MEAN.value else None,
+            arrivals(channels * units, values) if several else None, stride, n, units, num_slots, bisections(units),
+            MODE=mode, HAS_MASK=mask is not None, SEVERAL=several, SEQUENCE=sequence, PARTIALS=PARTIALS, **tile, **LAUNCH,
         )  # fmt: skip
-        if not direct:
-            _segment_reduce_combine_kernel[(triton.cdiv(units, PARTIALS) * channels,)](
-                token_offsets, sequence_offsets, partial, count, out, n, units, num_slots,
-                MODE=mode, SEQUENCE=sequence, CHUNK=tile["CHUNK"], PARTIALS=PARTIALS, num_warps=NUM_WARPS,
-            )  # fmt: skip
     return out
 
 
@@ -184,16 +185,20 @@ def segment_reduce_backward(grad, token_offsets, sequence_offsets, reduce, level
     if out.numel() == 0:
         return out
     grad, count, stride = grad.contiguous(), None, 0
-    sequence, tile, units = level == "sequence", TILES[level], grad.shape[-1]
+    sequence, tile, units, channels = level == "sequence", TILES[level], grad.shape[-1], out.numel() // num_tokens
+    again = channels * num_tokens**2 // tile["CHUNK"]  # elements read again, if each chunk counts its unit's and one unit holds all tokens
+    counted = False
     if reduce == "max":
         values, _, stride = _rows(values)
-        count = _forward(values, output, token_offsets, sequence_offsets, TIES.value, level, mask)
+        counted = again * values.element_size() > REDUNDANT
+        count = _forward(values, output, token_offsets, sequence_offsets, TIES.value, level, mask) if counted else None
     elif reduce == "mean" and mask is not None:
-        count = _forward(compact(mask), None, token_offsets, sequence_offsets, SUM.value, level, None)
+        counted = again > REDUNDANT
+        count = _forward(compact(mask), None, token_offsets, sequence_offsets, SUM.value, level, None) if counted else None
     num_slots = slots(num_tokens, units, level)
     with device(grad):
-        _segment_reduce_bwd_kernel[(triton.cdiv(num_slots, tile["ROWS"]) * (out.numel() // num_tokens),)](
+        _segment_reduce_bwd_kernel[(triton.cdiv(num_slots, tile["ROWS"]) * channels,)](
             grad, values, output, count, compact(mask), token_offsets, sequence_offsets, out, stride, num_tokens, units, num_slots,
-            bisections(units), MODE=MODES[reduce], HAS_MASK=mask is not None, SEQUENCE=sequence, **tile, num_warps=NUM_WARPS,
+            bisections(units), MODE=MODES[reduce], HAS_MASK=mask is not None, COUNTED=counted, SEQUENCE=sequence, **tile, **LAUNCH,
         )  # fmt: skip
     return out
