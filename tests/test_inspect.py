@@ -96,7 +96,7 @@ def test_a_run_that_the_trainer_wrote(finished_run):
         for r in g.rollouts:
             assert [s.start for s in r.steps] == [0, *(s.end for s in r.steps[:-1])] and r.steps[-1].end == len(r.text)
             assert r.outcome is None or (r.outcome == 1.0) == (r.given == g.answer)
-            assert all(s.shift == pytest.approx(s.credit - r.advantage) for s in r.steps)
+            assert all(s.own == pytest.approx(s.credit - r.advantage) for s in r.steps)
     assert {s.rule for r in shown.rollouts for s in r.steps} <= {"line", "answer", "end", "length"}
     assert main(["inspect", str(finished_run), "--no-color"]) == 0
 
@@ -107,7 +107,7 @@ def test_step_and_problem(tmp_path):
     assert read_run(run, problem="p1").step == 2 and read_run(run, problem="p2").step == 1  # the newest step that asked it
     assert [g.problem for g in read_run(run, 1, "p2").groups] == ["p2"]
     first = read_run(run, 1).groups[0].rollouts[0]
-    assert first.steps[1].credit == -0.25 and first.steps[1].shift == -0.5 and first.steps[1].answer and first.verdict == "right"
+    assert first.steps[1].credit == -0.25 and first.steps[1].own == -0.5 and first.steps[1].answer and first.verdict == "right"
 
 
 WRONG = [
@@ -124,7 +124,7 @@ WRONG = [
     (["run", "old"], 2, r"wanted one run directory.*got run and old"),
     (["--text", "t.jsonl"], 2, r"--text and --model go together: --model is missing"),
     (["run", "--model", "m"], 2, r"--text and --model go together: --text is missing"),
-    (["run", "--shade", "colour"], 2, r"--shade must be one of credit, shift, phi, .*got 'colour'"),
+    (["run", "--shade", "colour"], 2, r"--shade must be one of credit, own, phi, .*got 'colour'"),
     (["run", "--groups", "-1"], 2, r"--groups must be at least 0, got -1"),
     (["--text", "t.jsonl", "--model", "m", "--step", "3"], 2, r"--step is of a run"),
     (["--text", "t.jsonl", "--model", "m", "chat"], 2, r"with --text wanted settings as key=value, got 'chat'"),
@@ -168,7 +168,7 @@ def test_columns_that_an_older_version_did_not_write_are_named(tmp_path, capsys)
     run = write_run(tmp_path / "run", {1: [row()]}, without=("segment_phi", "segment_iota", "verdict", "advantage", "group"))
     shown = read_run(run)
     assert shown.notes == ["not measured in this step: phi, iota, group, verdict, advantage"]
-    assert [s.phi for s in shown.rollouts[0].steps] == [None, None] and shown.rollouts[0].steps[0].shift is None
+    assert [s.phi for s in shown.rollouts[0].steps] == [None, None] and shown.rollouts[0].steps[0].own is None
     assert "note: not measured in this step: phi, iota" in printed(shown, figures=True) and "phi" not in [m[0] for m in shown.measures]
     page(shown)
 

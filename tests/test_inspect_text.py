@@ -74,7 +74,7 @@ def test_figures_are_those_of_two_plain_forwards(model):
             at += step.tokens
     right, wrong, _ = view.rollouts
     assert (right.outcome, wrong.outcome, right.given, wrong.given) == (1.0, 0.0, "4", "5")  # judged by the answer: the file gave no outcome
-    assert right.advantage == pytest.approx(1.0, abs=1e-4) and all(s.shift == pytest.approx(s.credit - right.advantage) for s in right.steps[:-1])
+    assert right.advantage == pytest.approx(1.0, abs=1e-4) and all(s.own == pytest.approx(s.credit - right.advantage) for s in right.steps[:-1])
     # The value telescopes, from what the other's outcome says (0, held within [1/4, 3/4] in a group of two): phi sums to V - V_0.
     assert sum(s.phi for s in right.steps[:-1]) == pytest.approx(right.steps[-2].value - 0.25, abs=1e-6)
     assert view.notes[1] == "credit and hindsight need an answer: 1 of 3 traces have none"

@@ -24,8 +24,8 @@ def rollout(number: int, credits: list[float | None], outcome: float | None, adv
     steps, at = [], 0
     for k, (text, credit) in enumerate(zip(texts, credits, strict=True)):
         last = k == len(credits) - 1
-        shift = None if credit is None or advantage is None else credit - advantage
-        steps.append(Step(at, at + len(text), tokens, "end" if last else "line", answered and last, credit=credit, shift=shift, **numbers))
+        own = None if credit is None or advantage is None else credit - advantage
+        steps.append(Step(at, at + len(text), tokens, "end" if last else "line", answered and last, credit=credit, own=own, **numbers))
         at += len(text)
     fields = {"status": "judged", "given": "7", "finished": True, "reliability": None, **more}
     return Rollout(number, "".join(texts), steps, outcome, advantage=advantage, **fields)

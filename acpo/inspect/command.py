@@ -35,7 +35,10 @@ def add(verbs) -> None:
         "--sort", default="surprise", choices=("surprise", "outcome", "length", "sampled"),
         help="surprise: where credit and outcome disagree; outcome: wrong first; length: longest first (default: surprise)",
     )  # fmt: skip
-    parser.add_argument("--shade", default="credit", metavar="MEASURE", help="what the steps are shaded by in the terminal (default: credit)")
+    parser.add_argument(
+        "--shade", default="credit", metavar="MEASURE",
+        help="in the terminal, what the steps are shaded by: credit, own, phi, iota, hindsight, value, weight, entropy or logp (default: credit)",
+    )  # fmt: skip
     parser.add_argument("--figures", action="store_true", help="in the terminal, every figure under its step")
     parser.add_argument("--groups", type=int, default=1, metavar="N", help="in the terminal, problems shown in full; 0: all (default 1)")
     parser.add_argument("--rollouts", type=int, default=0, metavar="N", help="in the terminal, rollouts of a problem; 0: all (default)")

@@ -23,7 +23,7 @@ ORDERS = ("surprise", "outcome", "length", "sampled")
 # Of a step: name, label, short label, sign (does it have one, or only a size), what it is. None stands where nothing was measured.
 MEASURES = (
     ("credit", "credit", "credit", True, "what enters the loss: mean advantage of the step's tokens"),
-    ("shift", "own part", "own", True, "what the step itself adds: its credit - its rollout's advantage"),
+    ("own", "own part", "own", True, "what the step itself adds: its credit - its rollout's advantage"),
     ("phi", "phi", "φ", True, "change of the estimated probability of success: V after the step - V before it"),
     ("iota", "information", "info", True, "about the outcome that came, nats: log P(R | after the step) - log P(R | before it)"),
     ("hindsight", "hindsight", "hint", True, "shared with the reference answer, nats: log-prob with the answer in the prompt - without, sum"),
@@ -70,7 +70,7 @@ class Step:
     rule: str
     answer: bool = False
     credit: float | None = None
-    shift: float | None = None
+    own: float | None = None
     phi: float | None = None
     iota: float | None = None
     hindsight: float | None = None
@@ -264,7 +264,7 @@ def _groups(path: Path, read) -> tuple[list[Group], list[str]]:
     missing = [name for name in needed if name not in columns]
     if missing:
         raise InspectError(f"{path} has no column {', '.join(missing)}: an older version wrote it, and where its steps lie in the text is not known")
-    optional = [f"segment_{n}" for n, *_ in MEASURES if n != "shift"] + ["group", "verdict", "finished", "advantage", "reliability", "answered"]
+    optional = [f"segment_{n}" for n, *_ in MEASURES if n != "own"] + ["group", "verdict", "finished", "advantage", "reliability", "answered"]
     absent = [name for name in optional if name not in columns]
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     groups: list[Group] = []
@@ -280,16 +280,16 @@ def _groups(path: Path, read) -> tuple[list[Group], list[str]]:
 
 def _rollout(number: int, row: dict[str, Any], read) -> Rollout:
     count, advantage = len(row["segment_tokens"]), finite(row.get("advantage"))
-    lists = {n: row.get(f"segment_{n}") or [None] * count for n, *_ in MEASURES if n != "shift"}
+    lists = {n: row.get(f"segment_{n}") or [None] * count for n, *_ in MEASURES if n != "own"}
     if not len(row["segment_ends"]) == len(row["segment_rule"]) == count or any(len(values) != count for values in lists.values()):
         raise InspectError(f"rollout {number} of problem {clean(row['problem'])!r} has lists of different lengths: the file is not the trainer's")
     steps, start = [], 0
     for k in range(count):
         numbers = {n: finite(values[k]) for n, values in lists.items()}
-        shift = None if advantage is None or numbers["credit"] is None else numbers["credit"] - advantage
+        own = None if advantage is None or numbers["credit"] is None else numbers["credit"] - advantage
         answer = bool(row.get("answered")) and k == count - 1
         rule = row["segment_rule"][k] if row["segment_rule"][k] in RULES else "other"
-        steps.append(Step(start, row["segment_ends"][k], row["segment_tokens"][k], rule, answer, shift=shift, **numbers))
+        steps.append(Step(start, row["segment_ends"][k], row["segment_tokens"][k], rule, answer, own=own, **numbers))
         start = row["segment_ends"][k]
     text = clean(row["response"])
     return Rollout(

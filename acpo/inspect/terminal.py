@@ -18,7 +18,7 @@ from .data import MEASURES, RULES, Group, Rollout, Step, View
 from .shown import plural, summary, visible
 
 NARROWEST = 40  # columns of a rollout
-FOR, AGAINST, SIZE = ((222, 235, 250), (90, 165, 235)), ((252, 226, 220), (236, 112, 92)), ((233, 226, 250), (165, 140, 230))
+FOR, AGAINST, SIZE = ((160, 200, 240), (90, 165, 235)), ((246, 188, 174), (236, 112, 92)), ((205, 190, 242), (165, 140, 230))
 SIGNED = {name: signed for name, _, _, signed, _ in MEASURES}
 BLOCKS = " ▏▎▍▌▋▊▉█"
 
@@ -56,7 +56,7 @@ def show(view: View, console: Console, shade: str = "credit", groups: int = 1, r
     most = number(scale, False)
     ends = f"full bar and shade at {'±' if SIGNED[shade] else ''}{most}" if scale else "not measured here"
     console.print(Text(f"shade: {label}, {what}; {ends}"))
-    console.print(Text("surprise: the credit a token that pulls against the verdict (negative in right rollouts, positive in wrong ones)"))
+    console.print(Text("surprise: credit a token against the verdict (negative in right rollouts, positive in wrong ones)"))
     for note in view.notes:
         console.print(Text(f"note: {visible(note)}"))
     chosen = view.groups[: groups or None]
@@ -143,8 +143,8 @@ def _step(rollout: Rollout, k: int, step: Step, shade: str, scale: float, figure
 
 
 def _style(value: float | None, much: float, signed: bool) -> Style:
-    """Black on a shade between the two ends. Below a twentieth there is none: what has no credit is plain text, in light and dark terminals."""
-    if value is None or much < 0.05:
+    """Black on a shade between the two ends. Below an eighth there is none: a pale one would be the brightest thing in a dark terminal."""
+    if value is None or much < 0.125:
         return Style()
     low, high = SIZE if not signed else FOR if value > 0 else AGAINST
     red, green, blue = (round(a + (b - a) * much) for a, b in zip(low, high, strict=True))

@@ -209,7 +209,7 @@ def _fill(
     useful = (known | (advantages != 0))[sequence]  # without an answer and without an advantage a credit of 0 would say what nobody knows
 
     numbers = {
-        "credit": (credited, useful), "shift": (credited - advantages[sequence], use), "phi": (values - before, use), "iota": (iota, use),
+        "credit": (credited, useful), "own": (credited - advantages[sequence], use), "phi": (values - before, use), "iota": (iota, use),
         "value": (values, use), "hindsight": (hindsight, known[sequence]), "entropy": (entropy, torch.ones_like(use)),
         "logp": (logp, torch.ones_like(use)),
     }  # fmt: skip

@@ -128,7 +128,7 @@ def test_keys(open_page):
     )
     tab.keyboard.press("c")
     assert (
-        tab.input_value("#shade") == "shift"
+        tab.input_value("#shade") == "own"
         and focused(tab) == ("1", "0")
         and texts(tab, ".rollout:nth-child(2) .gutter b") == ["0.00", "−1.50", "0.00"]
     )
