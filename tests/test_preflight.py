@@ -189,7 +189,10 @@ def test_trackers_are_told_the_numbers(tmp_path, monkeypatch):
     told: list = []
     run = types.SimpleNamespace(define_metric=lambda *a, **k: told.append(("define", a, k)))
     fake = types.SimpleNamespace(
-        init=lambda **k: told.append(("init", k)) or run, log=lambda values: told.append(("log", values)), finish=lambda: told.append(("finish",))
+        __name__="wandb",
+        init=lambda **k: told.append(("init", k)) or run,
+        log=lambda values: told.append(("log", values)),
+        finish=lambda: told.append(("finish",)),
     )
     monkeypatch.setitem(__import__("sys").modules, "wandb", fake)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: fake)
