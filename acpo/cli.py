@@ -10,7 +10,12 @@ from . import segment
 from .commands import compare, completion, doctor, evaluate, report, train
 from .inspect import command as inspect
 
-VERBS = (train, evaluate, report, inspect, segment, compare, doctor, completion)
+VERBS = {
+    "train": train, "eval": evaluate, "report": report, "inspect": inspect, "segment": segment, "compare": compare, "doctor": doctor,
+    "completion": completion,
+}  # fmt: skip
+# argparse takes positional arguments in one place; those of these verbs may stand behind options as well
+WORDS = {"train": "words", "eval": "words", "inspect": "words", "segment": "words"}
 EXAMPLES = """examples:
   acpo train configs/arithmetic.yaml                      warm-up, both stages, evaluation, report
   acpo train configs/arithmetic.yaml method=grpo seed=1   the baseline of the same loop
@@ -32,18 +37,17 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     verbs = out.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for module in VERBS:
+    for module in VERBS.values():
         module.add(verbs)
     return out
 
 
 def main(arguments: list[str] | None = None) -> int:
     options, rest = parser().parse_known_args(arguments)
-    if rest:  # argparse takes positional arguments in one place; settings may stand behind options as well
-        words = getattr(options, "words", None)
-        if words is None or any(word.startswith("-") for word in rest):
+    if rest:
+        if options.verb not in WORDS or any(word.startswith("-") for word in rest):
             parser().error(f"unrecognized arguments: {' '.join(rest)}")
-        words += rest
+        getattr(options, WORDS[options.verb]).extend(rest)
 
     from .checkpoint import CheckpointError
     from .compare import RunError
@@ -57,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     from .verify import VerifyError
 
     try:
-        return options.run(options)
+        return VERBS[options.verb].run(options)
     except ConfigError as error:
         return _said(error, 2)
     except (ProblemError, TrainingError, CheckpointError, RunError, RolloutError, VerifyError, ReportError, RunTakenError, InspectError) as error:

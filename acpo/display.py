@@ -43,7 +43,8 @@ class Display:
         self.shown.update({name: record[key] for key, name, _ in WATCHED if key in record})
         text = " ".join(f"{name} {self.shown[name]:{form}}" for _, name, form in WATCHED if name in self.shown)
         if self.progress is not None:
-            self.progress.update(self.task, completed=record["step"], numbers=text)
+            step = None if record["phase"] == "start" else record["step"]  # the evaluation before the first step is behind the warm-up
+            self.progress.update(self.task, completed=step, numbers=text)
         telling = "eval/accuracy" in record or record["phase"] == "warmup" or time.monotonic() - self.said >= EVERY
         if not self.console.is_terminal and telling:
             self.said = time.monotonic()

@@ -31,7 +31,6 @@ def add(verbs) -> None:
     parser.add_argument("--width", type=int, default=0, metavar="N", help="columns of the terminal (default: its own; piped: COLUMNS or 120)")
     parser.add_argument("--no-color", action="store_true", help="no colours")
     parser.add_argument("--json", action="store_true", help="print one JSON object a trace")
-    parser.set_defaults(run=run)
 
 
 def run(options) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Protocol
 
@@ -63,14 +65,18 @@ class _Weights:
             settings |= {"dir": str(directory), "id": hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16], "resume": "allow"}
         else:
             settings |= {"resume": "allow", "embed": False}
-        self.run = self.module.init(**settings)
+        with contextlib.redirect_stdout(sys.stderr):  # what they have to say is no result of ours
+            self.run = self.module.init(**settings)
         if config.trainer.log == "wandb":  # the warm-up counts for itself
             self.run.define_metric("warmup/*", step_metric="warmup/step")
             self.run.define_metric("*", step_metric="step")
 
     def log(self, record: dict) -> None:
-        at = "warmup/step" if record["phase"] == "warmup" else "step"
-        self.module.log({**numbers(record), at: record["step"]})
+        if self.module.__name__ == "trackio":
+            self.module.log(numbers(record), step=record["step"])
+        else:  # wandb's own step never falls, and the one behind the warm-up does
+            self.module.log({**numbers(record), "warmup/step" if record["phase"] == "warmup" else "step": record["step"]})
 
     def close(self) -> None:
-        self.module.finish()
+        with contextlib.redirect_stdout(sys.stderr):
+            self.module.finish()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -158,3 +160,13 @@ def test_real_problems_with_the_real_vocabulary(tmp_path, shared_data):
     found = records(tmp_path / "run")
     assert [r["step"] for r in found] == [0, 1, 2] and 11.5 < found[1]["entropy"] < 11.94
     assert found[-1]["memory_gb"] < 6
+
+
+def test_the_recipes_commands_are_accepted():
+    """Every `acpo train` of docs/recipes.md parses: its settings exist and fit together. What a command needs that is not here is left out."""
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^acpo train (.*?)$", text.replace("\\\n", " "), flags=re.M)
+    assert len(commands) >= 4
+    for command in commands:
+        words = [w for w in shlex.split(command, comments=True) if not w.startswith("--")]
+        config.load(ROOT / words[0], words[1:])

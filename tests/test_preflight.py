@@ -113,6 +113,16 @@ def test_one_bar_a_phase_fits_into_eighty_columns():
         assert word in last, last
 
 
+def test_the_first_evaluation_does_not_set_the_warm_up_back():
+    display = Display()
+    display.console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    display.start_phase("warm-up", 50, 0)
+    display.show({"phase": "warmup", "step": 50, "warmup/loss": 1.0})
+    display.show({"phase": "start", "step": 0, "eval/accuracy": 0.5})
+    assert display.progress.tasks[0].completed == 50
+    display.finish()
+
+
 def test_plain_lines_where_nobody_watches(capsys):
     display = Display()
     display.start_phase("stage 1", 100, 0)
@@ -189,7 +199,10 @@ def test_trackers_are_told_the_numbers(tmp_path, monkeypatch):
     told: list = []
     run = types.SimpleNamespace(define_metric=lambda *a, **k: told.append(("define", a, k)))
     fake = types.SimpleNamespace(
-        init=lambda **k: told.append(("init", k)) or run, log=lambda values: told.append(("log", values)), finish=lambda: told.append(("finish",))
+        __name__="wandb",
+        init=lambda **k: told.append(("init", k)) or run,
+        log=lambda values: told.append(("log", values)),
+        finish=lambda: told.append(("finish",)),
     )
     monkeypatch.setitem(__import__("sys").modules, "wandb", fake)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: fake)

@@ -46,7 +46,6 @@ def add(verbs) -> None:
     parser.add_argument("--no-color", action="store_true", help="no colours; signs, figures and bars stay")
     parser.add_argument("--html", default="", metavar="FILE", help="write one HTML file that needs nothing else")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(run=run)
 
 
 def run(options) -> int:
