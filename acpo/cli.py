@@ -8,8 +8,7 @@ import sys
 
 from .commands import compare, completion, doctor, evaluate, report, train
 
-VERBS = {"train": train, "eval": evaluate, "report": report, "compare": compare, "doctor": doctor, "completion": completion}
-WORDS = {"train": "words", "eval": "words"}  # argparse takes positional arguments in one place; those of these verbs may stand behind options as well
+VERBS = (train, evaluate, report, compare, doctor, completion)
 EXAMPLES = """examples:
   acpo train configs/arithmetic.yaml                      warm-up, both stages, evaluation, report
   acpo train configs/arithmetic.yaml method=grpo seed=1   the baseline of the same loop
@@ -29,17 +28,18 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     verbs = out.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for module in VERBS.values():
+    for module in VERBS:
         module.add(verbs)
     return out
 
 
 def main(arguments: list[str] | None = None) -> int:
     options, rest = parser().parse_known_args(arguments)
-    if rest:
-        if options.verb not in WORDS or any(word.startswith("-") for word in rest):
+    if rest:  # argparse takes positional arguments in one place; settings may stand behind options as well
+        words = getattr(options, "words", None)
+        if words is None or any(word.startswith("-") for word in rest):
             parser().error(f"unrecognized arguments: {' '.join(rest)}")
-        getattr(options, WORDS[options.verb]).extend(rest)
+        words += rest
 
     from .checkpoint import CheckpointError
     from .compare import RunError
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     from .verify import VerifyError
 
     try:
-        return VERBS[options.verb].run(options)
+        return options.run(options)
     except ConfigError as error:
         return _said(error, 2)
     except (ProblemError, TrainingError, CheckpointError, RunError, RolloutError, VerifyError, ReportError) as error:

@@ -11,12 +11,14 @@ import math
 from typing import Any
 
 
-def verb(verbs, name: str, what: str, example: str) -> argparse.ArgumentParser:
+def verb(verbs, name: str, what: str, example: str, run) -> argparse.ArgumentParser:
     """A sub-parser with an example in its help."""
-    return verbs.add_parser(
+    parser = verbs.add_parser(
         name, help=what, description=what[0].upper() + what[1:] + ".", epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    parser.set_defaults(run=run)
+    return parser
 
 
 def json_option(parser: argparse.ArgumentParser) -> None:

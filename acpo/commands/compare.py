@@ -12,7 +12,7 @@ from . import json_option, print_json, print_table, verb
 def add(verbs) -> None:
     parser = verb(
         verbs, "compare", "run arms x paired seeds from one warm start; the same command continues what was broken off",
-        "acpo compare configs/compare/t2.yaml --jobs 2 --arms acpo,grpo",
+        "acpo compare configs/compare/t2.yaml --jobs 2 --arms acpo,grpo", run,
     )  # fmt: skip
     parser.add_argument("config", metavar="CONFIG", help="a YAML file such as configs/compare/t2.yaml")
     parser.add_argument("--dir", default=None, help="where the runs live (default: runs/compare/NAME)")

@@ -11,7 +11,7 @@ SETTINGS = {"bash": "_acpo_settings", "zsh": "_acpo_settings"}
 def add(verbs) -> None:
     parser = verb(
         verbs, "completion", "print a completion script for a shell (needs the extra `completion`)",
-        "acpo completion bash > ~/.local/share/bash-completion/completions/acpo\n  acpo completion zsh > ~/.zfunc/_acpo    # a folder of $fpath",
+        "acpo completion bash > ~/.local/share/bash-completion/completions/acpo\n  acpo completion zsh > ~/.zfunc/_acpo    # a folder of $fpath", run,
     )  # fmt: skip
     parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help="bash, zsh or tcsh")
 

@@ -10,7 +10,7 @@ VERDICT = {True: "ok", False: "FAIL", None: "not run"}
 def add(verbs) -> None:
     parser = verb(
         verbs, "doctor", "versions, the kernels in use and why, what is not installed, and a self-check of at most ten seconds",
-        "acpo doctor --json > doctor.json",
+        "acpo doctor --json > doctor.json", run,
     )  # fmt: skip
     json_option(parser)
 

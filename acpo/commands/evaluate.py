@@ -10,7 +10,7 @@ from . import json_option, print_json, print_table, verb
 def add(verbs) -> None:
     parser = verb(
         verbs, "eval", "evaluate the newest checkpoint of a run, or a model, on its held-out problems or on others",
-        "acpo eval runs/arithmetic-acpo-0 --samples 8\n  acpo eval --model FOLDER --preset math500 --path math500.jsonl",
+        "acpo eval runs/arithmetic-acpo-0 --samples 8\n  acpo eval --model FOLDER --preset math500 --path math500.jsonl", run,
     )  # fmt: skip
     parser.add_argument("words", nargs="*", metavar="RUN key=value", help="a run directory (or --model), and settings over its own")
     parser.add_argument("--model", default="", help="a folder with a causal language model and its tokenizer, instead of a run")

@@ -10,7 +10,7 @@ from . import json_option, print_json, print_table, verb
 def add(verbs) -> None:
     parser = verb(
         verbs, "report", "curves of one or more runs as a picture, a page and a table of numbers",
-        "acpo report runs/arithmetic-* --out compared",
+        "acpo report runs/arithmetic-* --out compared", run,
     )  # fmt: skip
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="run directories; several are overlaid, those that differ in the seed alone as one curve"

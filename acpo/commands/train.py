@@ -8,7 +8,7 @@ from . import json_option, print_json, verb
 def add(verbs) -> None:
     parser = verb(
         verbs, "train", "train a policy; the same command continues a run that was broken off",
-        "acpo train configs/arithmetic.yaml trainer.steps=50 seed=1",
+        "acpo train configs/arithmetic.yaml trainer.steps=50 seed=1", run,
     )  # fmt: skip
     parser.add_argument("config", metavar="CONFIG", help="a YAML file; docs/configuration.md lists every setting")
     parser.add_argument("words", nargs="*", metavar="key=value", help="settings over those of the file, e.g. trainer.steps=50")
