@@ -95,7 +95,7 @@ def _memory(trainer: Trainer) -> str:
     have = torch.cuda.memory_allocated(device) if device.type == "cuda" else _resident()
     free = environment.memory_free(str(device))
     room = "" if free is None else f"; {memory.human(free)} free"
-    return f"about {memory.human(have + more)} at most: {memory.human(have)} held now, {memory.human(more)} to come{room} ({text})"
+    return f"estimate {memory.human(have + more)}: {memory.human(have)} held now, {memory.human(more)} to come{room} ({text})"
 
 
 def _resident() -> int:
