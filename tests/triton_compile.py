@@ -45,9 +45,14 @@ class Compiled:
 
     def offsets(self, pointer: str) -> set[str]:
         """The types of the numbers that are added to a pointer of the signature, before it is spread over a tile or not: i32, i64."""
-        names = {f"%{pointer}"} | set(re.findall(rf"(%\S+) = tt\.splat %{pointer}\b", self.ttir))
-        added = re.findall(r"tt\.addptr (%\S+), %\S+ : \S+?(?:<[^,]*>)?, (?:tensor<(?:\d+x)+)?(i\d+)", self.ttir)
-        return {kind for name, kind in added if name in names}
+        found, spread = set(), ""  # a name is used again in another branch: the last definition counts
+        for line in self.ttir.splitlines():
+            if splat := re.search(r"(%\S+) = tt\.splat (%\w+)\b", line):
+                spread = splat[1] if splat[2] == f"%{pointer}" else "" if splat[1] == spread else spread
+            added = re.search(r"tt\.addptr (%\S+), %\S+ : \S+?(?:<[^,]*>)?, (?:tensor<(?:\d+x)+)?(i\d+)", line)
+            if added and added[1] in (f"%{pointer}", spread):
+                found.add(added[2])
+        return found
 
     @staticmethod
     def accesses(ptx: str, kind: str) -> list[int]:
