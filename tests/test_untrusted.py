@@ -97,7 +97,7 @@ def test_reports_show_what_looks_like_html_as_text(tmp_path):
     lines = [{**record, "phase": SCRIPT, f"eval/{SCRIPT}": 0.5, "step": step} for step in (0, 1)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     (run / "config.yaml").write_text(f"name: {SCRIPT}\n")
-    report.write(run)
+    report.write([run])
     page = Tags((run / "report.html").read_text())
     assert SCRIPT in page.text
     assert not any(tag == "script" or "onerror" in attributes for tag, attributes in page.tags)
