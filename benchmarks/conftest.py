@@ -51,6 +51,10 @@ def pytest_addoption(parser):
         "--seconds", type=float, default=common.SECONDS, metavar="S",
         help=f"a provider whose {common.ROUNDS} rounds take longer takes part in fewer, at least {common.LEAST_ROUNDS} (default {common.SECONDS:g})",
     )  # fmt: skip
+    group.addoption(
+        "--providers", default="", metavar="NAMES",
+        help="only those whose name begins with one of these, separated by commas, beside ours and the ceilings (default: all)",
+    )  # fmt: skip
     group.addoption("--rows", type=Path, metavar="FILE", help="JSON that is written anew after every case; what it holds of earlier sessions stays")
     group.addoption("--limit", type=float, default=0, metavar="SECONDS", help="begin no further case after this long (default: no limit)")
 
@@ -100,7 +104,11 @@ def run(request, benchmark):
     torch.manual_seed(0)
     torch._dynamo.reset()
 
+    wanted = tuple(name for name in ("ours", *request.config.getoption("--providers").split(",")) if name)
+
     def measured(case: common.Case) -> list[dict]:
+        if len(wanted) > 1:
+            case.providers = {name: provider for name, provider in case.providers.items() if name.startswith(wanted)}
         record(*common.measure(case))
 
     def record(rows: list[dict], seconds: list[float]) -> None:
