@@ -170,7 +170,10 @@ def patch_the_language_once() -> None:
     def patch(fn):
         languages = [x for x in fn.__globals__.values() if inspect.ismodule(x) and x in (tl, tl.core)]
         if any(tl.core.is_builtin(x.load) for x in languages):
-            return interpreter.patch_lang(fn)
+            scope = interpreter.patch_lang(fn)
+            # Triton 3.6 takes int() of an array of one element, which NumPy 2.4 refuses.
+            tl.core.tensor.__index__ = lambda self: int(self.handle.data.item())
+            return scope
         return interpreter._LangPatchScope()
 
     interpreter._patch_lang = patch
