@@ -8,6 +8,11 @@ from pathlib import Path
 
 import numpy
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time (-n): a thread that waits for work must not spin on a core that another one needs
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 import torch
 from hypothesis import HealthCheck, settings
 
