@@ -62,9 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         return VERBS[options.verb].run(options)
-    except ConfigError as error:
+    except (ConfigError, RunTakenError) as error:
         return _said(error, 2)
-    except (ProblemError, TrainingError, CheckpointError, RunError, RolloutError, VerifyError, ReportError, RunTakenError, InspectError) as error:
+    except (ProblemError, TrainingError, CheckpointError, RunError, RolloutError, VerifyError, ReportError, InspectError) as error:
         return _said(error, 1)
     except ImportError as error:  # something optional is not installed, and says what
         return _said(error, 1)

@@ -24,9 +24,14 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
+def alone() -> dict[str, str]:
+    """The environment without what pytest-xdist says of its workers: pytest-benchmark measures nothing in one."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+
+
 def run_pytest(*options: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "benchmarks", "-p", "no:cacheprovider", "-q", *options]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env={**alone(), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
 
 
 def case_of(providers: dict, n: int = 6, v: int = 500, **options) -> common.Case:
@@ -259,7 +264,7 @@ def test_the_gpu_script_measures_a_case_and_names_a_wrong_option(tmp_path):
     script = ["bash", str(ROOT / "benchmarks" / "gpu.sh")]
     wrong = subprocess.run([*script, "--wrong"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "--dry-run" in wrong.stderr
-    environment = {**os.environ, "PYTHON": sys.executable}
+    environment = {**alone(), "PYTHON": sys.executable}
     command = [*script, "--dry-run", "--out", str(tmp_path / "out"), "--only", "segment_credit and weights and size0"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr

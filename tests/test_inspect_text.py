@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from conftest import SHARED
 
 from acpo import config
 from acpo.cli import main
@@ -90,11 +89,10 @@ def test_edges(model):
     assert only.rollouts[0].steps == []
 
 
-@pytest.mark.skipif(not (SHARED / "tokenizer_gpt2").is_dir(), reason="the data beside the checkout is absent")
-def test_a_model_without_padding_and_with_few_positions(tmp_path):
+def test_a_model_without_padding_and_with_few_positions(shared_data, tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    PreTrainedTokenizerFast(tokenizer_file=str(SHARED / "tokenizer_gpt2" / "tokenizer.json")).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_file=str(shared_data / "tokenizer_gpt2" / "tokenizer.json")).save_pretrained(tmp_path)
     GPT2LMHeadModel(GPT2Config(vocab_size=50257, n_positions=64, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
     long, short = Trace("a", "q", "word " * 100, "4"), Trace("b", "q", TEXTS[0], "4")
     view = inspect_traces([long, short], settings(str(tmp_path)), "t")
@@ -118,10 +116,9 @@ def test_the_command(tmp_path, model, capsys):
     assert "1 problem · 1 rollout: 1 right, 0 wrong" in out and "note: credit at reliability 1" in out and err == ""
 
 
-@pytest.mark.skipif(not (SHARED / "tokenizer_qwen2").is_dir(), reason="the data beside the checkout is absent")
-def test_steps_of_real_traces_cover_their_text(tmp_path, capsys):
-    source = SHARED / "traces_r1_math" / "dev.jsonl"
-    assert main(["segment", str(source), "--tokenizer", str(SHARED / "tokenizer_qwen2"), "--most", "3", "--json"]) == 0
+def test_steps_of_real_traces_cover_their_text(shared_data, tmp_path, capsys):
+    source = shared_data / "traces_r1_math" / "dev.jsonl"
+    assert main(["segment", str(source), "--tokenizer", str(shared_data / "tokenizer_qwen2"), "--most", "3", "--json"]) == 0
     traces = [json.loads(line) for line in source.read_text().splitlines()[:3]]
     for line, trace in zip(capsys.readouterr().out.splitlines(), traces, strict=True):
         found = json.loads(line)

@@ -23,6 +23,7 @@ from acpo.credit import answer_confidence
 from acpo.policy import Policy
 from acpo.run import Run
 from acpo.trainer import Trainer, TrainingError
+from acpo.update import covariance_penalty
 
 TREE = "attribution.source=tree", "credit.scope=all"
 MANY = "rollout.prompts=8", "rollout.group_size=8"  # so many that some groups have both outcomes and rollouts that share their first line
@@ -486,7 +487,7 @@ def test_the_covariance_penalty_draws_its_tokens_back(tmp_path, warmed):
 
     def gradient() -> dict[str, torch.Tensor]:
         trainer.optimizer.zero_grad(set_to_none=True)
-        trainer._covariance_penalty(batch, float(len(chosen)))
+        covariance_penalty(batch, trainer.policy, trainer.config, float(len(chosen)))
         return {n: p.grad.clone() for n, p in trainer.policy.named_parameters() if p.grad is not None}
 
     def distance() -> torch.Tensor:

@@ -107,7 +107,7 @@ class Job:
             return file.read().decode()
 
 
-TIMES = ("time/", "seconds", "step_time", "memory_gb", "verify/seconds")
+TIMES = ("time/", "seconds", "step_time", "memory_gb", "verify/seconds", "tokens/per_second")
 
 
 def without_times(record: dict) -> dict:
