@@ -46,6 +46,7 @@ from .rollout import Engine, RolloutError
 from .rollout import build as build_engine
 from .rollout.kept import Kept
 from .run import Run, Stopped
+from .sampling import Group, assembled
 from .segmentation import ForkThreshold, answer_starts, fixed_length
 from .sources import load_problems
 from .stages import Stages
@@ -193,14 +194,14 @@ class Trainer:
         sampling, groups without both outcomes are sampled again; every token counts in the budget."""
         wanted, size = self.config.rollout.prompts, self.config.rollout.group_size
         rounds = self.config.curriculum.max_rounds if self.config.curriculum.dynamic_sampling else 1
-        kept: list[tuple[int, list, np.ndarray, list[str]]] = []
-        spare: list[tuple[int, list, np.ndarray, list[str]]] = []
-        self.tried: list[tuple[int, np.ndarray]] = []
+        kept: list[Group] = []
+        spare: list[Group] = []
+        self.tried: list[Group] = []
         for round_ in range(rounds):
-            indices = self.curriculum.sample(wanted - len(kept), self.stages.stage, self.rng)
+            indices = self.curriculum.sample(wanted - len(kept), self.stages.stage, self.rng).tolist()
+            chosen = [(index, self.prompts.prompt(self.train_problems[index].prompt)) for index in indices]
             problems = [self.train_problems[i] for i in indices for _ in range(size)]
-            prompts = [ids for i in indices for ids in [self.prompts.prompt(self.train_problems[i].prompt)] * size]
-            samples = self._generate(self.ranks.share(prompts), round_)
+            samples = self._generate(self.ranks.share([prompt for _, prompt in chosen for _ in range(size)]), round_)
             texts = self.tokenizer.batch_decode([s.ids for s in samples], skip_special_tokens=True)
             pending = self.verifier.submit(self.ranks.share(problems), texts)
             with self.clock("verify"):
@@ -208,27 +209,15 @@ class Trainer:
             samples = self.ranks.concat(samples, self.policy.device)
             rewards = np.array(verify.rewards(problems, verdicts, self.rng))
             self.counters["tokens/generated"] += sum(len(s.ids) for s in samples)
-            for g, index in enumerate(indices.tolist()):
+            for g, (index, prompt) in enumerate(chosen):
                 part = slice(g * size, (g + 1) * size)
-                group = (index, samples[part], rewards[part], [v.status for v in verdicts[part]])
-                self.tried.append((index, rewards[part]))
-                mixed = len(np.unique(rewards[part][~np.isnan(rewards[part])])) > 1
-                (kept if mixed or rounds == 1 else spare).append(group)
+                group = Group(index, prompt, samples[part], rewards[part], [v.status for v in verdicts[part]])
+                self.tried.append(group)
+                (kept if group.mixed or rounds == 1 else spare).append(group)
             if len(kept) == wanted:
                 break
         kept += spare[-(wanted - len(kept)) :] if len(kept) < wanted else []
-        samples = [s for _, group, _, _ in kept for s in group]
-        batch = Batch.from_responses(
-            [ids for index, _, _, _ in kept for ids in [self.prompts.prompt(self.train_problems[index].prompt)] * size],
-            [s.ids for s in samples],
-            rollout_logp=[s.logp for s in samples],
-        )
-        device = self.policy.device
-        batch.sequence["finished"] = torch.tensor([s.finished for s in samples], device=device)
-        outcome = torch.tensor(np.concatenate([r for _, _, r, _ in kept]), dtype=torch.float32, device=device)
-        batch.sequence["left_out"] = outcome.isnan()
-        batch.sequence["verdict"] = torch.tensor([verify.STATUSES.index(s) for *_, group in kept for s in group], device=device)
-        return np.array([index for index, _, _, _ in kept]), batch, outcome
+        return assembled(kept, self.policy.device)
 
     def _generate(self, prompts: list[list[int]], round_: int):
         """Rollouts of this round of this step: their seeds follow from the run's, the step and their place, so that a resumed run repeats them."""
@@ -352,10 +341,10 @@ class Trainer:
 
     def _control(self, indices: np.ndarray, outcome: Tensor, entropy: float) -> None:
         """What this step taught the controllers."""
-        for index, rewards in self.tried:
-            known = rewards[~np.isnan(rewards)]
+        for group in self.tried:
+            known = group.rewards[~np.isnan(group.rewards)]
             if len(known):
-                self.curriculum.update(np.array([index]), np.array([known.sum()]), len(known))
+                self.curriculum.update(np.array([group.problem]), np.array([known.sum()]), len(known))
         self.entropy.update(entropy, self.step_number / self.config.trainer.steps, self.stages.stage)
         success = outcome.nanmean()
         if success == success and self.stages.update(self.step_number, float(success)):

@@ -4,15 +4,7 @@
 #   tests/external/browser/run.sh FOLDER measure.py [COUNT]                  load, scroll and sort times of 64 rollouts of 4,096 tokens
 #   tests/external/browser/run.sh FOLDER screenshot.py PAGE.html OUT.png     a picture of a page (docs/inspect.png)
 set -euo pipefail
-root=$(cd "$(dirname "$0")/../../.." && pwd)
-cd "$root"
-folder=${1:-}
-if [ -z "$folder" ]; then
-    folder=$(mktemp -d)
-    trap 'rm -rf "$folder"' EXIT
-fi
-[ -x "$folder/bin/python" ] || python3 -m venv "$folder"
-. "$folder/bin/activate"
+. "$(dirname "$0")/../environment.sh"
 pip install -q 'playwright==1.*' pytest
 export PYTHONPATH="$root:$root/tests"
 if [ $# -gt 1 ]; then
