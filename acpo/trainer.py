@@ -410,6 +410,7 @@ class Trainer:
         if found is None:
             raise checkpoint.CheckpointError(f"{self.run.checkpoints} holds no checkpoint")
         tensors, state = found
+        checkpoint.check("policy", tensors["policy"], self.policy.trained())
         self.policy.load_state_dict(tensors["policy"], strict=False)
         return state["step"]
 

@@ -7,9 +7,10 @@ import json
 import os
 import signal
 import subprocess
+import time
 
 import pytest
-from runs import same
+from runs import Job, same
 
 from acpo import checkpoint
 
@@ -59,6 +60,23 @@ def test_sigterm_saves_and_a_second_process_is_refused(nursery, undisturbed, tmp
     code, said = nursery.train(run)
     assert code == 0 and f"resumed from step {step}" in said
     same(undisturbed, run)
+
+
+def test_two_at_the_same_instant_then_ctrl_c_then_another_place(nursery, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    jobs = [nursery.start(run), nursery.start(run)]
+    while all(job.running() for job in jobs):
+        time.sleep(0.01)
+    jobs.sort(key=Job.running)
+    assert jobs[0].wait() == 2 and f"{run} is in use by process {jobs[1].pid} on" in jobs[0].said()
+    assert jobs[1].until("update")
+    jobs[1].send(signal.SIGINT)
+    assert jobs[1].wait() == 130
+    assert one_line(jobs[1].said()) == "acpo: interrupted; the same command continues from the last checkpoint"
+    there = run.rename(tmp_path / "there")
+    code, said = nursery.train(there)
+    assert code == 0, said
+    same(undisturbed, there)
 
 
 @pytest.mark.parametrize("size", ["600k", pytest.param("8k", marks=pytest.mark.slow), pytest.param("2500k", marks=pytest.mark.slow)])
