@@ -40,6 +40,7 @@ def save(directory: Path, label: str, tensors: dict[str, dict[str, Tensor]], sta
         (temporary / "state.json").write_text(json.dumps({"format": FORMAT, **state}), encoding="utf-8")
         seal(temporary)
         for file in temporary.iterdir():
+            shutil.copymode(temporary / "state.json", file)  # safetensors makes its own for the owner's eyes alone, whatever the umask
             _sync(file)
         _sync(temporary)
         if target.exists():  # an older run of the same step: the new one replaces it
