@@ -291,3 +291,10 @@ def _generic(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return (folder / "tokenizer.json").exists() and settings.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+def eos_ids(policy: Policy, tokenizer) -> list[int]:
+    """The tokens that end a rollout: the tokenizer's and those of the model's generation config."""
+    config = getattr(policy.model, "generation_config", None)
+    more = getattr(config, "eos_token_id", None) or []
+    return sorted({tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])})
