@@ -92,7 +92,7 @@ class Trainer:
     @cached_property
     def engine(self) -> Engine:
         """Begun where it is first used: a run that is refused starts no server and leaves no trace."""
-        return build_engine(self.config, self.policy, eos_ids(self.policy, self.tokenizer), self.run.directory)
+        return build_engine(self.config, self.policy, eos_ids(self.policy, self.tokenizer), self.run.directory, self.ranks)
 
     # --- the main line ------------------------------------------------------------------------------------------------------------
 
@@ -223,7 +223,8 @@ class Trainer:
         seed = int(np.random.SeedSequence((self.config.seed, self.step_number, round_, *self.ranks.seed)).generate_state(1, np.uint64)[0] >> 1)
         if settings.engine != "local":
             key = hashlib.sha256(json.dumps([seed, prompts, settings.max_new_tokens, settings.temperature]).encode()).hexdigest()
-            self.kept.append(Kept(self.run.directory / "rollouts" / f"pending-{self.step_number}-{round_}.jsonl", key, self.policy.device))
+            name = "-".join(map(str, ("pending", self.step_number, round_, *self.ranks.seed)))
+            self.kept.append(Kept(self.run.directory / "rollouts" / f"{name}.jsonl", key, self.policy.device))
         samples = self.engine.generate(
             prompts, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
             generator=torch.Generator(self.policy.device).manual_seed(seed), done=self.kept[-1] if self.kept else None,
