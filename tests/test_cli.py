@@ -178,6 +178,10 @@ def test_rollouts_are_kept_as_parquet(finished_run):
         )
         assert row["segment_rule"][-1] == "end" and (row["segment_rule"][-2:-1] == ["answer"]) == (row["answered"] and len(ends) > 1)
         assert row["verdict"] in ("judged", "unparseable") and all(w == 1 for w in row["segment_weight"])
+        alike = len({r["outcome"] for r in rows if r["group"] == row["group"]}) == 1
+        assert row["source"] == ("hindsight" if alike else "tree") and row["segment_phi"] is not None  # each where its credit is for
+        raw, centred = row["segment_hindsight"] or [], row["segment_centred"] or []
+        assert all(c >= h - 1e-5 for h, c in zip(raw, centred, strict=True)) and len(raw) in (0, len(ends))  # by a KL
         assert (
             all(0 < v < 1 for v in row["segment_value"] or [])
             and all(h >= 0 for h in row["segment_entropy"])
