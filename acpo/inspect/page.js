@@ -196,8 +196,8 @@ function column(rollout) {
   const judged = [];
   if (rollout.advantage !== null) judged.push(`A ${number(rollout.advantage, true)}`);
   judged.push(`surprise ${number(rollout.surprise)}`);
-  if (told(rollout)) judged.push(told(rollout));
   const facts = [plural(rollout.tokens, "token"), plural(rollout.counts.length, "step")];
+  if (told(rollout)) facts.push(told(rollout));
   if (!rollout.finished) facts.push("cut off");
   const given = rollout.given === null ? "" : `read ${visible(rollout.given)}`;
   const sign = mark(rollout);

@@ -68,7 +68,7 @@ def test_what_stands_where(open_page):
     )
     assert numbers(tab) == ["3", "1", "2", "4"] and texts(tab, ".rollout h2 > span:not(.given)")[:2] == ["✗ wrong", "✓ right"]
     first = tab.locator(".rollout").first
-    assert "A +1.00 · surprise 0.25 · tree 0.50" in tab.inner_text(".rollout:nth-child(2) header")
+    assert "A +1.00 · surprise 0.25\n30 tokens · 3 steps · tree 0.50" in re.sub(r"\s*\n\s*", "\n", tab.inner_text(".rollout:nth-child(2) header"))
     assert "A −1.00 · surprise 0.56" in first.inner_text() and texts(tab, ".rollout:first-child .gutter b") == ["+2.00", "−1.00", "+0.25", "−1.00"]
     assert texts(tab, ".rollout:first-child .text") == ["step 1.", "step 2.", "step 3.", "step 4."]
     assert texts(tab, ".rollout:nth-child(2) li.answer .text") == ["step 3."]
