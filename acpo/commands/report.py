@@ -15,8 +15,12 @@ def add(verbs) -> None:
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="run directories; several are overlaid, those that differ in the seed alone as one curve"
     )
-    parser.add_argument("--out", default="", help="a folder, or one file: .png, .svg, .pdf, .html, .csv (default: the run's directory)")
-    parser.add_argument("--panels", default="", help="only the panels whose titles hold one of these words, separated by commas (default: all)")
+    parser.add_argument(
+        "--out", default="", metavar="PATH", help="a folder, or one file: .png, .svg, .pdf, .html, .csv (default: the run's directory)"
+    )
+    parser.add_argument(
+        "--panels", default="", metavar="WORDS", help="only the panels whose titles hold one of these words, separated by commas (default: all)"
+    )
     json_option(parser)
 
 
