@@ -83,10 +83,11 @@ def _longest_prompt(trainer: Trainer, most: int = 256) -> int:
 
 
 def _needed(trainer: Trainer) -> tuple[int, str]:
-    terms = memory.estimate(trainer.config, trainer.policy, _longest_prompt(trainer))
+    asked = len(trainer.held_out[: trainer.config.eval.max_problems or None])
+    terms = memory.estimate(trainer.config, trainer.policy, _longest_prompt(trainer), asked)
     text = ", ".join(f"{t.name} {memory.human(t.bytes)}" for t in terms if t.bytes >= 2**20 or t.name == "weights")
     # The weights are there already, and on the host with them what Python, torch and the tokenizer take.
-    return sum(t.bytes for t in terms if t.name != "weights"), text
+    return memory.total([t for t in terms if t.name != "weights"]), text
 
 
 def _memory(trainer: Trainer) -> str:

@@ -169,8 +169,9 @@ class Trainer:
         if self.run.keeps_rollouts:
             problems = [self.train_problems[i] for i in indices for _ in range(self.config.rollout.group_size)]
             rows = rollout_rows(
-                batch, outcome, attribution, advantages, weights, self.rules, problems, self.config.rollout.group_size, self.tokenizer
-            )
+                batch, outcome, attribution, list(self.attributors.by_name), advantages, weights, self.rules, problems,
+                self.config.rollout.group_size, self.tokenizer,
+            )  # fmt: skip
             self.run.save_rollouts(self.step_number, rows)
         self._control(indices, outcome, metrics["entropy"])
         while self.kept:
