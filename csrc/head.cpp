@@ -68,9 +68,7 @@ void head_backward(const Head& head, float* logits, const HeadStatistics& saved,
     return;
   }
   count_work({logits == nullptr ? head.count : 0, out.hidden != nullptr ? head.count : 0, out.weight != nullptr ? head.count : 0});
-#if defined(__x86_64__)
-  if (Logits::with_tiles(head)) return tiles_backward(head, logits, saved, out, threads);
-#endif
+  if (const HeadWords* const words = head_words(head)) return words_backward(*words, head, logits, saved, out, threads);
   const HeadKernels& k = head_kernels();
   const Buffer along(out.weight != nullptr ? panels(head.width) * PANEL * head.count : 0);  // X in panels over H
   const Logits product(head, k, out.weight != nullptr ? along.get() : nullptr, threads);
@@ -91,18 +89,16 @@ void head_backward(const Head& head, float* logits, const HeadStatistics& saved,
       const int64_t stride = (logits == nullptr ? SLICE_ROWS : head.vocab) * PANEL;
       const bool add = out.add || group > 0;
       // Per block: the gradient of its logits, and dW
-      const bool again = logits == nullptr, apart = again && product.words;  // apart: the logits have an operand of their own
-      parallel_tasks((size + BLOCK - 1) / BLOCK, apart ? product.block_size() : 0, threads, [&](int64_t block, float* scratch) {
+      parallel_tasks((size + BLOCK - 1) / BLOCK, 0, threads, [&](int64_t block, float*) {
         const int64_t from = block * BLOCK, v = begin + from, rows = std::min(BLOCK, size - from);
         float* const weight = slice_weight.get() + from * PANEL;
-        if (apart) product.pack(v, rows, scratch);
-        if (group == 0 && (out.hidden != nullptr || (again && !apart))) {
+        if (group == 0 && (out.hidden != nullptr || logits == nullptr)) {
           k.pack[static_cast<int>(head.dtype)](weight_at(head, v), head.weight_stride, rows, head.width, weight, SLICE_ROWS * PANEL);
         }
         if (out.bias != nullptr && !add) std::fill_n(out.bias + v, rows, 0.0f);
         for (int64_t p = group; p < end; ++p) {
           float* z = base + (p - group) * stride + from * PANEL;
-          if (again) product(apart ? scratch : weight, apart ? Logits::STRIDE : SLICE_ROWS * PANEL, v, rows, p, z, v + threads * BLOCK, group, end);
+          if (logits == nullptr) product(weight, SLICE_ROWS * PANEL, v, rows, p, z, v + threads * BLOCK, group, end);
           gradient_of_block(head, k, saved, out, scales, gradients, v, rows, p, z);
         }
         if (out.weight == nullptr) return;
