@@ -61,23 +61,24 @@ void head_forward(const Head& head, float* logits, const HeadStatistics& out, in
 }
 
 void head_backward(const Head& head, float* logits, const HeadStatistics& saved, const HeadGradient& out, int threads) {
-  const bool direct = out.weight != nullptr && out.weight_dtype == Dtype::float32;
+  const bool with_weight = out.weight != nullptr || out.sum != nullptr;
   if (head.count == 0) {
     if (out.weight != nullptr && !out.add) std::memset(out.weight, 0, static_cast<size_t>(head.vocab * head.width * size_of(out.weight_dtype)));
     if (out.bias != nullptr && !out.add) std::fill_n(out.bias, head.vocab, 0.0f);
     return;
   }
-  count_work({logits == nullptr ? head.count : 0, out.hidden != nullptr ? head.count : 0, out.weight != nullptr ? head.count : 0});
+  count_work({logits == nullptr ? head.count : 0, out.hidden != nullptr ? head.count : 0, with_weight ? head.count : 0});
   if (const HeadWords* const words = head_words(head)) return words_backward(*words, head, logits, saved, out, threads);
   const HeadKernels& k = head_kernels();
-  const Buffer along(out.weight != nullptr ? panels(head.width) * PANEL * head.count : 0);  // X in panels over H
-  const Logits product(head, k, out.weight != nullptr ? along.get() : nullptr, threads);
+  float* const sum = sum_of(out);
+  const Buffer along(with_weight ? panels(head.width) * PANEL * head.count : 0);  // X in panels over H
+  const Logits product(head, k, with_weight ? along.get() : nullptr, threads);
   const std::vector<LaneScales> scales = lane_scales(head, k.fused);
   const std::vector<LaneGradient> gradients = lane_gradients(head, scales, saved, out);
   const int64_t wide = panels(head.count), tall = panels(head.width);
   const Buffer slice_weight(tall * PANEL * SLICE_ROWS);
   const Buffer slice_logits(logits != nullptr ? 0 : std::min(wide, GROUP_ROWS / PANEL) * PANEL * SLICE_ROWS);
-  const Buffer slice_gradient(out.weight != nullptr && !direct ? SLICE * head.width : 0);
+  const Buffer slice_gradient(with_weight && sum == nullptr ? SLICE * head.width : 0);
   const Buffer grad_hidden(out.hidden != nullptr ? tall * wide * PANEL * PANEL : 0);  // tile (h, n): [32 n][32 h]
   if (out.hidden != nullptr) std::fill_n(grad_hidden.get(), tall * wide * PANEL * PANEL, 0.0f);
 
@@ -101,15 +102,14 @@ void head_backward(const Head& head, float* logits, const HeadStatistics& saved,
           if (logits == nullptr) product(weight, SLICE_ROWS * PANEL, v, rows, p, z, v + threads * BLOCK, group, end);
           gradient_of_block(head, k, saved, out, scales, gradients, v, rows, p, z);
         }
-        if (out.weight == nullptr) return;
+        if (!with_weight) return;
+        float* const to = sum != nullptr ? sum + v * head.width : slice_gradient.get() + from * head.width;
         for (int64_t h = 0; h < tall; ++h) {
-          float* to = (direct ? static_cast<float*>(out.weight) + v * head.width : slice_gradient.get() + from * head.width) + h * PANEL;
-          k.weight(base + from * PANEL, stride, rows, along.get() + (h * head.count + group * PANEL) * PANEL, count, to, head.width,
+          k.weight(base + from * PANEL, stride, rows, along.get() + (h * head.count + group * PANEL) * PANEL, count, to + h * PANEL, head.width,
                    std::min(PANEL, head.width - h * PANEL), add);
         }
-        if (!direct && end == wide) {
-          k.round[static_cast<int>(out.weight_dtype)](slice_gradient.get() + from * head.width, rows * head.width,
-                                                      at(out.weight, out.weight_dtype, v * head.width));
+        if (end == wide && rounds(out)) {
+          k.round[static_cast<int>(out.weight_dtype)](to, rows * head.width, at(out.weight, out.weight_dtype, v * head.width));
         }
       });
       // Per slice: dHidden, two panels over H and STRIP panels of rows at a time
@@ -137,6 +137,13 @@ void head_backward(const Head& head, float* logits, const HeadStatistics& saved,
                                               at(out.hidden, out.hidden_dtype, head.rows[n] * head.width + h * PANEL));
       }
     }
+  });
+}
+
+void head_round(const Head& head, const float* sum, void* weight, int threads) {
+  const HeadKernels& k = head_kernels();
+  parallel_for(head.vocab, BLOCK, threads, [&](int64_t begin, int64_t end) {
+    k.round[static_cast<int>(head.dtype)](sum + begin * head.width, (end - begin) * head.width, at(weight, head.dtype, begin * head.width));
   });
 }
 

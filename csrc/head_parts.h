@@ -243,6 +243,12 @@ inline void finish_rows(const Head& head, const std::vector<Lanes>& parts, int64
   }
 }
 
+// Where dWeight is summed in float32, if it is anywhere; and whether it is rounded when it is complete.
+inline float* sum_of(const HeadGradient& out) {
+  return out.sum == nullptr && out.weight_dtype == Dtype::float32 ? static_cast<float*>(out.weight) : out.sum;
+}
+inline bool rounds(const HeadGradient& out) { return out.weight != nullptr && out.weight_dtype != Dtype::float32; }
+
 // The gradient of each row's logits but the target's; rows beyond `count` in the last panel get 0.
 inline std::vector<LaneGradient> lane_gradients(const Head& head, const std::vector<LaneScales>& scales, const HeadStatistics& saved,
                                          const HeadGradient& out) {

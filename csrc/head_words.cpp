@@ -27,15 +27,16 @@ void words_backward(const HeadWords& with, const Head& head, float* logits, cons
   const HeadKernels& k = head_kernels();
   const int64_t parts = with.parts, wide = panels(head.count), tall = panels(head.width), most = std::min(wide, GROUP_ROWS / PANEL);
   const int64_t height = (head.width + 15) / 16 * 16 + 1;  // one more, so that the panels of one h do not share L1 sets
-  const bool with_weight = out.weight != nullptr, with_hidden = out.hidden != nullptr, direct = out.weight_dtype == Dtype::float32;
-  const bool at_once = direct || wide <= most;  // dW of a block is complete when it has been multiplied
+  float* const sum_weight = sum_of(out);
+  const bool with_weight = out.weight != nullptr || out.sum != nullptr, with_hidden = out.hidden != nullptr;
+  const bool at_once = wide <= most;  // dW of a block is complete when it has been multiplied
   const Buffer along(with_weight ? tall * wide * TILE_B / 2 : 0);
   const Logits product(head, k, with_weight ? along.get() : nullptr, threads);
   const std::vector<LaneScales> scales = lane_scales(head, k.fused);
   const std::vector<LaneGradient> gradients = lane_gradients(head, scales, saved, out);
   const Buffer turned(with_hidden ? SLICE_PANELS * height * PANEL / 2 : 0);                  // W^T of a slice: panels over v, [h][32]
   const Buffer held(with_hidden ? parts * most * SLICE_PANELS * TILE_B / 2 : 0);             // G of a slice: (part, n), panels over v
-  const Buffer slice_gradient(with_weight && !at_once ? SLICE * head.width : 0);
+  const Buffer slice_gradient(with_weight && sum_weight == nullptr && !at_once ? SLICE * head.width : 0);
   const Buffer grad_hidden(with_hidden ? wide * head.width * PANEL : 0);                     // (n), [h][32]
   const Buffer apart(with_hidden && with.residues != nullptr ? head.count * head.width : 0);  // of dHidden, by residues
   std::vector<std::vector<Residue>> residues(SLICE / BLOCK * most);                          // of a slice: (block, n)
@@ -47,7 +48,7 @@ void words_backward(const HeadWords& with, const Head& head, float* logits, cons
     const int64_t size = std::min(SLICE, head.vocab - begin), blocks = (size + BLOCK - 1) / BLOCK;
     for (int64_t group = 0; group < wide; group += most) {
       const int64_t end = std::min(wide, group + most), count = std::min(head.count, end * PANEL) - group * PANEL;
-      const bool add = out.add || group > 0;
+      const bool add = out.add || group > 0, complete = end == wide && rounds(out);
       const int64_t parts_size = parts * most * BLOCK * PANEL / 2, found_size = with.residues != nullptr ? 3 * BLOCK * PANEL : 0;
       parallel_tasks(blocks, product.block_size() + 2 * BLOCK * PANEL + found_size + parts_size, threads, [&](int64_t block, float* scratch) {
         const int64_t from = block * BLOCK, v = begin + from, rows = std::min(BLOCK, size - from);
@@ -64,18 +65,21 @@ void words_backward(const HeadWords& with, const Head& head, float* logits, cons
         if (out.bias != nullptr && !add) std::fill_n(out.bias + v, rows, 0.0f);
         for (int64_t p = group; p < end; ++p) {
           const int64_t lanes = lanes_of(head.count, p);
-          float* const z = logits == nullptr ? own : logits + (p * head.vocab + v) * PANEL;
-          if (logits == nullptr) product(scratch, Logits::STRIDE, v, rows, p, z, v + threads * BLOCK, group, end);
-          gradient_of_block(head, k, saved, out, scales, gradients, v, rows, p, z);
+          if (logits == nullptr) {
+            product(scratch, Logits::STRIDE, v, rows, p, own, v + threads * BLOCK, group, end);
+          } else {  // a copy, since only its parts are needed: memory is read, not written
+            std::copy_n(logits + (p * head.vocab + v) * PANEL, rows * PANEL, own);
+          }
+          gradient_of_block(head, k, saved, out, scales, gradients, v, rows, p, own);
           uint16_t *as_a[MOST_PARTS], *as_b[MOST_PARTS];
           for (int64_t part = 0; part < parts; ++part) {
             as_a[part] = with_weight ? split + (part * most + p - group) * BLOCK * PANEL : nullptr;
             as_b[part] = with_hidden ? held_at(part, p - group) : nullptr;
           }
-          with.split(z, rows, whole, lanes, from, as_a, as_b);
+          with.split(own, rows, whole, lanes, from, as_a, as_b);
           if (with.residues == nullptr) continue;
           Residue* const some = reinterpret_cast<Residue*>(found);
-          residues[block * most + p - group].assign(some, some + with.residues(z, rows, lanes, gradients[p].keep, some));
+          residues[block * most + p - group].assign(some, some + with.residues(own, rows, lanes, gradients[p].keep, some));
         }
         if (!with_weight) return;
         for (int64_t h = 0; h < tall; ++h) {
@@ -88,19 +92,18 @@ void words_backward(const HeadWords& with, const Head& head, float* logits, cons
               with.add(r.value, x + h * PANEL, columns, sum + r.v * PANEL);
             }
           }
-          float* const c = direct ? static_cast<float*>(out.weight) + to : slice_gradient.get() + from * head.width + h * PANEL;
+          float* const held_sum = sum_weight != nullptr ? sum_weight + to : at_once ? nullptr : slice_gradient.get() + from * head.width + h * PANEL;
           for (int64_t i = 0; i < rows; ++i) {
-            float *const s = sum + i * PANEL, *const row = c + i * head.width;
-            if (!at_once || direct) {
-              for (int64_t j = 0; j < columns; ++j) row[j] = add ? row[j] + s[j] : s[j];
-            } else {
+            float *const s = sum + i * PANEL, *const row = held_sum == nullptr ? nullptr : held_sum + i * head.width;
+            if (add) {
+              for (int64_t j = 0; j < columns; ++j) s[j] += row[j];
+            }
+            if (complete) {
               k.round[static_cast<int>(out.weight_dtype)](s, columns, at(out.weight, out.weight_dtype, to + i * head.width));
+            } else {
+              std::copy_n(s, columns, row);
             }
           }
-        }
-        if (!at_once && end == wide) {
-          k.round[static_cast<int>(out.weight_dtype)](slice_gradient.get() + from * head.width, rows * head.width,
-                                                      at(out.weight, out.weight_dtype, v * head.width));
         }
       });
       if (!with_hidden) continue;
