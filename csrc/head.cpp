@@ -78,7 +78,7 @@ void head_backward(const Head& head, float* logits, const HeadStatistics& saved,
   const int64_t wide = panels(head.count), tall = panels(head.width);
   const Buffer slice_weight(tall * PANEL * SLICE_ROWS);
   const Buffer slice_logits(logits != nullptr ? 0 : std::min(wide, GROUP_ROWS / PANEL) * PANEL * SLICE_ROWS);
-  const Buffer slice_gradient(with_weight && sum == nullptr ? SLICE * head.width : 0);
+  const Buffer slice_gradient(with_weight && sum == nullptr && wide > GROUP_ROWS / PANEL ? SLICE * head.width : 0);
   const Buffer grad_hidden(out.hidden != nullptr ? tall * wide * PANEL * PANEL : 0);  // tile (h, n): [32 n][32 h]
   if (out.hidden != nullptr) std::fill_n(grad_hidden.get(), tall * wide * PANEL * PANEL, 0.0f);
 
@@ -90,7 +90,7 @@ void head_backward(const Head& head, float* logits, const HeadStatistics& saved,
       const int64_t stride = (logits == nullptr ? SLICE_ROWS : head.vocab) * PANEL;
       const bool add = out.add || group > 0;
       // Per block: the gradient of its logits, and dW
-      parallel_tasks((size + BLOCK - 1) / BLOCK, 0, threads, [&](int64_t block, float*) {
+      parallel_tasks((size + BLOCK - 1) / BLOCK, with_weight ? BLOCK * head.width : 0, threads, [&](int64_t block, float* part) {
         const int64_t from = block * BLOCK, v = begin + from, rows = std::min(BLOCK, size - from);
         float* const weight = slice_weight.get() + from * PANEL;
         if (group == 0 && (out.hidden != nullptr || logits == nullptr)) {
@@ -103,14 +103,11 @@ void head_backward(const Head& head, float* logits, const HeadStatistics& saved,
           gradient_of_block(head, k, saved, out, scales, gradients, v, rows, p, z);
         }
         if (!with_weight) return;
-        float* const to = sum != nullptr ? sum + v * head.width : slice_gradient.get() + from * head.width;
         for (int64_t h = 0; h < tall; ++h) {
-          k.weight(base + from * PANEL, stride, rows, along.get() + (h * head.count + group * PANEL) * PANEL, count, to + h * PANEL, head.width,
-                   std::min(PANEL, head.width - h * PANEL), add);
+          k.weight(base + from * PANEL, stride, rows, along.get() + (h * head.count + group * PANEL) * PANEL, count, part + h * PANEL, head.width,
+                   std::min(PANEL, head.width - h * PANEL));
         }
-        if (end == wide && rounds(out)) {
-          k.round[static_cast<int>(out.weight_dtype)](to, rows * head.width, at(out.weight, out.weight_dtype, v * head.width));
-        }
+        leave_weight(head, k, out, v, rows, part, sum != nullptr ? sum + v * head.width : slice_gradient.get() + from * head.width, add, end == wide);
       });
       // Per slice: dHidden, two panels over H and STRIP panels of rows at a time
       if (out.hidden == nullptr) continue;

@@ -92,9 +92,8 @@ struct HeadKernels {
   void (*logits)(const float* weight, int64_t panel, int64_t rows, int64_t width, const float* hidden, int64_t lanes, float* z, Ahead next);
   // c[n][32] += sum_v g[v][n] weight[v][32], v < rows, n < lanes
   void (*hidden)(const float* g, const float* weight, int64_t rows, int64_t lanes, float* c);
-  // c[v][0:columns] = or += sum_n g[v][n] hidden[n][32], n < count
-  void (*weight)(const float* g, int64_t panel, int64_t rows, const float* hidden, int64_t count, float* c, int64_t stride, int64_t columns,
-                 bool add);
+  // c[v][0:columns] = sum_n g[v][n] hidden[n][32], n < count
+  void (*weight)(const float* g, int64_t panel, int64_t rows, const float* hidden, int64_t count, float* c, int64_t stride, int64_t columns);
   void (*finish)(float* z, int64_t rows, int64_t lanes, const float* bias, float softcap);  // bias null, softcap 0: none
   void (*statistics)(const float* z, int64_t rows, int64_t lanes, const LaneScales& scales, Lanes* state);
   void (*gradient)(float* z, int64_t rows, int64_t lanes, const LaneScales& scales, const LaneGradient& g, float softcap);
@@ -102,6 +101,7 @@ struct HeadKernels {
   void (*divergence)(const float* p, const float* q, int64_t rows, int64_t lanes, const LaneScales& scales, Divergence* out);
   void (*bias)(const float* g, int64_t rows, int64_t lanes, float* sums);  // sums[v] += sum_n g[v][n]
   void (*round[3])(const float* from, int64_t count, void* to);
+  void (*leave[3])(const float* from, int64_t count, void* to);  // the same past the caches, for what is not read again
 };
 extern const HeadKernels head_baseline, head_avx2, head_avx512;
 

@@ -243,11 +243,25 @@ inline void finish_rows(const Head& head, const std::vector<Lanes>& parts, int64
   }
 }
 
-// Where dWeight is summed in float32, if it is anywhere; and whether it is rounded when it is complete.
+// Where dWeight is summed in float32, if it is anywhere.
 inline float* sum_of(const HeadGradient& out) {
   return out.sum == nullptr && out.weight_dtype == Dtype::float32 ? static_cast<float*>(out.weight) : out.sum;
 }
-inline bool rounds(const HeadGradient& out) { return out.weight != nullptr && out.weight_dtype != Dtype::float32; }
+
+// dWeight of the entries v to v + rows goes where it is wanted: `part` holds what one group of rows gives to it, `sum` (if any) what those
+// before gave where `add`. The last one may round it.
+inline void leave_weight(const Head& head, const HeadKernels& k, const HeadGradient& out, int64_t v, int64_t rows, float* part, float* sum, bool add,
+                         bool last) {
+  const int64_t count = rows * head.width;
+  if (add) {
+    for (int64_t i = 0; i < count; ++i) part[i] += sum[i];
+  }
+  if (last && out.weight != nullptr && out.weight_dtype != Dtype::float32) {
+    k.leave[static_cast<int>(out.weight_dtype)](part, count, at(out.weight, out.weight_dtype, v * head.width));
+  } else {
+    k.leave[static_cast<int>(Dtype::float32)](part, count, sum);
+  }
+}
 
 // The gradient of each row's logits but the target's; rows beyond `count` in the last panel get 0.
 inline std::vector<LaneGradient> lane_gradients(const Head& head, const std::vector<LaneScales>& scales, const HeadStatistics& saved,

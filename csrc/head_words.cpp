@@ -29,14 +29,13 @@ void words_backward(const HeadWords& with, const Head& head, float* logits, cons
   const int64_t height = (head.width + 15) / 16 * 16 + 1;  // one more, so that the panels of one h do not share L1 sets
   float* const sum_weight = sum_of(out);
   const bool with_weight = out.weight != nullptr || out.sum != nullptr, with_hidden = out.hidden != nullptr;
-  const bool at_once = wide <= most;  // dW of a block is complete when it has been multiplied
   const Buffer along(with_weight ? tall * wide * TILE_B / 2 : 0);
   const Logits product(head, k, with_weight ? along.get() : nullptr, threads);
   const std::vector<LaneScales> scales = lane_scales(head, k.fused);
   const std::vector<LaneGradient> gradients = lane_gradients(head, scales, saved, out);
   const Buffer turned(with_hidden ? SLICE_PANELS * height * PANEL / 2 : 0);                  // W^T of a slice: panels over v, [h][32]
   const Buffer held(with_hidden ? parts * most * SLICE_PANELS * TILE_B / 2 : 0);             // G of a slice: (part, n), panels over v
-  const Buffer slice_gradient(with_weight && sum_weight == nullptr && !at_once ? SLICE * head.width : 0);
+  const Buffer slice_gradient(with_weight && sum_weight == nullptr && wide > most ? SLICE * head.width : 0);
   const Buffer grad_hidden(with_hidden ? wide * head.width * PANEL : 0);                     // (n), [h][32]
   const Buffer apart(with_hidden && with.residues != nullptr ? head.count * head.width : 0);  // of dHidden, by residues
   std::vector<std::vector<Residue>> residues(SLICE / BLOCK * most);                          // of a slice: (block, n)
@@ -48,13 +47,15 @@ void words_backward(const HeadWords& with, const Head& head, float* logits, cons
     const int64_t size = std::min(SLICE, head.vocab - begin), blocks = (size + BLOCK - 1) / BLOCK;
     for (int64_t group = 0; group < wide; group += most) {
       const int64_t end = std::min(wide, group + most), count = std::min(head.count, end * PANEL) - group * PANEL;
-      const bool add = out.add || group > 0, complete = end == wide && rounds(out);
+      const bool add = out.add || group > 0;
       const int64_t parts_size = parts * most * BLOCK * PANEL / 2, found_size = with.residues != nullptr ? 3 * BLOCK * PANEL : 0;
-      parallel_tasks(blocks, product.block_size() + 2 * BLOCK * PANEL + found_size + parts_size, threads, [&](int64_t block, float* scratch) {
+      const int64_t part_size = with_weight ? BLOCK * head.width : 0;
+      parallel_tasks(blocks, product.block_size() + 2 * BLOCK * PANEL + found_size + parts_size + part_size, threads, [&](int64_t block, float* scratch) {
         const int64_t from = block * BLOCK, v = begin + from, rows = std::min(BLOCK, size - from);
         const int64_t whole = block + 1 < blocks ? rows : panels(size) * PANEL - from;
         float *const own = scratch + product.block_size(), *const sum = own + BLOCK * PANEL, *const found = sum + BLOCK * PANEL;
         uint16_t* const split = words(found + found_size);
+        float* const part_weight = found + found_size + parts_size;
         if (logits == nullptr) product.pack(v, rows, scratch);
         if (with_hidden && group == 0) {
           for (int64_t p = panels(from); p * PANEL < from + rows; ++p) {  // the panels of the slice that begin in this block
@@ -83,7 +84,7 @@ void words_backward(const HeadWords& with, const Head& head, float* logits, cons
         }
         if (!with_weight) return;
         for (int64_t h = 0; h < tall; ++h) {
-          const int64_t columns = std::min(PANEL, head.width - h * PANEL), to = v * head.width + h * PANEL;
+          const int64_t columns = std::min(PANEL, head.width - h * PANEL);
           with.product({parts, most * BLOCK * PANEL, 0}, split, BLOCK * PANEL, rows, count, words(along.get()) + (h * wide + group) * TILE_B, columns,
                        sum, false);
           for (int64_t p = group; p < end; ++p) {
@@ -92,19 +93,10 @@ void words_backward(const HeadWords& with, const Head& head, float* logits, cons
               with.add(r.value, x + h * PANEL, columns, sum + r.v * PANEL);
             }
           }
-          float* const held_sum = sum_weight != nullptr ? sum_weight + to : at_once ? nullptr : slice_gradient.get() + from * head.width + h * PANEL;
-          for (int64_t i = 0; i < rows; ++i) {
-            float *const s = sum + i * PANEL, *const row = held_sum == nullptr ? nullptr : held_sum + i * head.width;
-            if (add) {
-              for (int64_t j = 0; j < columns; ++j) s[j] += row[j];
-            }
-            if (complete) {
-              k.round[static_cast<int>(out.weight_dtype)](s, columns, at(out.weight, out.weight_dtype, to + i * head.width));
-            } else {
-              std::copy_n(s, columns, row);
-            }
-          }
+          for (int64_t i = 0; i < rows; ++i) std::copy_n(sum + i * PANEL, columns, part_weight + i * head.width + h * PANEL);
         }
+        float* const before = sum_weight != nullptr ? sum_weight + v * head.width : slice_gradient.get() + from * head.width;
+        leave_weight(head, k, out, v, rows, part_weight, before, add, end == wide);
       });
       if (!with_hidden) continue;
       const int64_t strips = (end - group + STRIP - 1) / STRIP, bands = (head.width + HEIGHT - 1) / HEIGHT, all = panels(size);
