@@ -60,7 +60,7 @@ void head_forward(const Head& head, float* logits, const HeadStatistics& out, in
   });
 }
 
-void head_backward(const Head& head, float* logits, const HeadStatistics& saved, const HeadGradient& out, int threads) {
+void head_backward(const Head& head, const float* logits, const HeadStatistics& saved, const HeadGradient& out, int threads) {
   const bool with_weight = out.weight != nullptr || out.sum != nullptr;
   if (head.count == 0) {
     if (out.weight != nullptr && !out.add) std::memset(out.weight, 0, static_cast<size_t>(head.vocab * head.width * size_of(out.weight_dtype)));
@@ -77,7 +77,7 @@ void head_backward(const Head& head, float* logits, const HeadStatistics& saved,
   const std::vector<LaneGradient> gradients = lane_gradients(head, scales, saved, out);
   const int64_t wide = panels(head.count), tall = panels(head.width);
   const Buffer slice_weight(tall * PANEL * SLICE_ROWS);
-  const Buffer slice_logits(logits != nullptr ? 0 : std::min(wide, GROUP_ROWS / PANEL) * PANEL * SLICE_ROWS);
+  const Buffer slice_logits(std::min(wide, GROUP_ROWS / PANEL) * PANEL * SLICE_ROWS);
   const Buffer slice_gradient(with_weight && sum == nullptr && wide > GROUP_ROWS / PANEL ? SLICE * head.width : 0);
   const Buffer grad_hidden(out.hidden != nullptr ? tall * wide * PANEL * PANEL : 0);  // tile (h, n): [32 n][32 h]
   if (out.hidden != nullptr) std::fill_n(grad_hidden.get(), tall * wide * PANEL * PANEL, 0.0f);
@@ -86,12 +86,13 @@ void head_backward(const Head& head, float* logits, const HeadStatistics& saved,
     const int64_t size = std::min(SLICE, head.vocab - begin);
     for (int64_t group = 0; group < wide; group += GROUP_ROWS / PANEL) {
       const int64_t end = std::min(wide, group + GROUP_ROWS / PANEL), count = std::min(head.count, end * PANEL) - group * PANEL;
-      float* const base = logits == nullptr ? slice_logits.get() : logits + (group * head.vocab + begin) * PANEL;
-      const int64_t stride = (logits == nullptr ? SLICE_ROWS : head.vocab) * PANEL;
+      float* const base = slice_logits.get();
+      constexpr int64_t stride = SLICE_ROWS * PANEL;
       const bool add = out.add || group > 0;
       // Per block: the gradient of its logits, and dW
       parallel_tasks((size + BLOCK - 1) / BLOCK, with_weight ? BLOCK * head.width : 0, threads, [&](int64_t block, float* part) {
         const int64_t from = block * BLOCK, v = begin + from, rows = std::min(BLOCK, size - from);
+        const int64_t next = v + threads * BLOCK;  // what this thread takes on next, most likely
         float* const weight = slice_weight.get() + from * PANEL;
         if (group == 0 && (out.hidden != nullptr || logits == nullptr)) {
           k.pack[static_cast<int>(head.dtype)](weight_at(head, v), head.weight_stride, rows, head.width, weight, SLICE_ROWS * PANEL);
@@ -99,11 +100,16 @@ void head_backward(const Head& head, float* logits, const HeadStatistics& saved,
         if (out.bias != nullptr && !add) std::fill_n(out.bias + v, rows, 0.0f);
         for (int64_t p = group; p < end; ++p) {
           float* z = base + (p - group) * stride + from * PANEL;
-          if (logits == nullptr) product(weight, SLICE_ROWS * PANEL, v, rows, p, z, v + threads * BLOCK, group, end);
+          if (logits == nullptr) {
+            product(weight, SLICE_ROWS * PANEL, v, rows, p, z, next, group, end);
+          } else {
+            take_logits(head, logits, v, rows, p, p + 1 < end ? v : next, p + 1 < end ? p + 1 : group, z);
+          }
           gradient_of_block(head, k, saved, out, scales, gradients, v, rows, p, z);
         }
         if (!with_weight) return;
         for (int64_t h = 0; h < tall; ++h) {
+          if (logits != nullptr) fetch_weight(head, next, h, tall);
           k.weight(base + from * PANEL, stride, rows, along.get() + (h * head.count + group * PANEL) * PANEL, count, part + h * PANEL, head.width,
                    std::min(PANEL, head.width - h * PANEL));
         }

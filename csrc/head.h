@@ -54,15 +54,15 @@ struct HeadGradient {
   float* sum = nullptr;                   // [V, H] or null: dWeight of several calls, of which the last rounds it to weight
 };
 
-// Floats in a buffer of logits of `count` rows, which forward fills and backward uses up. Its layout is the kernels' own; it begins at
+// Floats in a buffer of logits of `count` rows, which forward fills and backward reads. Its layout is the kernels' own; it begins at
 // a multiple of 64 bytes.
 int64_t head_logits_size(int64_t vocab, int64_t count);
 
 // logits may be null.
 void head_forward(const Head& head, float* logits, const HeadStatistics& out, int threads);
 
-// logits as head_forward left them for the same rows (they are overwritten), or null: they are computed again.
-void head_backward(const Head& head, float* logits, const HeadStatistics& saved, const HeadGradient& out, int threads);
+// logits as head_forward left them for the same rows, or null: they are computed again.
+void head_backward(const Head& head, const float* logits, const HeadStatistics& saved, const HeadGradient& out, int threads);
 
 // What several calls left in HeadGradient::sum, to weight.
 void head_round(const Head& head, const float* sum, void* weight, int threads);

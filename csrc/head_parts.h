@@ -19,7 +19,7 @@ namespace acpo {
 void count_work(const HeadWork& rows);
 
 // head_backward for a head whose products are of words.
-void words_backward(const HeadWords& with, const Head& head, float* logits, const HeadStatistics& saved, const HeadGradient& out, int threads);
+void words_backward(const HeadWords& with, const Head& head, const float* logits, const HeadStatistics& saved, const HeadGradient& out, int threads);
 
 namespace {
 
@@ -261,6 +261,24 @@ inline void leave_weight(const Head& head, const HeadKernels& k, const HeadGradi
   } else {
     k.leave[static_cast<int>(Dtype::float32)](part, count, sum);
   }
+}
+
+// Into the L2, while something else is computed.
+inline void fetch_ahead(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
+}
+
+// Part `i` of `parts` of the BLOCK rows of W from v on.
+inline void fetch_weight(const Head& head, int64_t v, int64_t i, int64_t parts) {
+  const int64_t rows = std::min(BLOCK, head.vocab - v), begin = rows * i / parts, end = rows * (i + 1) / parts;
+  for (int64_t row = begin; row < end; ++row) fetch_ahead(weight_at(head, v + row), head.width * size_of(head.dtype));
+}
+
+// The logits of one panel and block that forward left; those of entry `after` in panel `next` are fetched meanwhile.
+inline void take_logits(const Head& head, const float* logits, int64_t v, int64_t rows, int64_t p, int64_t after, int64_t next, float* z) {
+  const int64_t coming = std::min(BLOCK, head.vocab - after);
+  if (coming > 0) fetch_ahead(logits + (next * head.vocab + after) * PANEL, coming * PANEL * static_cast<int64_t>(sizeof(float)));
+  std::copy_n(logits + (p * head.vocab + v) * PANEL, rows * PANEL, z);
 }
 
 // The gradient of each row's logits but the target's; rows beyond `count` in the last panel get 0.

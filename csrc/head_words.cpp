@@ -23,7 +23,7 @@ const uint16_t* row_of(const void* matrix, int64_t stride, int64_t i) { return s
 
 }  // namespace
 
-void words_backward(const HeadWords& with, const Head& head, float* logits, const HeadStatistics& saved, const HeadGradient& out, int threads) {
+void words_backward(const HeadWords& with, const Head& head, const float* logits, const HeadStatistics& saved, const HeadGradient& out, int threads) {
   const HeadKernels& k = head_kernels();
   const int64_t parts = with.parts, wide = panels(head.count), tall = panels(head.width), most = std::min(wide, GROUP_ROWS / PANEL);
   const int64_t height = (head.width + 15) / 16 * 16 + 1;  // one more, so that the panels of one h do not share L1 sets
@@ -52,6 +52,7 @@ void words_backward(const HeadWords& with, const Head& head, float* logits, cons
       const int64_t part_size = with_weight ? BLOCK * head.width : 0;
       parallel_tasks(blocks, product.block_size() + 2 * BLOCK * PANEL + found_size + parts_size + part_size, threads, [&](int64_t block, float* scratch) {
         const int64_t from = block * BLOCK, v = begin + from, rows = std::min(BLOCK, size - from);
+        const int64_t next = v + threads * BLOCK;  // what this thread takes on next, most likely
         const int64_t whole = block + 1 < blocks ? rows : panels(size) * PANEL - from;
         float *const own = scratch + product.block_size(), *const sum = own + BLOCK * PANEL, *const found = sum + BLOCK * PANEL;
         uint16_t* const split = words(found + found_size);
@@ -67,9 +68,9 @@ void words_backward(const HeadWords& with, const Head& head, float* logits, cons
         for (int64_t p = group; p < end; ++p) {
           const int64_t lanes = lanes_of(head.count, p);
           if (logits == nullptr) {
-            product(scratch, Logits::STRIDE, v, rows, p, own, v + threads * BLOCK, group, end);
-          } else {  // a copy, since only its parts are needed: memory is read, not written
-            std::copy_n(logits + (p * head.vocab + v) * PANEL, rows * PANEL, own);
+            product(scratch, Logits::STRIDE, v, rows, p, own, next, group, end);
+          } else {
+            take_logits(head, logits, v, rows, p, p + 1 < end ? v : next, p + 1 < end ? p + 1 : group, own);
           }
           gradient_of_block(head, k, saved, out, scales, gradients, v, rows, p, own);
           uint16_t *as_a[MOST_PARTS], *as_b[MOST_PARTS];
@@ -85,6 +86,7 @@ void words_backward(const HeadWords& with, const Head& head, float* logits, cons
         if (!with_weight) return;
         for (int64_t h = 0; h < tall; ++h) {
           const int64_t columns = std::min(PANEL, head.width - h * PANEL);
+          if (logits != nullptr) fetch_weight(head, next, h, tall);
           with.product({parts, most * BLOCK * PANEL, 0}, split, BLOCK * PANEL, rows, count, words(along.get()) + (h * wide + group) * TILE_B, columns,
                        sum, false);
           for (int64_t p = group; p < end; ++p) {
