@@ -120,10 +120,10 @@ void head_backward(const Head& head, const float* logits, const HeadStatistics& 
       const int64_t strips = (end - group + STRIP - 1) / STRIP, pairs = (tall + 1) / 2;
       parallel_for(strips * pairs, 1, threads, [&](int64_t task, int64_t) {
         const int64_t first = group + task / pairs * STRIP, last = std::min(end, first + STRIP), h = task % pairs * 2;
-        for (int64_t v = 0; v < size; v += CHUNK) {
+        for (int64_t v = 0; v < size; v += CHUNK_HIDDEN) {
           for (int64_t j = h; j < std::min(tall, h + 2); ++j) {
             for (int64_t p = first; p < last; ++p) {
-              k.hidden(base + (p - group) * stride + v * PANEL, slice_weight.get() + (j * SLICE_ROWS + v) * PANEL, std::min(CHUNK, size - v),
+              k.hidden(base + (p - group) * stride + v * PANEL, slice_weight.get() + (j * SLICE_ROWS + v) * PANEL, std::min(CHUNK_HIDDEN, size - v),
                        lanes_of(head.count, p), grad_hidden.get() + (j * wide + p) * PANEL * PANEL);
             }
           }

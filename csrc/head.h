@@ -8,8 +8,8 @@
 // The vocabulary is walked in slices of 4,032 entries made of blocks of 112 (a block of W in float32 is 459 KB at H = 1024 and
 // stays in a 2 MB L2 with a panel of hidden states): per block the logits of 32 rows at a time, their softmax while they are in
 // the L1, and dW of the block, complete once all rows have passed; per slice dHidden. What is held beside inputs and results, for R
-// rows: 12 R H bytes (the hidden states twice, dHidden; 16 with residues), 16 KB H (a slice of W; for 16-bit weights another of dW), and the
-// logits of a slice, 16 MB: 100 MB at R = 4096, H = 1024.
+// rows: 12 R H bytes (the hidden states twice, dHidden), 16 KB H (a slice of W; for more than 1,024 rows of 16-bit weights another of dW),
+// and the logits of a slice, 16 MB: 100 MB at R = 4096, H = 1024.
 //
 // From bf16 (head_words.cpp) AMX multiplies at ten times the rate of float32. The gradient of the logits is three bf16 numbers: dHidden and
 // dWeight are three products each, which makes 8 units in all where float32 has 4. VDPBF16PS multiplies at twice the rate: one bf16 number

@@ -9,7 +9,7 @@
 //
 // so that a block of W is packed once for both products it takes part in, the hidden states once a call, the logits Z and
 // their gradient G never. A vector of logits holds one vocabulary entry of many rows: statistics are a number a lane, nothing
-// is reduced across lanes. An element of C is a sum over k in its order, in pieces of CHUNK that each begin at 0: it depends
+// is reduced across lanes. An element of C is a sum over k in its order, in pieces of CHUNK or CHUNK_HIDDEN that each begin at 0: it depends
 // on nothing beside it.
 #pragma once
 
@@ -19,6 +19,7 @@ namespace acpo {
 
 constexpr int64_t PANEL = 32;   // two AVX-512 vectors, and the k of one AMX tile
 constexpr int64_t CHUNK = 128;  // 128 x 32 floats of B are 16 KB: they stay in a 32 KB L1 beside 7 KB of A
+constexpr int64_t CHUNK_HIDDEN = 96;  // the same beside all of A, which is read down its columns: 12 KB each
 
 // What the softmax of PANEL rows has met so far: the maximum, and the sums beside it as logprob_entropy_row.h defines them
 // (`rest` over all but one element that holds the maximum, `weighted` of e (top - z) / T).

@@ -97,8 +97,8 @@ void logits_product(const float* weight, int64_t panel, int64_t rows, int64_t wi
 
 void hidden_product(const float* g, const float* weight, int64_t rows, int64_t lanes, float* c) {
   Ahead none{};
-  for (int64_t k = 0; k < rows; k += CHUNK) {
-    const int64_t depth = rows - k < CHUNK ? rows - k : CHUNK;
+  for (int64_t k = 0; k < rows; k += CHUNK_HIDDEN) {
+    const int64_t depth = rows - k < CHUNK_HIDDEN ? rows - k : CHUNK_HIDDEN;
     piece<Along::columns>(g + k * PANEL, 0, weight + k * PANEL, depth, lanes, PANEL, c, PANEL, true, &none, 0);
   }
 }
