@@ -40,17 +40,29 @@ def save(directory: Path, label: str, tensors: dict[str, dict[str, Tensor]], sta
         (temporary / "state.json").write_text(json.dumps({"format": FORMAT, **state}), encoding="utf-8")
         seal(temporary)
         for file in temporary.iterdir():
+            shutil.copymode(temporary / "state.json", file)  # safetensors makes its own for the owner's eyes alone, whatever the umask
             _sync(file)
         _sync(temporary)
         if target.exists():  # an older run of the same step: the new one replaces it
-            shutil.rmtree(target)
+            _remove(target)
         os.replace(temporary, target)
         _sync(directory)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write the checkpoint {target}: {error}; earlier checkpoints are untouched") from None
     for old in _labels(directory)[:-keep]:
-        shutil.rmtree(directory / old)
+        try:
+            _remove(directory / old)
+        except OSError as error:  # whoever made it read-only wants to keep it: no reason to end the run
+            print(f"acpo: the old checkpoint {directory / old} cannot be removed: {error.strerror or error}", flush=True)
     return target
+
+
+def _remove(path: Path) -> None:
+    """A checkpoint; of one that lies elsewhere the link."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def put(path: Path, write: Callable[[Path], object]) -> None:
@@ -105,10 +117,10 @@ def _verify(path: Path) -> set[str]:
 def _labels(directory: Path) -> list[str]:
     """Complete checkpoints, oldest first: warm-up ones before training ones, each by step."""
     found = []
-    for path in directory.glob("*-*") if directory.is_dir() else ():
-        phase, _, step = path.name.partition("-")
-        if phase in ("warmup", "step") and step.isdigit() and path.is_dir():
-            found.append((phase == "step", int(step), path.name))
+    for path in directory.iterdir() if directory.is_dir() else ():
+        label = re.fullmatch(r"(warmup|step)-([0-9]{1,18})", path.name)
+        if label and path.is_dir():
+            found.append((label[1] == "step", int(label[2]), path.name))
     return [name for _, _, name in sorted(found)]
 
 
@@ -150,6 +162,23 @@ def read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
         return {name.removesuffix(".safetensors"): load_file(path / name) for name in sorted(names)}, state
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error}") from None
+
+
+def check(file: str, values: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """CheckpointError unless a checkpoint's tensors have the names and shapes that this program has room for: a weight that is left out would stay
+    what chance made it, without a word."""
+    found, own = ({name: tuple(value.shape) for name, value in part.items()} for part in (values, wanted))
+    if found == own:
+        return
+    wrong = [
+        f"{name}: {found.get(name, 'not there')}, here {own.get(name, 'not known')}"
+        for name in sorted({*found, *own})
+        if found.get(name) != own.get(name)
+    ]
+    raise CheckpointError(
+        f"{file}.safetensors of the checkpoint does not fit this policy ({'; '.join(wrong[:3])}; {len(wrong)} in all): it was written with "
+        "another model or another version of transformers"
+    )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

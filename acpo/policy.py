@@ -200,11 +200,17 @@ def _device(name: str) -> torch.device:
         raise ConfigError(f"policy.device: {name!r} cannot be used: {' '.join(str(error).split())}") from None
 
 
+# A folder with weights is data: no Python file of it is run (left open, transformers asks at the terminal), nothing of it is unpickled.
+UNTRUSTED = {"trust_remote_code": False, "use_safetensors": True}
+
+
 def _pretrained(settings: PolicyConfig) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(settings.path, dtype=torch.float32, attn_implementation=settings.attention, local_files_only=True)
+        return AutoModelForCausalLM.from_pretrained(
+            settings.path, dtype=torch.float32, attn_implementation=settings.attention, local_files_only=True, **UNTRUSTED
+        )
     except ImportError as error:
         raise _attention_missing(settings, error) from None
     except (OSError, ValueError) as error:
@@ -279,7 +285,7 @@ def load_tokenizer(source: str):
             return PreTrainedTokenizerFast(tokenizer_file=str(path))
         if _generic(path):  # beside a model's config.json AutoTokenizer would take the model family's class, with another pre-tokenizer
             return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
         raise ConfigError(f"policy.tokenizer: cannot load {source}: {' '.join(str(error).split())}") from None
 
@@ -291,3 +297,10 @@ def _generic(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return (folder / "tokenizer.json").exists() and settings.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+def eos_ids(policy: Policy, tokenizer) -> list[int]:
+    """The tokens that end a rollout: the tokenizer's and those of the model's generation config."""
+    config = getattr(policy.model, "generation_config", None)
+    more = getattr(config, "eos_token_id", None) or []
+    return sorted({tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])})

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,7 +11,8 @@ import torch
 
 from . import checkpoint, environment, memory, trackers
 from .config import ConfigError
-from .state import settings_changed
+from .rollout.client import Client, NoAnswer, Refused
+from .state import other_settings, settings_changed
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -178,8 +177,8 @@ def _engine(trainer: Trainer) -> str:
         return f"local, {trainer.engine.__class__.__name__} on {trainer.policy.device}"
     if config.engine == "vllm_server" and config.server.url:
         try:
-            urllib.request.urlopen(f"{config.server.url.rstrip('/')}/health", timeout=5).close()
-        except (urllib.error.URLError, OSError, ValueError) as error:
+            Client(config.server.url).call("/health", seconds=5.0)
+        except (NoAnswer, Refused) as error:
             raise ValueError(f"no server answers at rollout.server.url = {config.server.url!r}: {error}") from None
         return f"a server answers at {config.server.url}"
     found = environment.version("vllm")
@@ -216,5 +215,5 @@ def _directory(trainer: Trainer) -> str:
         return f"{directory}, new"
     changed = settings_changed(checkpoint.read(trainer.run.checkpoints / label)[1], trainer.config)
     if changed:
-        raise ConfigError(f"{directory} holds a run with other settings ({'; '.join(changed[:3])}): give another run_dir, or remove it")
+        raise other_settings(directory, changed)
     return f"{directory}, continues from {label}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +79,8 @@ def load(
 def _field(row: dict, name: str, where: str) -> str:
     value = next((row[n] for n in name.split("|") if n in row), None)
     if not isinstance(value, (str, int, float)) or isinstance(value, bool) or str(value).strip() == "":
-        raise ProblemError(f"{where}: wanted a non-empty field {name!r}, got the fields {', '.join(map(repr, row)) or 'none'}")
+        fields = ", ".join(map(reprlib.repr, list(row)[:20])) + (f" and {len(row) - 20} more" if len(row) > 20 else "")
+        raise ProblemError(f"{where}: wanted a non-empty field {name!r}, got the fields {fields or 'none'}")
     return str(value)
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 from typing import TextIO
 
 import yaml
@@ -86,7 +87,8 @@ class Run:
         kept = [r for r in self.records() if (r["step"] <= warmup_step if r["phase"] == "warmup" else r["step"] <= step)]
         put(self.metrics, lambda path: path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8"))
         for path in (self.directory / "rollouts").glob("step-*.parquet"):
-            if int(path.stem.partition("-")[2]) > step:
+            number = re.fullmatch(r"step-([0-9]+)", path.stem)  # and not somebody's copy of one
+            if number and int(number[1]) > step:
                 path.unlink()
 
     def save_rollouts(self, step: int, columns: dict[str, list]) -> None:

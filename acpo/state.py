@@ -1,7 +1,8 @@
-"""What a checkpoint of the training loop holds, written and read back."""
+"""What a checkpoint of the training loop holds, written and read back, and the folder that a trained policy leaves."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from . import checkpoint
 from .config import Config, ConfigError, to_dict
 from .guard import STANDS, TrainingError
-from .layers import differences
+from .layers import differences, flatten
 from .ranks import full, placed
 
 if TYPE_CHECKING:
@@ -41,11 +42,23 @@ def save(trainer: Trainer, label: str) -> None:
     checkpoint.save(trainer.run.checkpoints, label, tensors, state, trainer.config.trainer.keep_checkpoints)
 
 
+# Where a run lies and what it runs on: these may change from one part of a run to the next. Threads and sharding move sums by a rounding.
+MAY_CHANGE = (
+    "name", "run_dir", "trainer.log", "trainer.threads", "trainer.sharding", "trainer.checkpoint_every", "trainer.keep_checkpoints",
+    "trainer.rank_timeout", "verify.workers",
+)  # fmt: skip
+
+
 def settings_changed(state: dict, config: Config) -> list[str]:
-    """How the settings of a checkpoint differ from these, but for who is told of the numbers and over whom the weights are spread."""
-    now = to_dict(config)
-    past = {**state["config"], "trainer": {**state["config"]["trainer"], "log": config.trainer.log, "sharding": config.trainer.sharding}}
-    return differences(past, now)
+    """How the settings of a checkpoint differ from these, but for MAY_CHANGE."""
+    if not isinstance(state.get("config"), dict):
+        raise checkpoint.CheckpointError(f"the checkpoint's state holds no settings, got the keys {', '.join(list(state)[:8])}")
+    found, now = flatten(state["config"]), flatten(to_dict(config))
+    return differences(*({key: value for key, value in part.items() if key not in MAY_CHANGE} for part in (found, now)))
+
+
+def other_settings(directory: Path, changed: list[str]) -> ConfigError:
+    return ConfigError(f"{directory} holds a run with other settings ({'; '.join(changed[:3])}): give another run_dir, or remove it")
 
 
 def resume(trainer: Trainer) -> None:
@@ -53,16 +66,37 @@ def resume(trainer: Trainer) -> None:
     trainer.run.lock()
     found = checkpoint.latest(trainer.run.checkpoints)
     if found is None:
-        trainer.run.begin()
-        trainer.run.cut_back(-1, -1)
+        _begin(trainer)
         return
-    tensors, state = found
+    try:
+        _restore(trainer, *found)
+    except (LookupError, TypeError) as error:  # its checksums hold, and yet no version of ours wrote it
+        raise checkpoint.CheckpointError(
+            f"the newest checkpoint in {trainer.run.checkpoints} is not one of this loop's: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _begin(trainer: Trainer) -> None:
+    """A run from its start. What stands there already may only be what a run leaves that was broken off before its first checkpoint."""
+    steps = [r["step"] for r in trainer.run.records() if r["phase"] != "warmup"]
+    if max(steps, default=0) > trainer.config.trainer.checkpoint_every:
+        raise checkpoint.CheckpointError(
+            f"{trainer.run.directory} holds {max(steps)} steps and no checkpoint: put its checkpoints/ back, give another run_dir, or remove it"
+        )
+    if steps:
+        trainer.run.say(f"{trainer.run.directory} has no checkpoint yet: it begins anew")
+    trainer.run.begin()
+    trainer.run.cut_back(-1, -1)
+
+
+def _restore(trainer: Trainer, tensors: dict[str, dict[str, torch.Tensor]], state: dict) -> None:
     changed = settings_changed(state, trainer.config)
     if changed:
-        raise ConfigError(f"{trainer.run.directory} holds a run with other settings ({'; '.join(changed[:3])}): give another run_dir, or remove it")
+        raise other_settings(trainer.run.directory, changed)
     trainer.curriculum.load(state["curriculum"])
+    own = trainer.policy.trained()
+    checkpoint.check("policy", tensors["policy"], own)
     trainer.run.begin()
-    own = dict(trainer.policy.named_parameters())
     trainer.policy.load_state_dict({name: placed(value, own[name]) for name, value in tensors["policy"].items()}, strict=False)
     trainer.warmup_step, trainer.step_number = state["warmup_step"], state["step"]
     order = [p for group in trainer.optimizer.param_groups for p in group["params"]]
@@ -78,7 +112,32 @@ def resume(trainer: Trainer) -> None:
     trainer.stages.load(state["stages"])
     trainer.guard.load(state["guard"])
     if "reference" in tensors:
+        checkpoint.check("reference", tensors["reference"], own)
         trainer.reference = trainer.policy.frozen_copy()
         trainer.reference.load_state_dict(tensors["reference"], strict=False)
     trainer.run.cut_back(trainer.warmup_step, trainer.step_number if trainer.step_number else -1)
     trainer.run.say(f"resumed from {'step ' + str(trainer.step_number) if trainer.step_number else 'warm-up step ' + str(trainer.warmup_step)}")
+
+
+def load_newest(trainer: Trainer) -> int:
+    """The weights of the newest checkpoint; returns its step."""
+    found = checkpoint.latest(trainer.run.checkpoints)
+    if found is None:
+        raise checkpoint.CheckpointError(f"{trainer.run.checkpoints} holds no checkpoint")
+    tensors, state = found
+    checkpoint.check("policy", tensors["policy"], trainer.policy.trained())
+    trainer.policy.load_state_dict(tensors["policy"], strict=False)
+    return state["step"]
+
+
+def export(trainer: Trainer) -> None:
+    """The policy and its tokenizer as a folder that policy.path reads, and transformers (the characters of a synthetic task need
+    PreTrainedTokenizerFast: AutoTokenizer would take the tokenizer class of the model type)."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    folder = trainer.run.directory / "policy"
+    shared_out = {name: full(value.detach()) for name, value in trainer.policy.model.named_parameters()} if trainer.ranks.sharded else None
+    if trainer.ranks.leads:
+        trainer.policy.save(folder, shared_out)
+        trainer.tokenizer.save_pretrained(folder)

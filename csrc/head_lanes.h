@@ -260,7 +260,8 @@ constexpr HeadKernels head_kernels = {Simd::has_fma,
                                       gradient_of,
                                       divergence_of,
                                       bias_sums,
-                                      {round_all<float>, round_all<bf16>, round_all<fp16>}};
+                                      {round_all<float>, round_all<bf16>, round_all<fp16>},
+                                      {leave_all<float>, leave_all<bf16>, leave_all<fp16>}};
 
 }  // namespace
 }  // namespace acpo

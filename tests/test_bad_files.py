@@ -12,7 +12,7 @@ import yaml
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from acpo import checkpoint, config, problems
+from acpo import checkpoint, config, problems, report
 from acpo.checkpoint import CheckpointError
 from acpo.config import Config, ConfigError
 from acpo.layers import keys
@@ -104,6 +104,15 @@ def test_any_lines_as_problems(tmp_path, lines):
         assert str(path) in str(error) and len(str(error)) < 2000
 
 
+def test_a_row_of_very_many_fields_or_of_one_long_name_is_named_in_short(tmp_path):
+    path = tmp_path / "p.jsonl"
+    for row in ({f"x{i}": 1 for i in range(100_000)}, {"y" * 10_000_000: 1}):
+        path.write_text(json.dumps(row))
+        with pytest.raises(ProblemError, match="wanted a non-empty field 'problem', got the fields") as caught:
+            problems.load(path)
+        assert len(str(caught.value)) < 1000
+
+
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory) -> bytes:
     from acpo.policy import byte_tokenizer
@@ -192,5 +201,10 @@ def test_any_lines_as_metrics(tmp_path, lines):
     """A run goes on with the records that are some."""
     run = Run(config.from_layers(("test", {**BASE, "run_dir": str(tmp_path)})))
     run.metrics.write_bytes(b"\n".join(lines) + b"\n")
+    (tmp_path / "config.yaml").write_bytes(b"\n".join(lines))
+    try:
+        report.load([tmp_path])
+    except report.ReportError as error:
+        assert str(tmp_path) in str(error) and len(str(error)) < 1000
     run.cut_back(0, 5)
     assert all(r["step"] <= 5 for r in run.records())

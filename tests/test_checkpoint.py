@@ -51,6 +51,23 @@ def test_keeps_the_newest_in_numerical_order(tmp_path):
     assert latest(tmp_path) is not None and (tmp_path / "step-notes").is_dir()
 
 
+def test_an_old_one_that_cannot_be_removed_ends_nothing(tmp_path, monkeypatch, capsys):
+    """Somebody keeps it: read-only, or as a link to where it really lies."""
+    write(tmp_path / "elsewhere", "step-2")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "step-2").symlink_to(tmp_path / "elsewhere" / "step-2")
+    write(tmp_path / "c", "step-4", keep=1)
+    assert names(tmp_path / "c") == ["step-4"] and read(tmp_path / "elsewhere" / "step-2")[1]["value"] == 1.0
+
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", denied)
+    write(tmp_path / "c", "step-6", 6.0, keep=1)
+    assert f"the old checkpoint {tmp_path / 'c' / 'step-4'} cannot be removed: Permission denied" in capsys.readouterr().out
+    assert latest(tmp_path / "c")[1]["value"] == 6.0 and names(tmp_path / "c") == ["step-4", "step-6"]
+
+
 def test_training_is_newer_than_warm_up(tmp_path):
     write(tmp_path, "warmup-900", 1.0)
     write(tmp_path, "step-1", 2.0)

@@ -23,6 +23,7 @@ from acpo.config import ConfigError
 from acpo.methods import ARMS
 from acpo.run import Run
 from acpo.trainer import Trainer
+from acpo.warmup import warm_up
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = """
@@ -104,7 +105,7 @@ def test_all_begin_with_the_weights_of_the_warm_start(compared, monkeypatch):
     # Its checkpoint is gone, the exported policy is what remains: so the warm-up is repeated here.
     warm.run.log = lambda record: None
     monkeypatch.setattr("acpo.state.save", lambda trainer, label: None)
-    warm.warm_up()
+    warm_up(warm)
     for arm, seed in (("grpo", 0), ("gentle", 1)):
         settings = compared.settings(compared.job(arm, 3e-4, seed))
         trainer = Trainer(settings, Run(settings))

@@ -6,13 +6,16 @@ from __future__ import annotations
 import ast
 import html.parser
 import json
+import pickle
 import socket
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from transformers import Qwen2Config
 
-from acpo import report
+from acpo import config, policy, preflight, report
 from acpo.rollout.client import Client, NoAnswer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,6 +77,46 @@ def test_no_header_is_trusted(server, reply, found):
         return
     with pytest.raises(NoAnswer, match="/x"):
         client.call("/x", {"a": 1}, seconds=10, most_bytes=1000)
+
+
+def test_a_dry_run_follows_no_redirect_either(server):
+    server.reply = b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
+    rollout = SimpleNamespace(engine="vllm_server", server=SimpleNamespace(url=server.url))
+    with pytest.raises(ValueError, match="/health answered 302: redirects are not followed"):
+        preflight._engine(SimpleNamespace(config=SimpleNamespace(rollout=rollout)))
+
+
+@pytest.mark.parametrize("kind", ["code", "pickle"])
+def test_a_model_folder_is_data(tmp_path, kind):
+    """Its Python files are not run and nobody is asked whether they may be; weights in a pickle are not read."""
+    hit, folder = tmp_path / "HIT", tmp_path / "model"
+    tokenizer = policy.byte_tokenizer()
+    shape = Qwen2Config(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
+    shape.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if kind == "code":
+        (folder / "own.py").write_text(f"open({str(hit)!r}, 'w')")
+        for name, classes in (("config.json", ("AutoConfig", "AutoModelForCausalLM")), ("tokenizer_config.json", ("AutoTokenizer",))):
+            settings = json.loads((folder / name).read_text())
+            changes = {"model_type": "own", "architectures": ["Own"], "tokenizer_class": "Own", "auto_map": dict.fromkeys(classes, "own.Own")}
+            (folder / name).write_text(json.dumps({**settings, **changes}))
+    else:
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Touches(str(hit))))
+    chosen = config.load(None, ["problems.path=unused.jsonl", f"policy.path={folder}", "policy.device=cpu"])
+    with pytest.raises(config.ConfigError, match="cannot load"):
+        policy.build(chosen)
+    assert not hit.exists()
+    if kind == "pickle":
+        pickle.loads((folder / "pytorch_model.bin").read_bytes())
+        assert hit.exists(), "it would have"
+
+
+class Touches:
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
 
 
 class Tags(html.parser.HTMLParser):

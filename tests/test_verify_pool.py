@@ -76,7 +76,15 @@ def test_a_callable_and_what_it_may_give():
         assert counted["verify/errors"] == 6 and counted["verify/skipped"] == 7 and counted["verify/kills"] == 0
         with pytest.raises(VerifyError, match=r"verify\.kind: 'verifiers:moody' raised for every rollout: RuntimeError: no reason"):
             ask("raise", "raise")
-        assert ask("print") == [WRONG], "what it prints is not its reply"
+        assert ask("print", "close") == [WRONG] * 2, "what it prints is not its reply"
+
+
+def test_a_callable_that_forks_or_closes_what_is_not_its_own(capfd):
+    """A child that comes back must not answer: its reply would be the next rollout's verdict."""
+    with Asked(timeout=60.0) as ask:
+        assert ask("fork", "no", "yes", "fork-and-raise", "no", "no") == [RIGHT, WRONG, RIGHT, RIGHT, WRONG, WRONG]
+        assert ask.verifier.metrics()["verify/kills"] == 0
+        assert ask("close-all", "yes") == [Verdict(0.0, "crash"), RIGHT]
 
 
 @pytest.mark.parametrize(("path", "text", "verdict"), [
@@ -278,3 +286,5 @@ def test_many_pairs_are_all_judged(mathematics):
     assert mathematics(problems, [rf"thus \boxed{{{i}/7}}" for i in range(1, 201)]) == [RIGHT] * 200
     assert mathematics(problems, [rf"thus \boxed{{{i + 1}/7}}" for i in range(1, 201)]) == [WRONG] * 200
     assert mathematics.metrics()["verify/kills"] == 0
+    found = mathematics(problems, [TOWER if i == 77 else rf"thus \boxed{{{i}/7}}" for i in range(1, 201)])
+    assert found == [Verdict(0.0, "timeout") if i == 77 else RIGHT for i in range(1, 201)], "one that is hostile costs no other"

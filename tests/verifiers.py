@@ -34,6 +34,18 @@ def moody(response, problem):
     if word == "print":
         print('{"status": "judged", "reward": 1.0}')
         print("noise", file=sys.stderr)
+    if word == "fork":
+        os.fork()
+        return True
+    if word == "fork-and-raise":
+        if os.fork() == 0:
+            raise OSError("as of an exec that failed")
+        return True
+    if word == "close":
+        os.close(1)
+        sys.stdout.close()
+    if word == "close-all":
+        os.closerange(0, 256)
     if word == "skip":
         return None
     if word == "give":

@@ -29,6 +29,7 @@ def run(options) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
+    from .. import state
     from ..run import Run
     from ..sources import read
     from ..trainer import Trainer
@@ -38,7 +39,7 @@ def run(options) -> int:
     trainer = Trainer(settings, Run(settings), problems=read(settings.problems) if all_of_it else None)
     console = Console(stderr=True)
     try:
-        step = {"step": trainer.load_newest()} if run else {}
+        step = {"step": state.load_newest(trainer)} if run else {}
         asked = len(trainer.held_out[: settings.eval.max_problems or None])
         with Progress(console=console, transient=True, disable=options.json or not console.is_terminal) as progress:
             task = progress.add_task("rollouts", total=asked * (1 + options.samples))

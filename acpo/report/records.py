@@ -77,7 +77,7 @@ def read(directory: Path) -> Records:
             key = (warm, int(record["step"]))
         except json.JSONDecodeError as error:
             raise ReportError(f"{path}, line {number}: this line is not JSON: {error.msg}") from None
-        except (TypeError, KeyError, ValueError):
+        except (TypeError, KeyError, ValueError, OverflowError, RecursionError):
             raise ReportError(f"{path}, line {number}: wanted an object with `phase` and `step`, got {line[:60]!r}") from None
         found[key] = record
     ordered = [found[key] for key in sorted(found)]
@@ -98,7 +98,7 @@ def distinct(runs: list[Records]) -> list[Records]:
 def _settings(directory: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return flatten(tree) if isinstance(tree, dict) else {}
 

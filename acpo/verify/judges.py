@@ -28,6 +28,8 @@ def make(kind: str) -> Judge:
 
 
 def judged(reward: float) -> dict[str, Any]:
+    if not (math.isfinite(reward) and 0 <= reward <= 1):  # a NaN would leave the rollout out without being counted
+        raise ValueError(f"a reward must be a number in [0, 1], got {reward!r}")
     return {"status": "judged", "reward": reward}
 
 

@@ -41,6 +41,7 @@ def main(descriptor: int) -> None:
         send(connection, {"why": judges_error(setup["kind"], error)})
         return
     send(connection, {"ready": True, "network": network})
+    own = os.getpid()
     while (job := receive(connection)) is not None:
         try:
             reply = judge(*job)
@@ -48,6 +49,8 @@ def main(descriptor: int) -> None:
             reply = {"status": "memory"}
         except BaseException as error:  # SystemExit too: the worker is the run's, not the callable's
             reply = {"status": "error", "why": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        if os.getpid() != own:  # a child that the callable forked and that came back: its reply would be taken for the next job's
+            os._exit(0)
         send(connection, reply)
     os._exit(0)
 

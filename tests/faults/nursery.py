@@ -66,6 +66,7 @@ def train(asked: dict, shared: mmap.mmap) -> None:
         if asked.get("file_bytes"):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (asked["file_bytes"],) * 2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background deaf to it
         tell(shared)
         from acpo.cli import main
 

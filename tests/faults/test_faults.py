@@ -7,9 +7,10 @@ import json
 import os
 import signal
 import subprocess
+import time
 
 import pytest
-from runs import same
+from runs import Job, same
 
 from acpo import checkpoint
 
@@ -61,6 +62,23 @@ def test_sigterm_saves_and_a_second_process_is_refused(nursery, undisturbed, tmp
     same(undisturbed, run)
 
 
+def test_two_at_the_same_instant_then_ctrl_c_then_another_place(nursery, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    jobs = [nursery.start(run), nursery.start(run)]
+    while all(job.running() for job in jobs):
+        time.sleep(0.01)
+    jobs.sort(key=Job.running)
+    assert jobs[0].wait() == 2 and f"{run} is in use by process {jobs[1].pid} on" in jobs[0].said()
+    assert jobs[1].until("update")
+    jobs[1].send(signal.SIGINT)
+    assert jobs[1].wait() == 130
+    assert one_line(jobs[1].said()) == "acpo: interrupted; the same command continues from the last checkpoint"
+    there = run.rename(tmp_path / "there")
+    code, said = nursery.train(there)
+    assert code == 0, said
+    same(undisturbed, there)
+
+
 @pytest.mark.parametrize("size", ["600k", pytest.param("8k", marks=pytest.mark.slow), pytest.param("2500k", marks=pytest.mark.slow)])
 def test_a_full_disk(nursery, undisturbed, mount, size):
     disk = mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs")
@@ -75,10 +93,11 @@ def test_a_full_disk(nursery, undisturbed, mount, size):
 
 @pytest.mark.slow
 def test_files_that_may_not_grow(nursery, undisturbed, tmp_path):
-    """The operating system's limit of a file's size, where nothing can be mounted."""
-    for limit in (500, 3_000, 100_000):
+    """The operating system's limit of a file's size, where nothing can be mounted. What the run says goes into a file as well and must fit."""
+    for limit, name in ((2_500, "config.yaml"), (100_000, "warmup-40"), (500_000, "warmup-40")):
         code, said = nursery.train(tmp_path / "run", file_bytes=limit)
-        assert code == 1 and "File too large" in one_line(said), said
+        assert code == 1 and "File too large" in one_line(said) and name in one_line(said), (limit, said)
+        (tmp_path / "run.log").unlink()
     assert nursery.train(tmp_path / "run")[0] == 0
     same(undisturbed, tmp_path / "run")
 
