@@ -69,7 +69,7 @@ def test_the_memory_estimate_is_its_formula(trainer):
     assert {t.name: t.bytes for t in more}["cache"] == 256 * 24 * 2 * 2 * 64 * 4, "of more problems 256 rollouts at a time"
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "wide"])
+@pytest.mark.parametrize("tokenizer", ["bytes", pytest.param("wide", marks=pytest.mark.slow)])
 def test_the_memory_estimate_is_near_the_peak_of_a_run(tmp_path, tokenizer):
     """Of a process of its own, whose high-water mark the kernel keeps; with a vocabulary of bytes, and with one that makes the head the largest."""
     if tokenizer == "wide":
