@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -56,7 +56,8 @@ class Evidence:
 
 @dataclass
 class Attribution:
-    """phi, iota, values (Vhat_k), previous (Vhat_{k-1}), score and changed a segment [S]; rows [B]; reliability [B] in [0, 1], 0 outside of rows."""
+    """phi, iota, values (Vhat_k), previous (Vhat_{k-1}), score and changed a segment [S]; rows [B]; reliability [B] in [0, 1], 0 outside of rows;
+    source [B], the place of the source that speaks among those picked from, where rows hold."""
 
     phi: Tensor
     iota: Tensor
@@ -66,6 +67,7 @@ class Attribution:
     changed: Tensor
     rows: Tensor
     reliability: Tensor
+    source: Tensor | None = None
 
 
 def hindsight_evidence(log_ratio: Tensor, kl: Tensor, segments: Segments, mask: Tensor | None, rows: Tensor, clamp: float) -> Evidence:
@@ -327,13 +329,14 @@ def standardised(shaping: Tensor, use: Tensor, group: Tensor) -> Tensor:
 
 def pick(found: list[Attribution], segments: Segments) -> Attribution:
     """One attribution from several: for every rollout that of the highest reliability among the sources that looked at it, the first of equals."""
-    best = found[0]
+    best = replace(found[0], source=torch.zeros_like(found[0].rows, dtype=torch.int64))
     sequence = segments.segment_sequence_ids()
-    for other in found[1:]:
+    for i, other in enumerate(found[1:], 1):
         better = (other.reliability > best.reliability) | (other.rows & ~best.rows)
         names = ("phi", "iota", "values", "previous", "score", "changed")
         chosen = {name: torch.where(better[sequence], getattr(other, name), getattr(best, name)) for name in names}
-        best = Attribution(**chosen, rows=best.rows | other.rows, reliability=torch.where(better, other.reliability, best.reliability))
+        reliability = torch.where(better, other.reliability, best.reliability)
+        best = Attribution(**chosen, rows=best.rows | other.rows, reliability=reliability, source=torch.where(better, i, best.source))
     return best
 
 

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from . import config as configuration
+from . import state
 from .config import Config, ConfigError
 from .evidence import mean_area, run_record, summarise
 from .layers import differences
@@ -290,7 +291,7 @@ class Comparer:
                 raise
             failure = str(error)
         if job == self.warm:
-            trainer.export()
+            state.export(trainer)
         curve = run_record(run.records(), settings.trainer.steps, trainer.policy.device.type == "cpu")
         record = {"key": key, "config": configuration.to_dict(settings), "code": code_hash(), "failure": failure, **curve}
         temporary = run.directory / ".finished.writing"

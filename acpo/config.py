@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
+from . import limits
 from .layers import ConfigError, flatten, keys, read_yaml, typed, value_of
 from .methods import METHODS
 from .rollout.settings import ServerConfig, VLLMConfig
@@ -56,7 +56,7 @@ class ProblemsConfig:
 @dataclass
 class PolicyConfig:
     path: str = ""  # a local causal language model with its tokenizer
-    from_config: Literal["small", "tiny", ""] = ""  # a randomly initialised Qwen2 of that size instead
+    from_config: Literal["medium", "small", "tiny", ""] = ""  # a randomly initialised Qwen2 of that size instead
     tokenizer: str = ""  # a folder or tokenizer.json, or "bytes"; empty: that of `path`, or the characters of the synthetic task
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and optimizer state are float32
     device: str = "auto"  # auto: CUDA where there is a device, else the CPU
@@ -119,7 +119,8 @@ class SegmenterConfig:
 
 @dataclass
 class AttributionConfig:
-    source: str = "hindsight,tree"  # of SOURCES, separated by commas: where several look at a rollout the most reliable one speaks; or "none"
+    # Some of hindsight, probe, tree, head, entropy, separated by commas: where several look at a rollout the most reliable one speaks. Or "none".
+    source: str = "hindsight,tree"
     keys: Literal["tokens", "numbers"] = "tokens"  # tree: what a step is recognised by, its tokens or the numbers in it
     probe_suffix: str = ""  # probe: what stands between a step and an answer given at once; empty: a default
     slope: float = 3.0  # reliability = slope times the measured skill, at most 1
@@ -254,10 +255,6 @@ class Config:
         return Path(self.run_dir or f"runs/{self.name}-{self.method}-{self.seed}")
 
 
-VERIFIERS = ("auto", "exact", "math", "reasoning_gym")
-SOURCES = ("hindsight", "probe", "tree", "head", "entropy")
-
-
 def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = (), *between: tuple[str, dict[str, Any]]) -> Config:
     """The configuration of a YAML file (None: the defaults) under further layers (where it stands, dotted settings) under `key=value` overrides."""
     command = dict(_override(text) for text in overrides)
@@ -273,8 +270,8 @@ def from_layers(*layers: tuple[str, dict[str, Any]]) -> Config:
     config = Config()
     for i, (where, layer) in enumerate(layers):
         _apply(config, layer, where, expand=not any("method" in later for _, later in layers[i + 1 :]))
-    _check(config)
-    _check_run(config)
+    limits.check(config)
+    limits.check_run(config)
     return config
 
 
@@ -289,7 +286,7 @@ def method_settings(layer: dict[str, Any], where: str) -> Config:
             raise ConfigError(f"{where}: {key!r} belongs to our own loop; wanted settings of {', '.join(METHOD)}")
     config = Config()
     _apply(config, flat, where)
-    _check(config)
+    limits.check(config)
     return config
 
 
@@ -319,103 +316,6 @@ def _apply(config: Config, layer: dict[str, Any], where: str, expand: bool = Tru
     for key, value in layer.items():
         parent, _, leaf = key.rpartition(".")
         setattr(value_of(config, parent) if parent else config, leaf, typed(key, value, known[key], where))
-
-
-_POSITIVE = (
-    "rollout.prompts", "rollout.group_size", "rollout.max_new_tokens", "rollout.temperature", "rollout.batch_tokens", "loss.minibatches",
-    "trainer.micro_batch_tokens", "trainer.eval_every", "trainer.checkpoint_every", "trainer.keep_checkpoints", "optimizer.learning_rate",
-    "optimizer.max_grad_norm", "warmup.batch", "warmup.learning_rate", "segmenter.min_tokens", "segmenter.max_segments",
-    "segmenter.target_tokens", "attribution.clamp", "verify.timeout", "eval.temperature", "problems.train", "problems.held_out",
-    "curriculum.max_rounds", "curriculum.candidates", "trainer.rank_timeout",
-    "rollout.vllm.tensor_parallel_size", "rollout.server.concurrency", "rollout.server.timeout", "rollout.server.start_timeout",
-    "stages.switch_window", "entropy.min_weight", "entropy.start", "entropy.end",
-)  # fmt: skip
-_SHARES = (
-    "warmup.hinted", "segmenter.forking_share", "curriculum.decay", "curriculum.uniform_share", "curriculum.mastered_share",
-    "stages.switch_success", "stages.switch_share", "problems.hard", "problems.wrong_low", "problems.wrong_high", "problems.luck",
-    "loss.clip_low", "entropy.covariance_share", "warmup.probed", "rollout.vllm.gpu_memory_utilization",
-)  # fmt: skip
-_NOT_NEGATIVE = (
-    "warmup.steps", "trainer.steps", "trainer.threads", "eval.samples", "eval.max_problems", "verify.workers", "verify.memory_gb",
-    "attribution.kappa", "credit.gain", "loss.clip_high", "stages.kl_weight",
-    "stages.clip_high", "entropy.weight", "entropy.rate", "entropy.dead_band", "optimizer.warmup_steps", "optimizer.weight_decay", "seed",
-    "problems.seed", "problems.distractors", "problems.decoys", "attribution.slope", "credit.value_gain", "segmenter.fixed",
-    "entropy.covariance_weight", "policy.lora_rank", "policy.lora_alpha", "loss.rollout_cap", "rollout.vllm.max_model_len", "rollout.server.retries",
-)  # fmt: skip
-
-
-def _check(config: Config) -> None:
-    for key in _POSITIVE:
-        if not value_of(config, key) > 0:
-            raise ConfigError(f"{key} must be greater than 0, got {value_of(config, key)}")
-    for key in _SHARES:
-        if not 0 <= value_of(config, key) <= 1:
-            raise ConfigError(f"{key} must lie in [0, 1], got {value_of(config, key)}")
-    for key in _NOT_NEGATIVE:
-        if not value_of(config, key) >= 0:
-            raise ConfigError(f"{key} must be at least 0, got {value_of(config, key)}")
-    if config.rollout.group_size < 2:
-        raise ConfigError(f"rollout.group_size must be at least 2: a group of one has no advantage over itself (method {config.method}), got 1")
-    if config.segmenter.max_tokens < config.segmenter.min_tokens:
-        raise ConfigError(
-            f"segmenter.max_tokens must be at least segmenter.min_tokens = {config.segmenter.min_tokens}, got {config.segmenter.max_tokens}"
-        )
-    for key in ("credit.bound", "optimizer.beta1", "optimizer.beta2"):
-        if not 0 <= value_of(config, key) < 1:
-            raise ConfigError(f"{key} must lie in [0, 1), got {value_of(config, key)}")
-    for low, high in (("problems.wrong_low", "problems.wrong_high"), ("entropy.min_weight", "entropy.max_weight")):
-        if value_of(config, high) < value_of(config, low):
-            raise ConfigError(f"{high} must be at least {low} = {value_of(config, low)}, got {value_of(config, high)}")
-    if not 0 <= config.stages.confidence < 1:
-        raise ConfigError(f"stages.confidence must lie in [0, 1), where a right answer outranks a wrong one, got {config.stages.confidence}")
-    if config.attribution.reliability != -1.0 and not 0 <= config.attribution.reliability <= 1:
-        raise ConfigError(f"attribution.reliability must lie in [0, 1], or be -1 to measure it, got {config.attribution.reliability}")
-    names = config.attribution.source.split(",")
-    for name in names:
-        if name not in (*SOURCES, "none") or names.count(name) > 1 or (name == "none" and len(names) > 1):
-            near = difflib.get_close_matches(name, SOURCES, n=1)
-            raise ConfigError(
-                f"attribution.source must be 'none' or some of {', '.join(map(repr, SOURCES))}, each once, separated by commas, "
-                f"got {config.attribution.source!r}" + (f"; did you mean {near[0]!r}?" if near and near[0] != name else "")
-            )
-    if config.credit.form == "ratio" and "hindsight" not in names:
-        raise ConfigError(f"credit.form = 'ratio' needs attribution.source = 'hindsight', got {config.attribution.source!r}")
-    if config.credit.form not in ("none", "branch") and config.attribution.source == "none":
-        raise ConfigError(f"credit.form = {config.credit.form!r} needs an attribution.source, got 'none'")
-    if "tree" in names and config.credit.form != "none" and config.credit.scope == "zero_variance":
-        raise ConfigError("credit.scope must be 'own' or 'all' with 'tree' in attribution.source: where all outcomes are equal its values are too")
-    if config.loss.minibatches > config.rollout.prompts * config.rollout.group_size:
-        raise ConfigError(f"loss.minibatches must be at most the rollouts of a step, {config.rollout.prompts * config.rollout.group_size}")
-
-
-def _check_run(config: Config) -> None:
-    """What our own loop needs besides."""
-    if bool(config.problems.task) == bool(config.problems.path):
-        raise ConfigError("one of problems.task and problems.path must be given, got " + ("both" if config.problems.task else "neither"))
-    if bool(config.policy.path) == bool(config.policy.from_config):
-        raise ConfigError("one of policy.path and policy.from_config must be given, got " + ("both" if config.policy.path else "neither"))
-    if config.policy.lora_rank and not config.policy.path:
-        raise ConfigError("policy.lora_rank needs policy.path: adapters of weights that were never trained learn little")
-    if "{problem}" not in config.problems.template:
-        raise ConfigError(f"problems.template must hold {{problem}}, got {config.problems.template!r}")
-    if config.problems.held_out >= 1 and config.problems.held_out % 1:
-        raise ConfigError(f"problems.held_out must be a share below 1 or a whole number, got {config.problems.held_out}")
-    if config.problems.held_out < 1 and (config.problems.task or config.problems.path.startswith("reasoning_gym:")):
-        raise ConfigError(f"problems.held_out must be a whole number for problems that are made, not read, got {config.problems.held_out}")
-    if config.problems.system and not config.problems.chat:
-        raise ConfigError("problems.system needs problems.chat = true")
-    if config.verify.kind not in VERIFIERS and not re.fullmatch(r"[A-Za-z_][\w.]*[.:][A-Za-z_][\w.]*", config.verify.kind):
-        near = difflib.get_close_matches(config.verify.kind, VERIFIERS, n=1)
-        raise ConfigError(
-            f"verify.kind must be one of {', '.join(map(repr, VERIFIERS))} or the dotted path module:function, got {config.verify.kind!r}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-        )
-    if config.verify.kind == "reasoning_gym" and not config.problems.path.startswith("reasoning_gym:"):
-        raise ConfigError(f"verify.kind = 'reasoning_gym' needs problems.path = 'reasoning_gym:TASK', got {config.problems.path!r}")
-    if config.problems.hint and not ("{answer}" in config.problems.hint and "{prompt}" in config.problems.hint):
-        raise ConfigError(f"problems.hint must hold {{answer}} and {{prompt}}, got {config.problems.hint!r}")
-    if config.problems.path and config.warmup.steps:
-        raise ConfigError("warmup.steps needs a synthetic task with traces of its own: set it to 0 with problems.path")
 
 
 def to_dict(config: Config) -> dict:

@@ -81,6 +81,7 @@ def rollout_rows(
     batch: Batch,
     outcome: Tensor,
     attribution: Attribution | None,
+    sources: list[str],
     advantages: Tensor,
     weights: Tensor,
     rules: list[str],
@@ -89,9 +90,11 @@ def rollout_rows(
     tokenizer,
 ) -> dict[str, list[Any]]:
     """Columns of rollouts/step-N.parquet: one row a rollout, float32 lists over its segments. None stands where nothing was measured: phi, iota and
-    value outside of the attribution's rows, hindsight (the sum of l_t, nats) outside of those that the hindsight stream looked at.
+    value, and the source that they come from, outside of the attribution's rows; hindsight and centred (the sums of l_t and of l_t + KL_t, nats)
+    outside of those that the hindsight stream looked at.
 
-    outcome and advantages [B], weights [S]; rules [S] are the segmenter's reasons, empty for pieces of one length.
+    outcome and advantages [B], weights [S]; sources are the names that attribution.source counts; rules [S] are the segmenter's reasons, empty for
+    pieces of one length.
     """
     segments, token = batch.segments, batch.token
     means = segment_reduce(torch.stack([token["advantages"], token["entropy"], token["old_logp"]]).float(), segments, reduce="mean")
@@ -102,8 +105,9 @@ def rollout_rows(
         columns |= {"phi": attribution.phi, "iota": attribution.iota, "value": attribution.values}
         where |= dict.fromkeys(("phi", "iota", "value"), attribution.rows)
     if "log_ratio" in token and len(token["log_ratio"]) == segments.num_tokens:
-        columns["hindsight"] = segment_reduce(torch.nan_to_num(token["log_ratio"], nan=0.0, posinf=0.0, neginf=0.0), segments)
-        where["hindsight"] = batch.sequence.get("hindsight", everywhere)
+        seen = torch.nan_to_num(torch.stack([token["log_ratio"], token["log_ratio"] + token["kl"]]), nan=0.0, posinf=0.0, neginf=0.0)
+        columns |= dict(zip(("hindsight", "centred"), segment_reduce(seen, segments), strict=True))
+        where |= dict.fromkeys(("hindsight", "centred"), batch.sequence.get("hindsight", everywhere))
     counts = segments.sequence_offsets.diff().tolist()
     texts = tokenizer.batch_decode(batch.responses(), skip_special_tokens=True)
     names = iter(rules or ["fixed"] * segments.num_segments)
@@ -118,6 +122,7 @@ def rollout_rows(
         "finished": batch.sequence["finished"].tolist(),
         "advantage": advantages.tolist(),
         "reliability": [0.0] * len(batch) if attribution is None else attribution.reliability.tolist(),
+        "source": _spoke(attribution, sources, len(batch)),
         "answered": answered(segments),
         "segment_ends": character_ends(batch.responses(), segments, texts, tokenizer),
         "segment_tokens": [part.tolist() for part in segments.lengths.split(counts)],
@@ -129,3 +134,10 @@ def rollout_rows(
             for name, value in columns.items()
         },
     }
+
+
+def _spoke(attribution: Attribution | None, sources: list[str], rollouts: int) -> list[str | None]:
+    """The source whose phi a rollout has."""
+    if attribution is None or attribution.source is None:
+        return [None] * rollouts
+    return [sources[i] if looked_at else None for i, looked_at in zip(attribution.source.tolist(), attribution.rows.tolist(), strict=True)]

@@ -152,7 +152,7 @@ class Policy(nn.Module):
 
 
 # Sizes of randomly initialised Qwen2 policies: hidden, intermediate, layers, heads.
-SIZES = {"tiny": (64, 128, 2, 2), "small": (96, 288, 2, 4)}
+SIZES = {"tiny": (64, 128, 2, 2), "small": (96, 288, 2, 4), "medium": (512, 1408, 6, 8)}  # 0.1, 0.25 and 19 million parameters
 
 
 def build(config: Config, writes: bool = True) -> tuple[Policy, Any]:
@@ -297,3 +297,10 @@ def _generic(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return (folder / "tokenizer.json").exists() and settings.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+def eos_ids(policy: Policy, tokenizer) -> list[int]:
+    """The tokens that end a rollout: the tokenizer's and those of the model's generation config."""
+    config = getattr(policy.model, "generation_config", None)
+    more = getattr(config, "eos_token_id", None) or []
+    return sorted({tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])})

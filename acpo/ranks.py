@@ -217,11 +217,16 @@ class Follower(Run):
     def nothing(self, *_, **__) -> None:
         pass
 
-    lock = begin = cut_back = log = track = say = warn = start_phase = nothing
+    lock = begin = cut_back = log = track = say = facts = warn = start_phase = nothing
 
 
 def run_of(config: Config, quiet: bool = False) -> Run:
     """The run as this process trains it."""
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and os.environ.get("ACCELERATE_USE_CPU") == "True":
+        raise ConfigError(
+            "accelerate launch --cpu starts one process whatever --num_processes says, and this one was to be one of several; on CPUs: "
+            "accelerate launch --multi_gpu --num_processes N -m acpo.cli train ... policy.device=cpu, or torchrun"
+        )
     if config.trainer.sharding != "none" and os.environ.get("WORLD_SIZE", "1") == "1":
         raise ConfigError(
             f"trainer.sharding = {config.trainer.sharding!r} needs several processes: torchrun --nproc-per-node N -m acpo.cli train ..."
@@ -229,11 +234,17 @@ def run_of(config: Config, quiet: bool = False) -> Run:
     return (Run if int(os.environ.get("RANK", "0")) == 0 else Follower)(config, quiet)
 
 
+def _machines() -> int:
+    return int(os.environ["WORLD_SIZE"]) // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+
+
 def _check(config: Config) -> None:
     """What several processes cannot do, by name."""
     full_ = config.trainer.sharding == "full"
     for wrong, text in (
-        (config.rollout.engine != "local", f"rollout.engine = {config.rollout.engine!r}: several processes sample with 'local' alone"),
+        (config.rollout.engine == "vllm", "rollout.engine = 'vllm': vLLM would stand in every process; several share one with 'vllm_server'"),
+        (config.rollout.engine == "vllm_server" and not config.rollout.server.url and _machines() > 1, "rollout.engine = 'vllm_server' on several "
+         "machines needs rollout.server.url: a server that is started here listens on this machine alone"),
         (full_ and config.stages.two and config.stages.kl_weight > 0, "trainer.sharding = 'full': stage 2 keeps a copy of the policy; set stages.two "
          "= false or stages.kl_weight = 0"),
         (full_ and config.warmup.steps > 0, "trainer.sharding = 'full' needs warmup.steps = 0"),

@@ -7,24 +7,19 @@ import json
 import sys
 from pathlib import Path
 
-EXAMPLES = """examples:
-  acpo segment traces.jsonl --tokenizer FOLDER                       the steps of every trace, with the reason for each boundary
-  acpo segment solution.txt --tokenizer tokenizer.json --json        one JSON object a trace
-  cat solution.txt | acpo segment - --tokenizer FOLDER segmenter.max_segments=16
+from .commands import verb
 
-FILE.jsonl has one JSON object a line with the text under response, trace, completion or solution; any other file is one trace.
+EXAMPLES = """acpo segment traces.jsonl --tokenizer FOLDER                       the steps of every trace, with the reason for each boundary
+  acpo segment solution.txt --tokenizer tokenizer.json --json        one JSON object a trace
+  cat solution.txt | acpo segment - --tokenizer FOLDER segmenter.max_segments=16"""
+MORE = """FILE.jsonl has one JSON object a line with the text under response, trace, completion or solution; any other file is one trace.
 """
 
 
 def add(verbs) -> None:
     """The sub-parser of the verb."""
-    import argparse
-
-    parser = verbs.add_parser(
-        "segment", help="cut traces into reasoning steps, with the reason for each boundary", epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("file", help="traces as JSON lines (.jsonl), a text, or - for standard input")
+    parser = verb(verbs, "segment", "cut traces into reasoning steps, with the reason for each boundary", EXAMPLES, MORE)
+    parser.add_argument("file", metavar="FILE", help="traces as JSON lines (.jsonl), a text, or - for standard input")
     parser.add_argument("words", nargs="*", metavar="key=value", help="settings of the segmenter, e.g. segmenter.max_segments=16")
     parser.add_argument("--tokenizer", required=True, metavar="PATH", help="a folder or tokenizer.json of a fast tokenizer, or bytes")
     parser.add_argument("--most", type=int, default=0, metavar="N", help="the first N traces (default: all)")

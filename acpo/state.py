@@ -1,4 +1,4 @@
-"""What a checkpoint of the training loop holds, written and read back."""
+"""What a checkpoint of the training loop holds, written and read back, and the folder that a trained policy leaves."""
 
 from __future__ import annotations
 
@@ -117,3 +117,27 @@ def _restore(trainer: Trainer, tensors: dict[str, dict[str, torch.Tensor]], stat
         trainer.reference.load_state_dict(tensors["reference"], strict=False)
     trainer.run.cut_back(trainer.warmup_step, trainer.step_number if trainer.step_number else -1)
     trainer.run.say(f"resumed from {'step ' + str(trainer.step_number) if trainer.step_number else 'warm-up step ' + str(trainer.warmup_step)}")
+
+
+def load_newest(trainer: Trainer) -> int:
+    """The weights of the newest checkpoint; returns its step."""
+    found = checkpoint.latest(trainer.run.checkpoints)
+    if found is None:
+        raise checkpoint.CheckpointError(f"{trainer.run.checkpoints} holds no checkpoint")
+    tensors, state = found
+    checkpoint.check("policy", tensors["policy"], trainer.policy.trained())
+    trainer.policy.load_state_dict(tensors["policy"], strict=False)
+    return state["step"]
+
+
+def export(trainer: Trainer) -> None:
+    """The policy and its tokenizer as a folder that policy.path reads, and transformers (the characters of a synthetic task need
+    PreTrainedTokenizerFast: AutoTokenizer would take the tokenizer class of the model type)."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    folder = trainer.run.directory / "policy"
+    shared_out = {name: full(value.detach()) for name, value in trainer.policy.model.named_parameters()} if trainer.ranks.sharded else None
+    if trainer.ranks.leads:
+        trainer.policy.save(folder, shared_out)
+        trainer.tokenizer.save_pretrained(folder)

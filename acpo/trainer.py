@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -35,13 +34,12 @@ from .controls import control
 from .curriculum import Curriculum
 from .entropy import EntropyController, covariant_tokens
 from .evaluation import Evaluation, evaluate
-from .guard import STANDS, Guard, NotFinite, TrainingError, finite
+from .guard import STANDS, Guard, TrainingError
 from .metrics import rollout_rows, step_metrics
-from .policy import Policy, build
-from .probe import suffix_of
+from .policy import Policy, build, eos_ids
 from .problems import Problem
 from .prompts import Prompts
-from .ranks import RankLost, Ranks, full
+from .ranks import RankLost, Ranks
 from .rollout import Engine, RolloutError
 from .rollout import build as build_engine
 from .rollout.kept import Kept
@@ -50,8 +48,8 @@ from .sampling import Group, assembled
 from .segmentation import ForkThreshold, answer_starts, fixed_length
 from .sources import load_problems
 from .stages import Stages
-from .update import optimizer_step, update
-from .warmup import examples, imitation_loss
+from .update import update
+from .warmup import warm_up
 
 
 class Trainer:
@@ -89,12 +87,12 @@ class Trainer:
         self.stopping = False  # set from outside: the step under way is the last one, and Stopped comes behind its checkpoint
         if config.trainer.sharding == "full" and self.ranks.size > 1:
             self.ranks.shard(self.policy)
-        self.optimizer = self._optimizer(config.warmup.learning_rate if config.warmup.steps else config.optimizer.learning_rate)
+        self.optimizer = self.new_optimizer(config.warmup.learning_rate if config.warmup.steps else config.optimizer.learning_rate)
 
     @cached_property
     def engine(self) -> Engine:
         """Begun where it is first used: a run that is refused starts no server and leaves no trace."""
-        return build_engine(self.config, self.policy, eos_ids(self.policy, self.tokenizer), self.run.directory)
+        return build_engine(self.config, self.policy, eos_ids(self.policy, self.tokenizer), self.run.directory, self.ranks)
 
     # --- the main line ------------------------------------------------------------------------------------------------------------
 
@@ -114,7 +112,7 @@ class Trainer:
         state.resume(self)
         self.run.track(self.step_number)
         self.engine.sync()  # before the warm-up: an engine that cannot start is known at once
-        self.warm_up()
+        warm_up(self)
         steps = self.config.trainer.steps
         if self.step_number == 0 and self.ranks.of_leader(lambda: not self.run.has_step(0)):
             self.run.log({"phase": "start", "step": 0, **self._evaluate(0), **self.counters})
@@ -171,8 +169,9 @@ class Trainer:
         if self.run.keeps_rollouts:
             problems = [self.train_problems[i] for i in indices for _ in range(self.config.rollout.group_size)]
             rows = rollout_rows(
-                batch, outcome, attribution, advantages, weights, self.rules, problems, self.config.rollout.group_size, self.tokenizer
-            )
+                batch, outcome, attribution, list(self.attributors.by_name), advantages, weights, self.rules, problems,
+                self.config.rollout.group_size, self.tokenizer,
+            )  # fmt: skip
             self.run.save_rollouts(self.step_number, rows)
         self._control(indices, outcome, metrics["entropy"])
         while self.kept:
@@ -225,7 +224,8 @@ class Trainer:
         seed = int(np.random.SeedSequence((self.config.seed, self.step_number, round_, *self.ranks.seed)).generate_state(1, np.uint64)[0] >> 1)
         if settings.engine != "local":
             key = hashlib.sha256(json.dumps([seed, prompts, settings.max_new_tokens, settings.temperature]).encode()).hexdigest()
-            self.kept.append(Kept(self.run.directory / "rollouts" / f"pending-{self.step_number}-{round_}.jsonl", key, self.policy.device))
+            name = "-".join(map(str, ("pending", self.step_number, round_, *self.ranks.seed)))
+            self.kept.append(Kept(self.run.directory / "rollouts" / f"{name}.jsonl", key, self.policy.device))
         samples = self.engine.generate(
             prompts, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
             generator=torch.Generator(self.policy.device).manual_seed(seed), done=self.kept[-1] if self.kept else None,
@@ -327,17 +327,9 @@ class Trainer:
     def _update(self, batch: Batch) -> dict[str, float]:
         order = self.rng.permutation(len(batch))
         return update(
-            batch,
-            self.policy,
-            self.optimizer,
-            self.config,
-            order=order,
-            step=self.step_number,
-            stage=self.stages.stage,
-            clock=self.clock,
-            guard=self.guard,
-            ranks=self.ranks,
-        )
+            batch, self.policy, self.optimizer, self.config, order=order, step=self.step_number, stage=self.stages.stage, clock=self.clock,
+            guard=self.guard, ranks=self.ranks,
+        )  # fmt: skip
 
     def _control(self, indices: np.ndarray, outcome: Tensor, entropy: float) -> None:
         """What this step taught the controllers."""
@@ -350,42 +342,7 @@ class Trainer:
         if success == success and self.stages.update(self.step_number, float(success)):
             self.reference = self.policy.frozen_copy()
 
-    # --- warm-up, evaluation, state -----------------------------------------------------------------------------------------------
-
-    def warm_up(self) -> None:
-        """Supervised steps on the task's own traces: a fixed number, cosine schedule, no look at the held-out problems."""
-        config = self.config.warmup
-        if self.warmup_step < config.steps:
-            self.run.start_phase("warm-up", config.steps, self.warmup_step)
-        while self.warmup_step < config.steps:
-            begin = time.perf_counter()
-            self.warmup_step += 1
-            share = self.warmup_step / config.steps
-            for group in self.optimizer.param_groups:
-                group["lr"] = config.learning_rate * min(1.0, self.warmup_step / 50) * max(0.02, 0.5 * (1 + math.cos(math.pi * share)))
-            drawn = examples(self.task, self.train_problems, config.batch, config.hinted, self.rng, config.probed, suffix_of(self.config))
-            loss = imitation_loss(self.policy, self.prompts, drawn)
-            self.optimizer.zero_grad(set_to_none=True)
-            try:
-                metrics = {"warmup/loss": finite("warm-up loss", loss)}
-                loss.backward()
-                optimizer_step(self.policy, self.optimizer, 1.0)
-                self.guard.taken()
-            except NotFinite as error:
-                metrics = {"optimizer/left_out": self.guard.left_out + 1}
-                self.guard.leave_out(error, f"warm-up step {self.warmup_step}", self.policy, {})
-            self.counters["seconds"] += time.perf_counter() - begin
-            last = self.warmup_step == config.steps
-            if last or self.warmup_step % 50 == 0:
-                self.run.log({"phase": "warmup", "step": self.warmup_step, **metrics, "seconds": self.counters["seconds"]})
-            if last:
-                self.optimizer = self._optimizer(self.config.optimizer.learning_rate)
-                self.counters["seconds"] = 0.0  # the curves' clock starts with the first rollout
-            stopping = any(self.ranks.gather(self.stopping))
-            if stopping or last or self.warmup_step % (50 * self.config.trainer.checkpoint_every) == 0:
-                state.save(self, f"warmup-{self.warmup_step}")
-            if stopping:
-                raise Stopped(f"warm-up step {self.warmup_step}")
+    # --- evaluation, the rest -----------------------------------------------------------------------------------------------------
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Accuracy, at both ends pass@k as well, and what the verifier counted that is not 0."""
@@ -404,16 +361,6 @@ class Trainer:
             generator=torch.Generator(self.policy.device).manual_seed(config.seed * 1_000_003 + step), **settings,
         )  # fmt: skip
 
-    def load_newest(self) -> int:
-        """The weights of the newest checkpoint; returns its step."""
-        found = checkpoint.latest(self.run.checkpoints)
-        if found is None:
-            raise checkpoint.CheckpointError(f"{self.run.checkpoints} holds no checkpoint")
-        tensors, state = found
-        checkpoint.check("policy", tensors["policy"], self.policy.trained())
-        self.policy.load_state_dict(tensors["policy"], strict=False)
-        return state["step"]
-
     def close(self) -> None:
         """Ends what runs beside the loop: the verifier's workers, what the rollout engine started, and the tracker."""
         self.verifier.close()
@@ -422,27 +369,8 @@ class Trainer:
         if "engine" in self.__dict__:
             self.engine.close()
 
-    def export(self) -> None:
-        """The policy and its tokenizer as a folder that policy.path reads, and transformers (the characters of a synthetic task need
-        PreTrainedTokenizerFast: AutoTokenizer would take the tokenizer class of the model type)."""
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        folder = self.run.directory / "policy"
-        shared_out = {name: full(value.detach()) for name, value in self.policy.model.named_parameters()} if self.ranks.sharded else None
-        if self.ranks.leads:
-            self.policy.save(folder, shared_out)
-            self.tokenizer.save_pretrained(folder)
-
-    def _optimizer(self, rate: float) -> torch.optim.Optimizer:
+    def new_optimizer(self, rate: float) -> torch.optim.Optimizer:
         config = self.config.optimizer
         optimizer = torch.optim.AdamW(self.policy.trained().values(), lr=rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
         optimizer.register_step_post_hook(lambda *_: self.policy.changed())
         return optimizer
-
-
-def eos_ids(policy: Policy, tokenizer) -> list[int]:
-    """The tokens that end a rollout: the tokenizer's and those of the model's generation config."""
-    config = getattr(policy.model, "generation_config", None)
-    more = getattr(config, "eos_token_id", None) or []
-    return sorted({tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])})

@@ -226,7 +226,8 @@ def linear_policy_loss(
     results = [hidden.new_zeros(shape, dtype=torch.float32) for shape in ((), 10, n, n)]
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     makers = (hidden.new_zeros, empty, hidden.new_empty)
-    gradients = [make(shape if need else (0,), dtype=torch.float32) for make, shape, need in zip(makers, shapes, needs, strict=True)]
+    dtypes = (hidden.dtype, weight.dtype, torch.float32)
+    gradients = [make(shape if need else (0,), dtype=kind) for make, shape, kind, need in zip(makers, shapes, dtypes, needs, strict=True)]
     wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
     _C.linear_policy_loss(head, settings, *map(_address, (*results, *wanted)), torch.get_num_threads())
     return *results, *gradients

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -40,8 +42,8 @@ def linear_policy_loss(
 
         loss = sum_t l_t(logp_t, H_t) / denominator_t,   (logp, H) = linear_logprob_entropy(hidden, weight, ids)
 
-    The gradients of hidden, weight and bias are computed with the loss, where grad is enabled and a leaf needs one, and the
-    backward multiplies them by the incoming gradient. Masked rows take part in no matrix product; an unmasked row whose gradient
+    The gradients of hidden, weight and bias are computed with the loss, where grad is enabled and a leaf needs one, for an incoming
+    gradient of 1; the backward multiplies them by the one that comes. Masked rows take part in no matrix product; an unmasked row whose gradient
     is exactly zero (clipped; or advantage, KL and entropy weight all 0) takes part in the forward product alone: with shares u of
     unmasked rows and a of rows with a gradient, (2u + 4a) N H V floating-point operations. A ratio that is a mean over other rows
     (segment or sequence level with old_logp) needs a forward of its own before the first gradient, (2u + 6a) N H V; so do 16-bit hidden
@@ -52,7 +54,9 @@ def linear_policy_loss(
     Shapes
         hidden [N,H], weight [V,H], ids, old_logp, advantages [N]; the others as in the two operations. logp and entropy [N] come back detached.
     Dtypes
-        As `linear_logprob_entropy`. Gradients are held in float32 (float64) until the backward and rounded once.
+        As `linear_logprob_entropy`. Gradients are held in float32 (float64) until the backward and rounded once. On the CPU those of bfloat16
+        and float16 are held rounded, at half the memory; an incoming gradient that would round them once more (any but 1 and, in bfloat16,
+        powers of two) makes the backward compute them again.
     Units
         Nats; rows with mask=False or ids == -100 take no part. An unmasked row that holds NaN makes the loss and the gradients of
         weight and bias NaN, and its own gradient of hidden. Second derivatives raise.
@@ -91,7 +95,8 @@ def linear_policy_loss(
 
 
 # The results of the operation are loss, metrics [10], logp and entropy [N], and the gradients of hidden [N,H], weight [V,H] and
-# bias [V] for an incoming gradient of 1, in the working dtype; one that `needs` does not ask for is empty, of shape [0].
+# bias [V] for an incoming gradient of 1, in the working dtype; those of hidden and weight on the CPU in their own. One that `needs` does
+# not ask for is empty, of shape [0].
 
 
 def _forward_cpu(hidden, weight, ids, bias, temperature, temperatures, softcap, old_logp, advantages, token_offsets, sequence_offsets, mask, *rest):
@@ -99,7 +104,8 @@ def _forward_cpu(hidden, weight, ids, bias, temperature, temperatures, softcap, 
     check.ids_in_range(ids, active, weight.shape[0])
     head = (hidden, weight, ids, bias, temperature, temperatures, softcap)
     if not _cpu.available or hidden.dtype == torch.float64:
-        return _linear_loss.linear_policy_loss_cpu(*head, old_logp, advantages, token_offsets, sequence_offsets, active, *rest)[0]
+        results, _ = _linear_loss.linear_policy_loss_cpu(*head, old_logp, advantages, token_offsets, sequence_offsets, active, *rest)
+        return *results[:4], results[4].to(hidden.dtype), results[5].to(weight.dtype), results[6]
     return _cpu.linear_policy_loss(*head, old_logp, advantages, token_offsets, sequence_offsets, active, *rest)
 
 
@@ -115,7 +121,8 @@ def _fake(hidden, weight, ids, *rest):
     dtype, needs = reference.working_dtype(hidden.dtype), rest[-1]
     shapes = [(), (len(_torch.METRICS),), ids.shape, ids.shape]
     shapes += [shape if need else (0,) for shape, need in zip((hidden.shape, weight.shape, weight.shape[:1]), needs, strict=True)]
-    return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
+    dtypes = [dtype] * 4 + ([hidden.dtype] * 2 if hidden.device.type == "cpu" else [dtype] * 2) + [dtype]
+    return tuple(hidden.new_empty(shape, dtype=kind) for shape, kind in zip(shapes, dtypes, strict=True))
 
 
 def _setup_context(ctx, inputs, output):
@@ -123,35 +130,84 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], inputs[1], inputs[3])]
     ctx.needs = inputs[-1]
-    ctx.save_for_backward(*output[4:])
+    again = _held_rounded(inputs[0])
+    tensors = [x for x in inputs if isinstance(x, Tensor)] if again else []
+    ctx.rest = [None if isinstance(x, Tensor) else (x,) for x in inputs] if again else None
+    ctx.save_for_backward(*output[4:], *tensors)
+
+
+def _held_rounded(hidden: Tensor) -> bool:
+    return hidden.device.type == "cpu" and hidden.dtype != reference.working_dtype(hidden.dtype)
 
 
 @once_differentiable
 def _backward(ctx, grad_loss, *_):
-    grads = [None] * 24
+    grads = [None] * len(ctx.needs_input_grad)
     if grad_loss is not None:
-        parts = zip((0, 1, 3), ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
-        for at, grad, dtype, need in parts:
+        *held, bias = ctx.saved_tensors[:3]
+        if ctx.rest is not None and not _is_one(grad_loss):
+            tensors = iter(ctx.saved_tensors[3:])
+            inputs = [next(tensors) if value is None else value[0] for value in ctx.rest]
+            *held, bias = _scaled_op(grad_loss, *held, bias, *inputs)
+            grad_loss = torch.ones_like(grad_loss)
+        for at, grad, dtype, need in zip((0, 1, 3), (*held, bias), ctx.dtypes, ctx.needs, strict=True):
             if need:
                 grads[at] = _scaled(grad, grad_loss, dtype)
     return tuple(grads)
 
 
+def _is_one(grad_loss: Tensor) -> bool:
+    return type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and not torch.compiler.is_compiling() and grad_loss.item() == 1.0
+
+
 def _scaled(grad: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of weight is as large as the weight itself: on the host a factor of 1 costs no pass over it."""
-    if type(by) is Tensor and by.device.type == "cpu" and not torch.compiler.is_compiling() and by.item() == 1.0:
+    if _is_one(by):
         return grad if dtype == grad.dtype else _cpu.empty(grad.shape, dtype).copy_(grad)
     return (grad * by).to(dtype)
 
 
-_op = define(
-    "linear_policy_loss(Tensor hidden, Tensor weight, Tensor ids, Tensor? bias, float? temperature, Tensor? temperatures, float? softcap,"
-    " Tensor? old_logp, Tensor advantages, Tensor token_offsets, Tensor sequence_offsets, Tensor? mask, float clip_low, float clip_high, str ratio,"
+def _scaled_cpu(by, grad_hidden, grad_weight, grad_bias, *inputs):
+    """Gradients that are held rounded, times `by`, rounded once."""
+    grads, factor = (grad_hidden, grad_weight, grad_bias), by.item()
+    exact = math.frexp(factor)[0] in (0.5, -0.5) and (grad_hidden.dtype == torch.bfloat16 or factor == 1.0)
+    if exact or factor == 0.0 or not math.isfinite(factor):
+        return tuple(grad * factor for grad in grads)
+    # The loss is over the denominator, which divides it by the factor once more.
+    *inputs, denominator, denominators, needs = inputs
+    if denominators is not None:
+        denominators = denominators.double() / factor
+    else:
+        active = reference.active_rows(inputs[2], inputs[11])
+        denominator = (max(1, int(active.sum())) if denominator is None else denominator) / factor
+    return _forward_cpu(*inputs, denominator, denominators, needs)[4:]
+
+
+def _scaled_cuda(by, grad_hidden, grad_weight, grad_bias, hidden, weight, *_):
+    return (grad_hidden * by).to(hidden.dtype), (grad_weight * by).to(weight.dtype), grad_bias * by
+
+
+def _scaled_fake(by, grad_hidden, grad_weight, grad_bias, *_):
+    return tuple(torch.empty_like(grad) for grad in (grad_hidden, grad_weight, grad_bias))
+
+
+_INPUTS = (
+    "Tensor hidden, Tensor weight, Tensor ids, Tensor? bias, float? temperature, Tensor? temperatures, float? softcap, Tensor? old_logp,"
+    " Tensor advantages, Tensor token_offsets, Tensor sequence_offsets, Tensor? mask, float clip_low, float clip_high, str ratio,"
     " float? entropy_weight, Tensor? entropy_weights, Tensor? ref_logp, float kl_weight, Tensor? rollout_logp, float rollout_cap,"
-    " float? denominator, Tensor? denominators, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " float? denominator, Tensor? denominators, bool[] needs"
+)
+_op = define(
+    f"linear_policy_loss({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     cpu=_forward_cpu,
     cuda=_forward_cuda,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+)
+_scaled_op = define(
+    f"linear_policy_loss_scaled(Tensor by, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
+    cpu=_scaled_cpu,
+    cuda=_scaled_cuda,
+    fake=_scaled_fake,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,9 @@ class Segments:
         Offsets count packed tokens and segments. terminal[b] says that the last segment of sequence b is its final-answer
         span; None says that no sequence has one.
     Errors
-        ValueError for offsets that do not start at 0, decrease, or do not end at num_tokens and S. On a CUDA device the
-        values are not read back: they are the caller's promise, and num_tokens is read once, here, unless it is given.
+        ValueError for offsets that do not start at 0, decrease, or do not end at num_tokens and S, and for a negative num_tokens; TypeError for
+        one that is no integer. On a CUDA device the values are not read back: they are the caller's promise, and num_tokens is read once, here,
+        unless it is given.
     Source
         The variable-length convention of flash-attention (`cu_seqlens`), one level deeper.
     """
@@ -41,7 +44,7 @@ class Segments:
         if terminal is not None:
             check.tensor("terminal", terminal, check.BOOL, shape=(self.num_sequences,), device=token_offsets.device)
         self.terminal = terminal
-        self.num_tokens = int(self.token_offsets[-1]) if num_tokens is None else int(num_tokens)
+        self.num_tokens = int(self.token_offsets[-1]) if num_tokens is None else _count(num_tokens)
         if token_offsets.device.type == "cpu":
             _check_offsets("token_offsets", self.token_offsets, self.num_tokens, "num_tokens")
             _check_offsets("sequence_offsets", self.sequence_offsets, self.num_segments, "the number of segments")
@@ -126,6 +129,19 @@ def check_segments(value: object) -> None:
 def _ids(lengths: Tensor, total: int) -> Tensor:
     index = torch.arange(lengths.shape[0], device=lengths.device)
     return torch.repeat_interleave(index, lengths, output_size=total)  # output_size: no read-back of the sum
+
+
+def _count(num_tokens: object) -> int:
+    """A host integer; those of numpy and of torch serve as well."""
+    count = num_tokens
+    if not isinstance(num_tokens, int):
+        try:
+            count = operator.index(num_tokens)  # type: ignore[arg-type]
+        except TypeError:
+            raise TypeError(f"num_tokens must be an integer, got {num_tokens!r}") from None
+    if count < 0:
+        raise ValueError(f"num_tokens must be at least 0, got {count}")
+    return count
 
 
 def _check_offsets(name: str, offsets: Tensor, last: int, what: str) -> None:

@@ -2,7 +2,8 @@
 
 FLOP: forward 2 N H V, backward 6 N H V (the logits again, then dHidden and dW). Shares: with a share u of unmasked rows and a share a
 of rows whose gradient is not zero, (2 u + 6 a) N H V are needed; a frozen weight needs 2 + 4 of them. All these variants of ours are timed
-in one process, in turn.
+in one process, in turn; at 1,024 rows alone (--shapes large, size2), where reading the weight and writing its gradient, which cost
+the same for any share, no longer count.
 
 The bare products are torch's own from float32 to float32, since torch has none from bfloat16 to float32 on the CPU: a bfloat16 weight is
 converted tile by tile. Forward 2 N H V, forward + backward 8 N H V with the logits computed twice; with a frozen weight the 4 N H V of
@@ -21,12 +22,13 @@ from .common import SIZES, Case, Ceiling, Expected, Provider, V, copy_ceiling, g
 
 # (N, H, V)
 SHAPES = {
-    ("small", "cpu"): [(16, 128, 1000)], ("default", "cpu"): [(64, 896, V)], ("large", "cpu"): [(256, 896, V), (256, 1536, V)],
+    ("small", "cpu"): [(16, 128, 1000)], ("default", "cpu"): [(64, 896, V)], ("large", "cpu"): [(256, 896, V), (256, 1536, V), (1024, 896, V)],
     ("small", "cuda"): [(64, 128, 5000)], ("default", "cuda"): [(8192, 896, V)],
     ("large", "cuda"): [(8192, h, V) for h in (896, 1536, 2048, 4096)],
 }  # fmt: skip
 ONE_OUTPUT = {"cut-cross-entropy"}
 SHARES = [(1.0, 0.25), (0.25, 0.25)]  # of unmasked rows, and of rows whose gradient is not zero (clipped, no advantage)
+ALONE = 1024  # rows from which on the CPU times ours and its shares alone: the others take many seconds a call
 FALLBACKS = ("Liger", "cut-cross-entropy")  # their kernels need a GPU; what they run here is torch in chunks, at seconds a call
 
 
@@ -111,9 +113,12 @@ def case(n, h, v, dtype, mode, device, temperature: float = 1.0, slow_peers: boo
         for name in (*FALLBACKS, *(("TRL chunked",) if backward else ())) if not slow_peers else ():
             if found.pop(name, None):
                 absent[name] = "seconds a call on the CPU: --shapes large"
+    alone = device.type == "cpu" and n >= ALONE
+    if alone:
+        found, absent = {}, {}
     providers = {"ours": Provider(call(ours))}
     variants = {"all": (ids, incoming)}  # by the gradients that they are held to
-    ceilings = {"matrix products": bare_products(hidden, weight, backward), "copy": copy_ceiling(weight)}
+    ceilings = {} if alone else {"matrix products": bare_products(hidden, weight, backward), "copy": copy_ceiling(weight)}
     if backward and temperature == 1.0:
         for unmasked, active in SHARES:
             mask, flows = rows_of(n, unmasked, active, device)
@@ -121,8 +126,9 @@ def case(n, h, v, dtype, mode, device, temperature: float = 1.0, slow_peers: boo
             some = torch.where(mask, ids, reference.IGNORED), {key: torch.where(flows, g, 0.0) for key, g in incoming.items()}
             variants[name] = some
             providers[f"ours, {name}"] = Provider(call(ours, *some), f"{100 * (2 * unmasked + 6 * active) / 8:.2f} % of the FLOP", name)
-        providers["ours, frozen weight"] = Provider(call(ours, leaves=("hidden",)), "75 % of the FLOP")
-        if device.type == "cpu":
+        if not alone:
+            providers["ours, frozen weight"] = Provider(call(ours, leaves=("hidden",)), "75 % of the FLOP")
+        if device.type == "cpu" and not alone:
             ceilings["matrix products, frozen weight"] = bare_products(hidden, weight, backward, frozen=True)
     providers |= {name: Provider(call(f), *(("log-prob alone", "logp") if name in ONE_OUTPUT else ())) for name, f in found.items()}
 
@@ -145,15 +151,18 @@ def sampled_entries(v: int, ids: torch.Tensor) -> torch.Tensor:
 
 def expected(hidden, weight, ids, incoming, temperature, backward, step: int = 32) -> dict[str, Expected]:
     """Outputs of all rows; dHidden of a sample of rows, dW of a sample of the vocabulary, summed over all rows. The logits' gradient is
-    autograd's of the reference, the products with it are written out: of dW, 300 rows of 151,936 are computed."""
+    autograd's of the reference, the products with it are written out: of dW, 300 rows of 151,936 are computed. On the CPU many rows are
+    minutes in float64: of them the sample alone is checked, and dW, a sum over all, is not (it is at fewer rows)."""
     rows, entries = sampled_rows(len(ids), ids.device, 32), sampled_entries(weight.shape[0], ids)
+    every = ids.device.type == "cuda" or len(ids) < ALONE
+    some_rows = rows.new_tensor(range(len(ids))) if every else rows
     out = {}
     for dtype in (torch.float64, torch.float32):
         w = weight.to(dtype)
         one = {name: torch.zeros(len(ids), dtype=dtype, device=ids.device) for name in incoming}
         d_hidden = torch.zeros(hidden.shape, dtype=dtype, device=ids.device)
         d_weight = torch.zeros(len(entries), weight.shape[1], dtype=dtype, device=ids.device)
-        for some in (ids != reference.IGNORED).nonzero().squeeze(1).split(step):
+        for some in some_rows[ids[some_rows] != reference.IGNORED].split(step):
             x = hidden[some].to(dtype)
             needed = backward and any(bool((g[some] != 0).any()) for g in incoming.values())
             z = (x @ w.T).requires_grad_(needed)
@@ -166,11 +175,13 @@ def expected(hidden, weight, ids, incoming, temperature, backward, step: int = 3
                 here = torch.isin(some, rows)
                 d_hidden[some[here]] = grad[here] @ w
                 d_weight += grad[:, entries].T @ x
-        out[dtype] = one | ({"d_hidden": d_hidden[rows], "d_weight": d_weight} if backward else {})
+        if not every:
+            one = {name: x[rows] for name, x in one.items()}
+        out[dtype] = one | ({"d_hidden": d_hidden[rows]} if backward else {}) | ({"d_weight": d_weight} if backward and every else {})
     # Products on matrix units may sum in another order than the reference: the contract's factor of 4
-    which = {"d_hidden": rows, "d_weight": entries}
+    which = dict.fromkeys(incoming, None if every else rows) | {"d_hidden": rows, "d_weight": entries}
     return {
-        name: Expected(exact, out[torch.float32][name], which.get(name), 4.0, hidden.dtype if name in which else None)
+        name: Expected(exact, out[torch.float32][name], which[name], 4.0, hidden.dtype if name.startswith("d_") else None)
         for name, exact in out[torch.float64].items()
     }
 

@@ -11,8 +11,8 @@ import torch
 
 from acpo_kernels import linear_logprob_entropy, linear_policy_loss, policy_loss, reference
 
+from .bench_linear_logprob_entropy import ALONE, SHARES, bare_products, inputs, rows_of
 from .bench_linear_logprob_entropy import SHAPES as HEADS
-from .bench_linear_logprob_entropy import SHARES, bare_products, inputs, rows_of
 from .bench_linear_logprob_entropy import expected as head_expected
 from .common import SIZES, Case, Expected, Provider, copy_ceiling, gradients
 from .hierarchy import segments_of
@@ -55,11 +55,13 @@ def case(n, h, v, dtype, device) -> Case:
         return result | {"loss": Expected(upstream.sum(), single, None, 4.0)}
 
     providers = {"ours": provider(ours)} | {f"ours, {name}": provider(ours, name) for name in variants if name != "all"}
-    providers |= {"linear_logprob_entropy + policy_loss": provider(two_calls), "eager": provider(eager)}
+    alone = device.type == "cpu" and n >= ALONE
+    if not alone:
+        providers |= {"linear_logprob_entropy + policy_loss": provider(two_calls), "eager": provider(eager)}
     return Case(
         "linear_policy_loss", "forward+backward", {"N": n, "H": h, "V": v}, dtype, device, providers, expected,
         bytes=3 * (n * h + v * h) * hidden.element_size(), flop=6 * n * h * v,
-        ceilings={"matrix products of 8 N H V": bare_products(hidden, weight, backward=True), "copy": copy_ceiling(weight)},
+        ceilings={} if alone else {"matrix products of 8 N H V": bare_products(hidden, weight, backward=True), "copy": copy_ceiling(weight)},
     )  # fmt: skip
 
 

@@ -60,26 +60,25 @@ void head_forward(const Head& head, float* logits, const HeadStatistics& out, in
   });
 }
 
-void head_backward(const Head& head, float* logits, const HeadStatistics& saved, const HeadGradient& out, int threads) {
-  const bool direct = out.weight != nullptr && out.weight_dtype == Dtype::float32;
+void head_backward(const Head& head, const float* logits, const HeadStatistics& saved, const HeadGradient& out, int threads) {
+  const bool with_weight = out.weight != nullptr || out.sum != nullptr;
   if (head.count == 0) {
     if (out.weight != nullptr && !out.add) std::memset(out.weight, 0, static_cast<size_t>(head.vocab * head.width * size_of(out.weight_dtype)));
     if (out.bias != nullptr && !out.add) std::fill_n(out.bias, head.vocab, 0.0f);
     return;
   }
-  count_work({logits == nullptr ? head.count : 0, out.hidden != nullptr ? head.count : 0, out.weight != nullptr ? head.count : 0});
-#if defined(__x86_64__)
-  if (Logits::with_tiles(head)) return tiles_backward(head, logits, saved, out, threads);
-#endif
+  count_work({logits == nullptr ? head.count : 0, out.hidden != nullptr ? head.count : 0, with_weight ? head.count : 0});
+  if (const HeadWords* const words = head_words(head)) return words_backward(*words, head, logits, saved, out, threads);
   const HeadKernels& k = head_kernels();
-  const Buffer along(out.weight != nullptr ? panels(head.width) * PANEL * head.count : 0);  // X in panels over H
-  const Logits product(head, k, out.weight != nullptr ? along.get() : nullptr, threads);
+  float* const sum = sum_of(out);
+  const Buffer along(with_weight ? panels(head.width) * PANEL * head.count : 0);  // X in panels over H
+  const Logits product(head, k, with_weight ? along.get() : nullptr, threads);
   const std::vector<LaneScales> scales = lane_scales(head, k.fused);
   const std::vector<LaneGradient> gradients = lane_gradients(head, scales, saved, out);
   const int64_t wide = panels(head.count), tall = panels(head.width);
   const Buffer slice_weight(tall * PANEL * SLICE_ROWS);
-  const Buffer slice_logits(logits != nullptr ? 0 : std::min(wide, GROUP_ROWS / PANEL) * PANEL * SLICE_ROWS);
-  const Buffer slice_gradient(out.weight != nullptr && !direct ? SLICE * head.width : 0);
+  const Buffer slice_logits(std::min(wide, GROUP_ROWS / PANEL) * PANEL * SLICE_ROWS);
+  const Buffer slice_gradient(with_weight && sum == nullptr && wide > GROUP_ROWS / PANEL ? SLICE * head.width : 0);
   const Buffer grad_hidden(out.hidden != nullptr ? tall * wide * PANEL * PANEL : 0);  // tile (h, n): [32 n][32 h]
   if (out.hidden != nullptr) std::fill_n(grad_hidden.get(), tall * wide * PANEL * PANEL, 0.0f);
 
@@ -87,44 +86,44 @@ void head_backward(const Head& head, float* logits, const HeadStatistics& saved,
     const int64_t size = std::min(SLICE, head.vocab - begin);
     for (int64_t group = 0; group < wide; group += GROUP_ROWS / PANEL) {
       const int64_t end = std::min(wide, group + GROUP_ROWS / PANEL), count = std::min(head.count, end * PANEL) - group * PANEL;
-      float* const base = logits == nullptr ? slice_logits.get() : logits + (group * head.vocab + begin) * PANEL;
-      const int64_t stride = (logits == nullptr ? SLICE_ROWS : head.vocab) * PANEL;
+      float* const base = slice_logits.get();
+      constexpr int64_t stride = SLICE_ROWS * PANEL;
       const bool add = out.add || group > 0;
       // Per block: the gradient of its logits, and dW
-      const bool again = logits == nullptr, apart = again && product.words;  // apart: the logits have an operand of their own
-      parallel_tasks((size + BLOCK - 1) / BLOCK, apart ? product.block_size() : 0, threads, [&](int64_t block, float* scratch) {
+      parallel_tasks((size + BLOCK - 1) / BLOCK, with_weight ? BLOCK * head.width : 0, threads, [&](int64_t block, float* part) {
         const int64_t from = block * BLOCK, v = begin + from, rows = std::min(BLOCK, size - from);
+        const int64_t next = v + threads * BLOCK;  // what this thread takes on next, most likely
         float* const weight = slice_weight.get() + from * PANEL;
-        if (apart) product.pack(v, rows, scratch);
-        if (group == 0 && (out.hidden != nullptr || (again && !apart))) {
+        if (group == 0 && (out.hidden != nullptr || logits == nullptr)) {
           k.pack[static_cast<int>(head.dtype)](weight_at(head, v), head.weight_stride, rows, head.width, weight, SLICE_ROWS * PANEL);
         }
         if (out.bias != nullptr && !add) std::fill_n(out.bias + v, rows, 0.0f);
         for (int64_t p = group; p < end; ++p) {
           float* z = base + (p - group) * stride + from * PANEL;
-          if (again) product(apart ? scratch : weight, apart ? Logits::STRIDE : SLICE_ROWS * PANEL, v, rows, p, z, v + threads * BLOCK, group, end);
+          if (logits == nullptr) {
+            product(weight, SLICE_ROWS * PANEL, v, rows, p, z, next, group, end);
+          } else {
+            take_logits(head, logits, v, rows, p, p + 1 < end ? v : next, p + 1 < end ? p + 1 : group, z);
+          }
           gradient_of_block(head, k, saved, out, scales, gradients, v, rows, p, z);
         }
-        if (out.weight == nullptr) return;
+        if (!with_weight) return;
         for (int64_t h = 0; h < tall; ++h) {
-          float* to = (direct ? static_cast<float*>(out.weight) + v * head.width : slice_gradient.get() + from * head.width) + h * PANEL;
-          k.weight(base + from * PANEL, stride, rows, along.get() + (h * head.count + group * PANEL) * PANEL, count, to, head.width,
-                   std::min(PANEL, head.width - h * PANEL), add);
+          if (logits != nullptr) fetch_weight(head, next, h, tall);
+          k.weight(base + from * PANEL, stride, rows, along.get() + (h * head.count + group * PANEL) * PANEL, count, part + h * PANEL, head.width,
+                   std::min(PANEL, head.width - h * PANEL));
         }
-        if (!direct && end == wide) {
-          k.round[static_cast<int>(out.weight_dtype)](slice_gradient.get() + from * head.width, rows * head.width,
-                                                      at(out.weight, out.weight_dtype, v * head.width));
-        }
+        leave_weight(head, k, out, v, rows, part, sum != nullptr ? sum + v * head.width : slice_gradient.get() + from * head.width, add, end == wide);
       });
       // Per slice: dHidden, two panels over H and STRIP panels of rows at a time
       if (out.hidden == nullptr) continue;
       const int64_t strips = (end - group + STRIP - 1) / STRIP, pairs = (tall + 1) / 2;
       parallel_for(strips * pairs, 1, threads, [&](int64_t task, int64_t) {
         const int64_t first = group + task / pairs * STRIP, last = std::min(end, first + STRIP), h = task % pairs * 2;
-        for (int64_t v = 0; v < size; v += CHUNK) {
+        for (int64_t v = 0; v < size; v += CHUNK_HIDDEN) {
           for (int64_t j = h; j < std::min(tall, h + 2); ++j) {
             for (int64_t p = first; p < last; ++p) {
-              k.hidden(base + (p - group) * stride + v * PANEL, slice_weight.get() + (j * SLICE_ROWS + v) * PANEL, std::min(CHUNK, size - v),
+              k.hidden(base + (p - group) * stride + v * PANEL, slice_weight.get() + (j * SLICE_ROWS + v) * PANEL, std::min(CHUNK_HIDDEN, size - v),
                        lanes_of(head.count, p), grad_hidden.get() + (j * wide + p) * PANEL * PANEL);
             }
           }
@@ -141,6 +140,13 @@ void head_backward(const Head& head, float* logits, const HeadStatistics& saved,
                                               at(out.hidden, out.hidden_dtype, head.rows[n] * head.width + h * PANEL));
       }
     }
+  });
+}
+
+void head_round(const Head& head, const float* sum, void* weight, int threads) {
+  const HeadKernels& k = head_kernels();
+  parallel_for(head.vocab, BLOCK, threads, [&](int64_t begin, int64_t end) {
+    k.round[static_cast<int>(head.dtype)](sum + begin * head.width, (end - begin) * head.width, at(weight, head.dtype, begin * head.width));
   });
 }
 

@@ -8,11 +8,12 @@
 // The vocabulary is walked in slices of 4,032 entries made of blocks of 112 (a block of W in float32 is 459 KB at H = 1024 and
 // stays in a 2 MB L2 with a panel of hidden states): per block the logits of 32 rows at a time, their softmax while they are in
 // the L1, and dW of the block, complete once all rows have passed; per slice dHidden. What is held beside inputs and results, for R
-// rows: 12 R H bytes (the hidden states twice, dHidden), 16 KB H (a slice of W; for 16-bit weights another of dW), and the
-// logits of a slice, 16 MB: 100 MB at R = 4096, H = 1024.
+// rows: 12 R H bytes (the hidden states twice, dHidden), 16 KB H (a slice of W; for more than 1,024 rows of 16-bit weights another of dW),
+// and the logits of a slice, 16 MB: 100 MB at R = 4096, H = 1024.
 //
-// On AMX bf16 logits cost a tenth of their product in float32. The gradient of the logits is float32, three bf16 numbers: dHidden
-// and dWeight are three products each, which makes 8 units in all where float32 has 4, each at ten times the rate.
+// From bf16 (head_words.cpp) AMX multiplies at ten times the rate of float32. The gradient of the logits is three bf16 numbers: dHidden and
+// dWeight are three products each, which makes 8 units in all where float32 has 4. VDPBF16PS multiplies at twice the rate: one bf16 number
+// and the residues of the large ones, 4 units.
 #pragma once
 
 #include <cstdint>
@@ -49,18 +50,22 @@ struct HeadGradient {
   void* weight;                           // [V, H] contiguous, or null
   Dtype weight_dtype;                     // the head's, or float32
   float* bias;                            // [V], or null
-  bool add;                               // to weight and bias, which are float32 then; otherwise they are written
+  bool add;                               // to sum (to weight, where that is null: float32 then) and bias; otherwise they are written
+  float* sum = nullptr;                   // [V, H] or null: dWeight of several calls, of which the last rounds it to weight
 };
 
-// Floats in a buffer of logits of `count` rows, which forward fills and backward uses up. Its layout is the kernels' own; it begins at
+// Floats in a buffer of logits of `count` rows, which forward fills and backward reads. Its layout is the kernels' own; it begins at
 // a multiple of 64 bytes.
 int64_t head_logits_size(int64_t vocab, int64_t count);
 
 // logits may be null.
 void head_forward(const Head& head, float* logits, const HeadStatistics& out, int threads);
 
-// logits as head_forward left them for the same rows (they are overwritten), or null: they are computed again.
-void head_backward(const Head& head, float* logits, const HeadStatistics& saved, const HeadGradient& out, int threads);
+// logits as head_forward left them for the same rows, or null: they are computed again.
+void head_backward(const Head& head, const float* logits, const HeadStatistics& saved, const HeadGradient& out, int threads);
+
+// What several calls left in HeadGradient::sum, to weight.
+void head_round(const Head& head, const float* sum, void* weight, int threads);
 
 // float32 [N], as HeadStatistics: the six results of acpo_kernels/linear_hindsight_information.py. No buffer of logits: forward only.
 struct HindsightStatistics {

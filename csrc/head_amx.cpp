@@ -8,19 +8,12 @@
 // A tile of A is 16 rows of 64 bytes, one of B 16 rows of 64 bytes 128 bytes apart; two of each against four of C fill the eight
 // tile registers. DEPTH panels of k at a time: 16 x 2 KB of B stay in the L1 while the rows of A pass. A sum goes on from piece to
 // piece in its order.
-#include <immintrin.h>
-#include <string.h>
-
-#include "head_kernels.h"
-
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC bug 105593, as in simd_avx512.h
-#endif
+#include "head_operands.h"
 
 namespace acpo {
 namespace {
 
-constexpr int64_t DEPTH = 16, SIDE = 16;
+constexpr int64_t DEPTH = 16, SIDE = 16, PARTS = MOST_PARTS;
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -83,7 +76,8 @@ void all_rows(const Summands& of, const uint16_t* a, int64_t panel, int64_t rows
   }
 }
 
-void tiles_product(const Summands& of, const uint16_t* a, int64_t panel, int64_t rows, int64_t depth, const uint16_t* b, int64_t columns, float* c, bool add) {
+void tiles_product(const Summands& of, const uint16_t* a, int64_t panel, int64_t rows, int64_t depth, const uint16_t* b, int64_t columns, float* c,
+                   bool add) {
   static const TileConfig config;
   _tile_loadconfig(&config);
   const int64_t all = (depth + PANEL - 1) / PANEL;
@@ -96,53 +90,6 @@ void tiles_product(const Summands& of, const uint16_t* a, int64_t panel, int64_t
     }
   }
   _tile_release();
-}
-
-// 16 x 16 words, turned over.
-inline void turn(__m512i* r) {
-  __m512i t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
-
-// Words of two rows of W at one h, 16 h at a time; 16 such pairs turned over are 32 rows of one h.
-void transpose_tiles(const uint16_t* from, int64_t stride, int64_t rows, int64_t width, uint16_t* to) {
-  for (int64_t h = 0; h < width; h += 16) {
-    const int64_t n = width - h < 16 ? width - h : 16;
-    const __mmask16 in = static_cast<__mmask16>((1u << n) - 1u);
-    __m512i r[16];
-    for (int i = 0; i < 16; ++i) {
-      const __m256i even = 2 * i < rows ? _mm256_maskz_loadu_epi16(in, from + 2 * i * stride + h) : _mm256_setzero_si256();
-      const __m256i odd = 2 * i + 1 < rows ? _mm256_maskz_loadu_epi16(in, from + (2 * i + 1) * stride + h) : _mm256_setzero_si256();
-      r[i] = _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-    }
-    turn(r);
-    for (int64_t i = 0; i < n; ++i) _mm512_storeu_si512(to + (h + i) * PANEL, r[i]);
-  }
 }
 
 // The bf16 nearest to each lane, in the low half of its word; NaN stays NaN.
@@ -176,8 +123,12 @@ void split_tiles(const float* g, int64_t rows, int64_t whole, int64_t lanes, int
   }
 }
 
+void tiles_logits(const uint16_t* a, int64_t panel, int64_t rows, int64_t depth, const uint16_t* b, int64_t columns, float* c, Ahead) {
+  tiles_product({1, 0, 0}, a, panel, rows, depth, b, columns, c, false);
+}
+
 }  // namespace
 
-const HeadTiles head_tiles = {transpose_tiles, tiles_product, split_tiles};
+const HeadWords head_tiles = {PARTS, pack_words, transpose_words, tiles_logits, tiles_product, split_tiles, nullptr, nullptr};
 
 }  // namespace acpo

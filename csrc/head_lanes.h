@@ -184,6 +184,12 @@ void divergence_of(const float* p, const float* q, int64_t rows, int64_t lanes, 
         const vec ax = Simd::mul(a, x), bx = Simd::mul(b, x), difference = Simd::sub(b, a);
         const vec near_forward = Simd::mul(Simd::mul(ax, x), Simd::sub(even, odd)), near_backward = Simd::mul(Simd::mul(bx, x), Simd::add(even, odd));
         const mask far = Simd::not_less(s, Simd::set(0.25f));  // NaN is far
+        if (Simd::count(far) == 0) {  // streams that nearly agree
+          forward = Simd::add(forward, near_forward);
+          backward = Simd::add(backward, near_backward);
+          moved = Simd::add(moved, Simd::sub(near_forward, ax));
+          continue;
+        }
         auto choose = [&](vec there, vec here) __attribute__((always_inline)) {
           return Simd::add(Simd::keep(far, there), Simd::keep(Simd::and_not(Simd::equal(zero, zero), far), here));
         };
@@ -260,7 +266,8 @@ constexpr HeadKernels head_kernels = {Simd::has_fma,
                                       gradient_of,
                                       divergence_of,
                                       bias_sums,
-                                      {round_all<float>, round_all<bf16>, round_all<fp16>}};
+                                      {round_all<float>, round_all<bf16>, round_all<fp16>},
+                                      {leave_all<float>, leave_all<bf16>, leave_all<fp16>}};
 
 }  // namespace
 }  // namespace acpo

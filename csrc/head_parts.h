@@ -18,8 +18,8 @@ namespace acpo {
 
 void count_work(const HeadWork& rows);
 
-// head_backward for a head whose logits are computed on tiles.
-void tiles_backward(const Head& head, float* logits, const HeadStatistics& saved, const HeadGradient& out, int threads);
+// head_backward for a head whose products are of words.
+void words_backward(const HeadWords& with, const Head& head, const float* logits, const HeadStatistics& saved, const HeadGradient& out, int threads);
 
 namespace {
 
@@ -53,41 +53,29 @@ inline const void* at(const void* from, Dtype dtype, int64_t element) { return s
 inline int64_t lanes_of(int64_t count, int64_t panel) { return std::min(PANEL, count - panel * PANEL); }
 inline const void* weight_at(const Head& head, int64_t v) { return at(head.weight, head.dtype, v * head.weight_stride); }
 
-// The hidden states of the rows at work as an operand of the logits (X^T in panels over the rows), and the product itself: for bf16 on
-// tiles or in pairs where the processor has them, else in float32.
+// The products from bf16, on tiles or in pairs where the processor has them; null: all products are float32.
+inline const HeadWords* head_words(const Head& head) {
+#if defined(__x86_64__)
+  if (head.dtype == Dtype::bfloat16 && has_tiles()) return &head_tiles;
+  if (head.dtype == Dtype::bfloat16 && has_pairs()) return &head_pairs;
+#endif
+  (void)head;
+  return nullptr;
+}
+
+// The hidden states of the rows at work as an operand of the logits (X^T in panels over the rows), and the product itself.
 class Logits {
  public:
-  static bool with_tiles(const Head& head) {
-#if defined(__x86_64__)
-    return head.dtype == Dtype::bfloat16 && has_tiles();
-#else
-    (void)head;
-    return false;
-#endif
-  }
-
-  static bool with_pairs(const Head& head) {
-#if defined(__x86_64__)
-    return head.dtype == Dtype::bfloat16 && has_pairs();
-#else
-    (void)head;
-    return false;
-#endif
-  }
-
   // Elements between the panels of a packed block: no multiple of 2 KB, so that the panels of one row do not share L1 sets.
   static constexpr int64_t STRIDE = (BLOCK + 1) * PANEL;
 
-  const bool tiles, words;  // words: the operands are bf16, two to a word, for tiles or pairs
-
-  // `along`, if not null, is filled with X in panels over H; for tiles each of panels(N) panels of B.
+  // `along`, if not null, is filled with X in panels over H; of words each of panels(N) panels of B.
   Logits(const Head& head, const HeadKernels& k, float* along, int threads)
-      : tiles(with_tiles(head)),
-        words(tiles || with_pairs(head)),
+      : words_(head_words(head)),
         head_(head),
         k_(k),
         wide_(panels(head.width) * PANEL),
-        down_(panels(head.count) * PANEL * (words ? wide_ / 2 : head.width)) {
+        down_(panels(head.count) * PANEL * (words_ != nullptr ? wide_ / 2 : head.width)) {
     parallel_for(panels(head.count), 1, threads, [&](int64_t begin, int64_t end) {
       Buffer row(wide_);
       for (int64_t n = begin * PANEL; n < end * PANEL; ++n) {
@@ -99,7 +87,7 @@ class Logits {
         }
         place(row.get(), n);
         if (along == nullptr) continue;
-        if (tiles) {
+        if (words_ != nullptr) {
           for (int64_t h = 0; h < wide_; ++h) {
             uint16_t* to = reinterpret_cast<uint16_t*>(along) + (h / PANEL * panels(head.count) + n / PANEL) * TILE_B;
             to[(n % PANEL / 2 * PANEL + h % PANEL) * 2 + n % 2] = bits_of(row.get()[h]);
@@ -116,13 +104,10 @@ class Logits {
   int64_t block_size() const { return wide_ / PANEL * STRIDE; }
 
   void pack(int64_t v, int64_t rows, float* block) const {
-#if defined(__x86_64__)
-    if (words) {
-      head_pairs.pack(static_cast<const uint16_t*>(weight_at(head_, v)), head_.weight_stride, rows, head_.width,
-                      reinterpret_cast<uint16_t*>(block), STRIDE);
+    if (words_ != nullptr) {
+      words_->pack(static_cast<const uint16_t*>(weight_at(head_, v)), head_.weight_stride, rows, head_.width, reinterpret_cast<uint16_t*>(block), STRIDE);
       return;
     }
-#endif
     k_.pack[static_cast<int>(head_.dtype)](weight_at(head_, v), head_.weight_stride, rows, head_.width, block, STRIDE);
   }
 
@@ -132,16 +117,10 @@ class Logits {
                   int64_t end) const {
     const Ahead next = share(after, p - first, end - first);
     const int64_t lanes = lanes_of(head_.count, p);
-#if defined(__x86_64__)
-    if (tiles) {
-      head_tiles.product({1, 0, 0}, reinterpret_cast<const uint16_t*>(block), stride, rows, head_.width,
-                         reinterpret_cast<const uint16_t*>(down_.get()) + p * PANEL * wide_, lanes, z, false);
-    } else if (words) {
-      head_pairs.product(reinterpret_cast<const uint16_t*>(block), stride, rows, head_.width,
-                         reinterpret_cast<const uint16_t*>(down_.get()) + p * PANEL * wide_, lanes, z, next);
-    } else
-#endif
-    {
+    if (words_ != nullptr) {
+      words_->logits(reinterpret_cast<const uint16_t*>(block), stride, rows, head_.width, reinterpret_cast<const uint16_t*>(down_.get()) + p * PANEL * wide_,
+                     lanes, z, next);
+    } else {
       k_.logits(block, stride, rows, head_.width, down_.get() + p * PANEL * head_.width, lanes, z, next);
     }
     if (head_.bias == nullptr && !(head_.softcap > 0.0)) return;
@@ -159,7 +138,7 @@ class Logits {
 
   void place(const float* row, int64_t n) {
     const int64_t p = n / PANEL, i = n % PANEL;
-    if (!words) {
+    if (words_ == nullptr) {
       float* to = down_.get() + p * PANEL * head_.width;
       for (int64_t h = 0; h < head_.width; ++h) to[h * PANEL + i] = row[h];
       return;
@@ -174,6 +153,7 @@ class Logits {
     return value.bits;
   }
 
+  const HeadWords* const words_;
   const Head& head_;
   const HeadKernels& k_;
   const int64_t wide_;
@@ -263,6 +243,44 @@ inline void finish_rows(const Head& head, const std::vector<Lanes>& parts, int64
   }
 }
 
+// Where dWeight is summed in float32, if it is anywhere.
+inline float* sum_of(const HeadGradient& out) {
+  return out.sum == nullptr && out.weight_dtype == Dtype::float32 ? static_cast<float*>(out.weight) : out.sum;
+}
+
+// dWeight of the entries v to v + rows goes where it is wanted: `part` holds what one group of rows gives to it, `sum` (if any) what those
+// before gave where `add`. The last one may round it.
+inline void leave_weight(const Head& head, const HeadKernels& k, const HeadGradient& out, int64_t v, int64_t rows, float* part, float* sum, bool add,
+                         bool last) {
+  const int64_t count = rows * head.width;
+  if (add) {
+    for (int64_t i = 0; i < count; ++i) part[i] += sum[i];
+  }
+  if (last && out.weight != nullptr && out.weight_dtype != Dtype::float32) {
+    k.leave[static_cast<int>(out.weight_dtype)](part, count, at(out.weight, out.weight_dtype, v * head.width));
+  } else {
+    k.leave[static_cast<int>(Dtype::float32)](part, count, sum);
+  }
+}
+
+// Into the L2, while something else is computed.
+inline void fetch_ahead(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
+}
+
+// Part `i` of `parts` of the BLOCK rows of W from v on.
+inline void fetch_weight(const Head& head, int64_t v, int64_t i, int64_t parts) {
+  const int64_t rows = std::min(BLOCK, head.vocab - v), begin = rows * i / parts, end = rows * (i + 1) / parts;
+  for (int64_t row = begin; row < end; ++row) fetch_ahead(weight_at(head, v + row), head.width * size_of(head.dtype));
+}
+
+// The logits of one panel and block that forward left; those of entry `after` in panel `next` are fetched meanwhile.
+inline void take_logits(const Head& head, const float* logits, int64_t v, int64_t rows, int64_t p, int64_t after, int64_t next, float* z) {
+  const int64_t coming = std::min(BLOCK, head.vocab - after);
+  if (coming > 0) fetch_ahead(logits + (next * head.vocab + after) * PANEL, coming * PANEL * static_cast<int64_t>(sizeof(float)));
+  std::copy_n(logits + (p * head.vocab + v) * PANEL, rows * PANEL, z);
+}
+
 // The gradient of each row's logits but the target's; rows beyond `count` in the last panel get 0.
 inline std::vector<LaneGradient> lane_gradients(const Head& head, const std::vector<LaneScales>& scales, const HeadStatistics& saved,
                                          const HeadGradient& out) {
@@ -271,7 +289,7 @@ inline std::vector<LaneGradient> lane_gradients(const Head& head, const std::vec
     LaneGradient& g = result[n / PANEL];
     const int64_t lane = n % PANEL;
     g.a[lane] = g.b[lane] = 0.0f;
-    g.top[lane] = std::numeric_limits<float>::max();
+    g.top[lane] = g.keep[lane] = std::numeric_limits<float>::max();
     if (n >= head.count) continue;
     const int64_t row = head.rows[n];
     const double l = saved.logsumexp[row], by_logp = out.grad_logp == nullptr ? 0.0 : out.grad_logp[row],
@@ -280,6 +298,9 @@ inline std::vector<LaneGradient> lane_gradients(const Head& head, const std::vec
     g.top[lane] = saved.maximum[row];
     g.a[lane] = static_cast<float>(p_over_t * (by_entropy * (l - saved.entropy[row]) - by_logp));
     g.b[lane] = static_cast<float>(-p_over_t * by_entropy * 0.6931471805599453);
+    // The sizes of the elements beside target and top add up to twice `size` at most: no more than 512 of them are kept
+    const double size = (std::fabs(by_logp) * -std::expm1(-l) + std::fabs(by_entropy) * saved.entropy[row]) * scales[n / PANEL].inverse[lane];
+    g.keep[lane] = std::max(static_cast<float>(0x1p-8 * size), std::numeric_limits<float>::min());
   }
   return result;
 }

@@ -6,6 +6,9 @@
 #pragma once
 
 #include <string.h>
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
 
 #include "head_kernels.h"
 
@@ -94,20 +97,19 @@ void logits_product(const float* weight, int64_t panel, int64_t rows, int64_t wi
 
 void hidden_product(const float* g, const float* weight, int64_t rows, int64_t lanes, float* c) {
   Ahead none{};
-  for (int64_t k = 0; k < rows; k += CHUNK) {
-    const int64_t depth = rows - k < CHUNK ? rows - k : CHUNK;
+  for (int64_t k = 0; k < rows; k += CHUNK_HIDDEN) {
+    const int64_t depth = rows - k < CHUNK_HIDDEN ? rows - k : CHUNK_HIDDEN;
     piece<Along::columns>(g + k * PANEL, 0, weight + k * PANEL, depth, lanes, PANEL, c, PANEL, true, &none, 0);
   }
 }
 
-void weight_product(const float* g, int64_t panel, int64_t rows, const float* hidden, int64_t count, float* c, int64_t stride, int64_t columns,
-                    bool add) {
+void weight_product(const float* g, int64_t panel, int64_t rows, const float* hidden, int64_t count, float* c, int64_t stride, int64_t columns) {
   Ahead none{};
   for (int64_t k = 0; k < count; k += CHUNK) {
     const int64_t depth = count - k < CHUNK ? count - k : CHUNK;
     const float* a = g + k / PANEL * panel;
     if (columns == PANEL) {
-      piece<Along::rows>(a, panel, hidden + k * PANEL, depth, rows, PANEL, c, stride, add || k > 0, &none, 0);
+      piece<Along::rows>(a, panel, hidden + k * PANEL, depth, rows, PANEL, c, stride, k > 0, &none, 0);
       continue;
     }
     for (int64_t v = 0; v < rows; v += TILE_ROWS) {  // the last panel of H: whole vectors, of which only the columns leave
@@ -117,7 +119,7 @@ void weight_product(const float* g, int64_t panel, int64_t rows, const float* hi
       for (int64_t i = 0; i < n; ++i) {
         for (int64_t j = 0; j < columns; ++j) {
           float* to = c + (v + i) * stride + j;
-          *to = add || k > 0 ? *to + part[i * PANEL + j] : part[i * PANEL + j];
+          *to = k > 0 ? *to + part[i * PANEL + j] : part[i * PANEL + j];
         }
       }
     }
@@ -146,6 +148,25 @@ void round_all(const float* from, int64_t count, void* to) {
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES) Simd::store(out + i, Simd::load(from + i));
   for (; i < count; ++i) from_float(from[i], out + i);
+}
+
+// A line that is stored whole need not be read first.
+template <class T>
+void leave_all(const float* from, int64_t count, void* to) {
+#if defined(__SSE__)
+  constexpr int64_t LINE = 64 / sizeof(T);
+  if (reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+    for (; count >= LINE; count -= LINE, from += LINE, to = static_cast<T*>(to) + LINE) {
+      alignas(64) T line[LINE];
+      for (int64_t k = 0; k < LINE; k += LANES) Simd::store(line + k, Simd::load(from + k));
+      float words[16];
+      memcpy(words, line, sizeof words);
+      for (int k = 0; k < 16; k += 4) _mm_stream_ps(static_cast<float*>(to) + k, _mm_loadu_ps(words + k));
+    }
+    _mm_sfence();
+  }
+#endif
+  round_all<T>(from, count, to);
 }
 
 }  // namespace

@@ -90,7 +90,8 @@ struct Trust {
 struct PairWalk {
   Walk p, q;
   double kl = 0.0, information = 0.0, centre = 0.0;
-  float shift = 0.0f;  // centre T
+  double r = 1.0, one_over_r = 1.0;  // exp(-centre), exp(centre)
+  float shift = 0.0f;                // centre T
   bool only_p = false, only_q = false;
   double plain_p = 0.0, plain_q = 0.0;  // masses that were summed plainly
   Trust of_kl, of_information;
@@ -105,6 +106,8 @@ struct PairWalk {
   void set_centre(float to, const Exp& exp_of) {
     shift = to;
     centre = to * exp_of.per_t;
+    r = exp(-centre);
+    one_over_r = exp(centre);
   }
 
   // To the maxima of now, from top_p and top_q; the masses are those before.
@@ -121,9 +124,7 @@ struct PairWalk {
   }
 
   // The true centre times T.
-  float true_shift(const Exp& exp_of) const {
-    return static_cast<float>((log(mass(q, exp_of)) - log(mass(p, exp_of))) / exp_of.per_t);
-  }
+  static float true_shift(double mass_p, double mass_q, const Exp& exp_of) { return static_cast<float>((log(mass_q) - log(mass_p)) / exp_of.per_t); }
 
   // Any number of elements of streams that have begun; -inf is taken for nothing, exactly.
   template <class T>
@@ -150,8 +151,8 @@ struct PairWalk {
     int64_t i = 0;
     for (; i + W <= n; i += W) step(Simd::load(x + i), Simd::load(y + i));
     if (i < n) step(Simd::load(Tail<T>(x + i, n - i).padded), Simd::load(Tail<T>(y + i, n - i).padded));
-    kl += Simd::sum(terms.kl(Simd::set(static_cast<float>(exp(-centre))))) * exp_of.inverse;
-    information += Simd::sum(terms.information(Simd::set(static_cast<float>(exp(centre))))) * exp_of.inverse;
+    kl += Simd::sum(terms.kl(Simd::set(static_cast<float>(r)))) * exp_of.inverse;
+    information += Simd::sum(terms.information(Simd::set(static_cast<float>(one_over_r)))) * exp_of.inverse;
   }
 
   template <bool plainly, bool below, class T>
@@ -187,8 +188,8 @@ struct PairWalk {
       }
     }
     if (plainly) return;
-    g.kl = terms.kl(Simd::set(static_cast<float>(exp(-centre))));
-    g.information = terms.information(Simd::set(static_cast<float>(exp(centre))));
+    g.kl = terms.kl(Simd::set(static_cast<float>(r)));
+    g.information = terms.information(Simd::set(static_cast<float>(one_over_r)));
   }
 
   template <bool plainly, class T>
@@ -244,20 +245,24 @@ struct PairWalk {
   template <class T>
   __attribute__((noinline)) void close(const T* x, const T* y, const Exp& exp_of) {
     if (groups == 0) return;
-    const double r = exp(-centre), one_over_r = exp(centre), inverse = exp_of.inverse, d_scale = inverse * exp_of.per_t;
+    const double inverse = exp_of.inverse, d_scale = inverse * exp_of.per_t;
     const double block_p = Simd::sum(mass_p) * inverse, block_q = Simd::sum(mass_q) * inverse;
     const double plain_kl = (r * block_q - block_p) - Simd::sum(d_p) * d_scale;
     const double plain_information = (one_over_r * block_p - block_q) + Simd::sum(d_q) * d_scale;
-    const double careful_kl = Simd::sum(kl_sum) * inverse, careful_information = Simd::sum(information_sum) * inverse;
     const double before_kl = kl, before_information = information;
-    kl += plain ? plain_kl : careful_kl;
-    information += plain ? plain_information : careful_information;
-    if (!plain) {
+    if (plain) {
+      kl += plain_kl;
+      information += plain_information;
+    } else {
+      const double careful_kl = Simd::sum(kl_sum) * inverse, careful_information = Simd::sum(information_sum) * inverse;
+      kl += careful_kl;
+      information += careful_information;
       of_kl.learn(plain_kl, careful_kl);
       of_information.learn(plain_information, careful_information);
     }
-    const float to = true_shift(exp_of);
-    const double k = to * exp_of.per_t - centre, all_p = mass(p, exp_of), all_q = mass(q, exp_of);
+    const double all_p = mass(p, exp_of), all_q = mass(q, exp_of);
+    const float to = true_shift(all_p, all_q, exp_of);
+    const double k = to * exp_of.per_t - centre;
     const double here_p = plain_p + block_p, here_q = plain_q + block_q;
     const bool enough = of_kl.good() && is_enough(kl - k * k * all_p, here_p + r * here_q, mass_p, inverse) &&  //
                         of_information.good() && is_enough(information - k * k * all_q, here_q + one_over_r * here_p, mass_q, inverse) &&
@@ -315,7 +320,7 @@ void scan_pair(const void* policy, const void* hindsight, int64_t vocab, double 
     whole ? walk.p.add_group(x + i, exp_of) : walk.p.add_slowly(x + i, n, exp_of);
     whole ? walk.q.add_group(y + i, exp_of) : walk.q.add_slowly(y + i, n, exp_of);
     if (!walk.begun()) continue;
-    const float to = walk.true_shift(exp_of);
+    const float to = PairWalk::true_shift(PairWalk::mass(walk.p, exp_of), PairWalk::mass(walk.q, exp_of), exp_of);
     if (had_begun) {
       walk.move(mass_p, mass_q, top_p, top_q, to, exp_of);
       whole ? walk.add_terms(x + i, y + i, exp_of) : walk.add_slowly(x + i, y + i, n, exp_of);

@@ -37,7 +37,7 @@ class Sweep {
     if (loss_.grouped() && count() > LOGITS_ROWS) {
       forward(rows_, nullptr);
       policy_loss(loss_, out_.loss, out_.metrics, grad_logp_.data(), grad_entropy_.data(), threads_);
-      backward(with_gradient(0, count()), nullptr);
+      backward(with_gradient(0, count()), nullptr, true);
     } else {
       const Buffer logits = tile();
       for (int64_t begin = 0; begin < count(); begin += LOGITS_ROWS) {
@@ -50,10 +50,11 @@ class Sweep {
         }
         gradient(begin, end, logits.get());
       }
-      flush();
+      flush(true);
       policy_loss(loss_, out_.loss, out_.metrics, nullptr, nullptr, threads_);
     }
-    if (!added_) backward({}, nullptr);  // no row has a gradient: zeros
+    if (!added_) backward({}, nullptr, true);  // no row has a gradient: zeros
+    if (summed_) head_round(head_, sum_.get(), out_.weight, threads_);
   }
 
  private:
@@ -82,9 +83,16 @@ class Sweep {
 
   void forward(const std::vector<int64_t>& rows, float* logits) { head_forward(at(rows), logits, statistics(), threads_); }
 
-  void backward(const std::vector<int64_t>& rows, float* logits) {
+  // dWeight of several calls is summed in float32; `last`: none comes after this one, which rounds it.
+  void backward(const std::vector<int64_t>& rows, float* logits, bool last) {
     if (rows.empty() && added_) return;
-    const HeadGradient to{grad_logp_.data(), grad_entropy_.data(), out_.hidden, Dtype::float32, out_.weight, Dtype::float32, out_.bias, added_};
+    HeadGradient to{grad_logp_.data(), grad_entropy_.data(), out_.hidden, head_.dtype, out_.weight, head_.dtype, out_.bias, added_};
+    if (out_.weight != nullptr && head_.dtype != Dtype::float32) {
+      if (!last && sum_.get() == nullptr) sum_ = Buffer(head_.vocab * head_.width);
+      if (!last || added_) to.sum = sum_.get();
+      if (!last) to.weight = nullptr;
+      summed_ = !last;
+    }
     head_backward(at(rows), logits, statistics(), to, threads_);
     added_ = true;
   }
@@ -95,11 +103,11 @@ class Sweep {
     const std::vector<int64_t> rows = with_gradient(begin, end);
     const int64_t some = static_cast<int64_t>(rows.size()), held = static_cast<int64_t>(held_rows_.size());
     if (some == end - begin) {
-      backward(rows, logits);
+      backward(rows, logits, end == count() && held == 0);
       return;
     }
     if (some == 0) return;
-    if (held + some > LOGITS_ROWS) flush();
+    if (held + some > LOGITS_ROWS) flush(false);
     if (held_.get() == nullptr) held_ = tile();
     const int64_t first = static_cast<int64_t>(held_rows_.size()), padded = (first + some + PANEL_ROWS - 1) / PANEL_ROWS * PANEL_ROWS;
     std::vector<int64_t> from;  // places in the tile
@@ -117,8 +125,8 @@ class Sweep {
     held_rows_.insert(held_rows_.end(), rows.begin(), rows.end());
   }
 
-  void flush() {
-    if (!held_rows_.empty()) backward(held_rows_, held_.get());
+  void flush(bool last) {
+    if (!held_rows_.empty()) backward(held_rows_, held_.get(), last);
     held_rows_.clear();
   }
 
@@ -127,10 +135,11 @@ class Sweep {
   const LinearPolicyLossResults& out_;
   const int threads_;
   const int64_t tokens_;
-  bool added_ = false;         // weight and bias hold something already
+  bool added_ = false;         // the gradients of weight and bias hold something already,
+  bool summed_ = false;        // that of weight in sum_ alone
   std::vector<int64_t> rows_;  // not masked
   std::vector<float> maximum_, logsumexp_, grad_logp_, grad_entropy_;
-  Buffer held_;
+  Buffer held_, sum_;
   std::vector<int64_t> held_rows_;
 };
 

@@ -8,10 +8,11 @@
 
 namespace acpo {
 
-// All float32, for an incoming gradient of 1. Gradients that are null are not computed.
+// Gradients are for an incoming gradient of 1; those that are null are not computed.
 struct LinearPolicyLossResults {
   float *loss, *metrics, *logp, *entropy;  // 0-d, [10], [N], [N]: of all zeros on entry
-  float *hidden, *weight, *bias;           // [N, H] of all zeros on entry, [V, H], [V]
+  void *hidden, *weight;                   // in the head's dtype: [N, H] of all zeros on entry, [V, H]
+  float* bias;                             // [V]
 };
 
 // head.rows and head.count are not used: the rows are those that loss.mask does not leave out. loss.logp and loss.entropy are not used

@@ -271,7 +271,7 @@ void bind_policy_loss(py::module_& m) {
     const py::gil_scoped_release no_gil;
     acpo::linear_policy_loss(head, of,
                              {pointer<float>(loss), pointer<float>(metrics), pointer<float>(logp), pointer<float>(entropy),
-                              pointer<float>(hidden), pointer<float>(weight), pointer<float>(bias)},
+                              pointer<void>(hidden), pointer<void>(weight), pointer<float>(bias)},
                              threads);
   });
 }

@@ -345,6 +345,7 @@ def test_pick_takes_the_most_reliable_of_those_that_looked():
     found = pick([first, second, third], segments)
     assert found.rows.tolist() == [True] * 7 + [False]
     assert found.reliability.tolist() == [0.3] * 4 + [0.5] * 3 + [0.0]
+    assert found.source[found.rows].tolist() == [0] * 4 + [1] * 3, "who spoke"
     sequence = segments.segment_sequence_ids()
     assert torch.equal(found.phi, torch.where((sequence >= 4) & (sequence < 7), second.phi, first.phi)), "of equals the first"
     assert torch.equal(pick([first], segments).phi, first.phi)

@@ -97,7 +97,7 @@ def test_weights_that_do_not_fit_are_not_half_loaded(run, how):
     chosen = config.load(run / "config.yaml", [f"run_dir={run}"])
     trainer = Trainer(chosen, Run(chosen))
     with pytest.raises(CheckpointError, match="does not fit this policy"):
-        trainer.load_newest()
+        state.load_newest(trainer)
     trainer.close()
 
 

@@ -178,6 +178,10 @@ def test_rollouts_are_kept_as_parquet(finished_run):
         )
         assert row["segment_rule"][-1] == "end" and (row["segment_rule"][-2:-1] == ["answer"]) == (row["answered"] and len(ends) > 1)
         assert row["verdict"] in ("judged", "unparseable") and all(w == 1 for w in row["segment_weight"])
+        alike = len({r["outcome"] for r in rows if r["group"] == row["group"]}) == 1
+        assert row["source"] == ("hindsight" if alike else "tree") and row["segment_phi"] is not None  # each where its credit is for
+        raw, centred = row["segment_hindsight"] or [], row["segment_centred"] or []
+        assert all(c >= h - 1e-5 for h, c in zip(raw, centred, strict=True)) and len(raw) in (0, len(ends))  # by a KL
         assert (
             all(0 < v < 1 for v in row["segment_value"] or [])
             and all(h >= 0 for h in row["segment_entropy"])
@@ -272,12 +276,12 @@ def test_bad_input_of_the_other_verbs(tmp_path, monkeypatch, finished_run, capsy
     assert code in (1, 2) and re.search(message, error), error
 
 
-@pytest.mark.parametrize("verb", ["train", "eval", "report", "compare", "doctor", "completion"])
+@pytest.mark.parametrize("verb", ["train", "eval", "report", "inspect", "segment", "compare", "doctor", "completion"])
 def test_every_verb_has_an_example(verb, capsys):
     with pytest.raises(SystemExit) as caught:
         main([verb, "--help"])
     shown = capsys.readouterr().out
-    assert caught.value.code == 0 and f"example:\n  acpo {verb} " in shown
+    assert caught.value.code == 0 and f"examples:\n  acpo {verb} " in shown
 
 
 def test_usage_is_exit_code_2(capsys):
@@ -291,6 +295,10 @@ def test_completion(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "shtab", None)
     code, error = one_line(capsys, ["completion", "bash"])
     assert code == 1 and error == "acpo: completion needs shtab: pip install -e '.[completion]'"
+    assert main(["completion", "fish"]) == 0  # needs nothing; tests/external/shells tries it and the others in real shells
+    lines = capsys.readouterr().out.splitlines()
+    assert "complete -c acpo -n '__fish_seen_subcommand_from doctor' -l json -d 'print one JSON object and nothing else'" in lines
+    assert any("from train" in line and "trainer.steps=" in line for line in lines)
 
 
 def test_the_front_door_is_light():

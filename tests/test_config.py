@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from acpo import config, layers
+from acpo import config, layers, limits
 from acpo.config import METHODS, Config, ConfigError, load, value_of
 
 BASE = "problems.task=chain", "policy.from_config=tiny"
@@ -107,9 +107,9 @@ def test_missing_unreadable_and_empty_file(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        *((f"{key}=0", f"{key} must be greater than 0, got 0") for key in config._POSITIVE),
-        *((f"{key}=1.5", rf"{key} must lie in \[0, 1\], got 1.5") for key in config._SHARES),
-        *((f"{key}=-1", f"{key} must be at least 0, got -1") for key in config._NOT_NEGATIVE),
+        *((f"{key}=0", f"{key} must be greater than 0, got 0") for key in limits.POSITIVE),
+        *((f"{key}=1.5", rf"{key} must lie in \[0, 1\], got 1.5") for key in limits.SHARES),
+        *((f"{key}=-1", f"{key} must be at least 0, got -1") for key in limits.NOT_NEGATIVE),
         ("optimizer.learning_rate=nan", "optimizer.learning_rate must be finite, got nan"),
         ("optimizer.learning_rate=inf", "optimizer.learning_rate must be finite, got inf"),
         ("loss.clip_high=.inf", "loss.clip_high must be finite, got inf"),

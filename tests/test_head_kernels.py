@@ -43,6 +43,19 @@ def test_against_the_reference(size, dtype, head_isa):
         right(NAMES, run(dtype, None), run(torch.float32, "reference"), run(torch.float64, "reference"), dtype)
 
 
+def test_rounding_the_gradient_of_the_logits_to_bfloat16_costs_large_elements_nothing(head_isa):
+    """Equal rows of weight: each row's gradient of hidden is 0. Equal rows of hidden whose gradients nearly cancel: so does that of weight.
+    Rounded elements leave 2e-3 of either summand, a hundred times what remains of the second."""
+    bias = torch.tensor([0.0, 0.7, -1.3])
+    leaves = [torch.randn(1, 40).bfloat16().expand(n, 40).clone().requires_grad_() for n in (2, 3)]
+    logp, _ = linear_logprob_entropy(*leaves, torch.tensor([0, 0]), bias=bias)
+    grad_hidden, grad_weight = torch.autograd.grad(logp, leaves, torch.tensor([1.0, -0.99]))
+    assert grad_hidden.abs().max() < 2e-6 * leaves[1].abs().max()
+    p = torch.softmax((leaves[0].double() @ leaves[1].double().T)[0] + bias.double(), -1)
+    exact = (torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64) - p)[:, None] * leaves[0][:1].double() * (1.0 - torch.tensor(0.99)).double()
+    assert (grad_weight - exact).abs().max() <= (2**-8 + 1e-4) * exact.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_more_rows_than_a_group(dtype, head_isa):
     hidden, weight, ids, bias = inputs(1061, 150, 33, dtype)  # the last panel of the second group holds 5 rows

@@ -35,10 +35,11 @@ def printed(what, width: int = 100, color: bool = False, **settings) -> str:
 
 def row(**changes) -> dict:
     """A line of rollouts/step-N.parquet."""
-    lists = {f"segment_{n}": [0.5, -0.25] for n in ("credit", "phi", "iota", "value", "hindsight", "weight", "entropy", "logp")}
+    lists = {f"segment_{n}": [0.5, -0.25] for n in ("credit", "phi", "iota", "value", "hindsight", "centred", "weight", "entropy", "logp")}
     return {
         "group": 0, "problem": "p1", "answer": "4", "prompt": "2+2=", "response": "two\nA4", "outcome": 1.0, "verdict": "judged", "finished": True,
-        "advantage": 0.25, "reliability": 0.5, "answered": True, "segment_ends": [4, 6], "segment_tokens": [4, 3], "segment_rule": ["answer", "end"],
+        "advantage": 0.25, "reliability": 0.5, "source": "tree", "answered": True, "segment_ends": [4, 6], "segment_tokens": [4, 3],
+        "segment_rule": ["answer", "end"],
         **lists, **changes,
     }  # fmt: skip
 
@@ -194,7 +195,7 @@ def test_the_terminal_without_colour():
     assert max(map(len, lines)) <= 96
     heads = next(line for line in lines if "#3" in line)
     assert "#3 ✗ wrong" in heads and "#1 ✓ right" in heads  # side by side, the most surprising first
-    assert any("A -1.00 · surprise 0.56" in line and "A +1.00 · surprise 0.25" in line for line in lines)
+    assert any("A -1.00 · surprise 0.56" in line and "A +1.00 · surprise 0.25" in line and "tree 0.50" in line for line in lines)
     steps = [line for line in lines if "step 2." in line]
     assert "2 ↵  -1.00 ████" in steps[0] and "2 ↵  -0.50 ██" in steps[0]  # sign, size and bar without colour
     assert "✗ wrong: no readable answer" in text and "○ left out: verifier timed out" in text and "cut off" in text

@@ -417,6 +417,46 @@ def test_second_derivatives_raise_and_a_graph_may_be_walked_twice():
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_that_are_held_rounded_are_rounded_once(dtype):
+    """For any incoming gradient those of a loss over so much smaller a denominator; powers of two cost bfloat16 no second product."""
+    segments = segments_of([[30, 10], [20]])
+    values = inputs(segments, 50, 24, dtype)
+    leaves = [values.pop(name).requires_grad_() for name in ("hidden", "weight", "bias")]
+    head = [values.pop(name) for name in ("ids", "old_logp", "advantages")]
+
+    def loss(**settings):
+        return linear_policy_loss(*leaves[:2], *head, segments, bias=leaves[2], kl_weight=0.1, **values, **settings).loss
+
+    per_sequence = torch.tensor([3.0, 7.0])
+    for denominator, over in ((12.0, 4.0), (None, torch.tensor(20.0)), (per_sequence, per_sequence / 3)):
+        three = torch.autograd.grad(loss(denominator=denominator), leaves, torch.tensor(3.0))
+        for name, x, y in zip(NAMES[3:], three, torch.autograd.grad(loss(denominator=over), leaves), strict=True):
+            torch.testing.assert_close(x, y, rtol=torch.finfo(dtype).eps, atol=1e-7, msg=name)
+    once, half, none = (torch.autograd.grad(loss(), leaves, torch.tensor(by)) for by in (1.0, 0.5, 0.0))
+    for x, y, z in zip(once, half, none, strict=True):
+        assert torch.equal(y, 0.5 * x) if dtype == torch.bfloat16 else torch.allclose(y, 0.5 * x, rtol=2e-3, atol=1e-7)
+        assert (z == 0).all()
+    if _cpu.available:
+        waiting = loss()
+        assert rows_in_products(lambda: torch.autograd.grad(waiting, leaves, torch.tensor(0.5), retain_graph=True)) == (
+            (0, 0, 0) if dtype == torch.bfloat16 else (60, 60, 60)
+        )
+        assert rows_in_products(lambda: torch.autograd.grad(waiting, leaves, torch.tensor(3.0))) == (60, 60, 60)
+
+
+def test_gradients_that_are_held_rounded_compile():
+    segments = segments_of([[9], [4]])
+    values = inputs(segments, dtype=torch.bfloat16)
+    leaves = [values[name].requires_grad_() for name in ("hidden", "weight")]
+    head = (values["ids"], values["old_logp"], values["advantages"], segments)
+    compiled = torch.compile(lambda *x: linear_policy_loss(*x, *head).loss * 3, fullgraph=True, backend="aot_eager")
+    for x, y in zip(
+        torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(linear_policy_loss(*leaves, *head).loss * 3, leaves), strict=True
+    ):
+        assert torch.equal(x, y)
+
+
 # 5. Registration
 
 

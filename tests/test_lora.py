@@ -12,6 +12,7 @@ from loop import records, steps, train, trainer_of, without_times
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from acpo import state
 from acpo.checkpoint import latest
 from acpo.config import ConfigError
 from acpo.policy import Policy
@@ -70,7 +71,7 @@ def test_a_step_changes_the_adapters_alone_and_the_head_has_no_gradient(tmp_path
 def test_what_leaves_the_run_is_one_model(tmp_path, base):
     own = trainer_of(tmp_path, *lora(base))
     steps(own, 2)
-    own.export()
+    state.export(own)
     whole, found = AutoModelForCausalLM.from_pretrained(base), AutoModelForCausalLM.from_pretrained(own.run.directory / "policy")
     assert dict(whole.named_parameters()).keys() == dict(found.named_parameters()).keys() == dict(own.policy.weights()).keys()
     for name, value in own.policy.weights():

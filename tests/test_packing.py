@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loop import parameters, rolled_out, trainer_of
 from ragged import segments_of
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -23,10 +24,11 @@ from transformers import (
     Lfm2Config,
     LlamaConfig,
     MistralConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3NextConfig,
 )
-from transformers.integrations import sdpa_attention
+from transformers import modeling_flash_attention_utils as flash
 
 from acpo import config, packing
 from acpo.batch import Batch
@@ -151,7 +153,7 @@ def test_bfloat16():
     assert (b - a).abs().max() < 0.1 and 1e-4 < (b - exact).abs().max() < 0.2
 
 
-def test_the_body_sees_no_padding_and_flash_attention_its_offsets():
+def test_the_body_sees_no_padding():
     _, packed = pair("qwen2")
     seen = {}
     packed.model.base_model.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
@@ -159,33 +161,39 @@ def test_the_body_sees_no_padding_and_flash_attention_its_offsets():
     lengths = [len(p) + len(r) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
     assert seen["input_ids"].shape == (1, sum(lengths)) and seen["position_ids"].tolist() == [[t for n in lengths for t in range(n)]]
     assert "cu_seq_lens_q" not in seen
-    # The kernel itself needs a GPU: here its call is answered by a loop, and it must be asked for these very sequences.
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "mistral"])
+def test_flash_attention_is_asked_for_these_very_sequences(name, monkeypatch):
+    """The kernel needs a GPU: a loop over the sequences answers in its place, called by transformers itself with the arguments that it takes."""
+    _, packed = pair(name)
+    wanted = packed.hidden(PROMPTS, RESPONSES)
     calls = []
 
-    def attention(module, query, key, value, mask, **settings):
-        calls.append({name: settings[name] for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")})
-        assert mask is None
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
+        softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None,
+    ):  # fmt: skip
+        """That of flash-attn 2.8: [tokens, heads, width] packed, grouped keys and values."""
+        assert causal and dropout_p == 0.0 and q.shape[0] == k.shape[0] == int(cu_seqlens_q[-1])
+        calls.append((cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), max_seqlen_q, max_seqlen_k, cu_seqlens_q.dtype))
         parts = []
-        ends = settings["cu_seq_lens_q"].tolist()
-        for begin, end in itertools.pairwise(ends):
-            part = [x[:, :, begin:end] for x in (query, key, value)]
-            settings_of_one = {k: v for k, v in settings.items() if not k.startswith(("cu_seq", "max_length", "position"))}
-            parts.append(sdpa_attention.sdpa_attention_forward(module, *part, None, **settings_of_one)[0])
-        return torch.cat(parts, 1), None
+        for begin, end in itertools.pairwise(cu_seqlens_q.tolist()):
+            at = torch.arange(end - begin)
+            seen = (at <= at[:, None]) & ((at >= at[:, None] - window_size[0]) if window_size[0] >= 0 else True)
+            part = (x[begin:end].transpose(0, 1) for x in (q, k, v))
+            parts.append(scaled_dot_product_attention(*part, attn_mask=seen, scale=softmax_scale, enable_gqa=True).transpose(0, 1))
+        return torch.cat(parts)
 
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    def unused(*_, **__):
+        raise AssertionError("the padded kernel has no place here")
 
-    wanted = packed.hidden(PROMPTS, RESPONSES)
-    ALL_ATTENTION_FUNCTIONS.register("flash_attention_of_this_test", attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register("flash_attention_of_this_test", lambda *_, **__: None)
-    packed.model.config._attn_implementation_internal = "flash_attention_of_this_test"
-    found = packed.hidden(PROMPTS, RESPONSES)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
-    assert len(calls) == 3
-    for call in calls:
-        assert call["cu_seq_lens_q"].tolist() == call["cu_seq_lens_k"].tolist() == [0, 5, 11, 18, 24, 34]
-        assert call["cu_seq_lens_q"].dtype == torch.int32 and call["max_length_q"] == call["max_length_k"] == 10
+    monkeypatch.setattr(flash, "_lazy_imports", lambda *_, **__: (unused, flash_attn_varlen_func, unused, unused, unused))
+    monkeypatch.setattr(flash, "_loaded_implementation", None)
+    packed.model.config._attn_implementation_internal = "flash_attention_2"
+    torch.testing.assert_close(packed.hidden(PROMPTS, RESPONSES), wanted, rtol=0, atol=1e-5)
+    offsets = [0, 5, 11, 18, 24, 34]
+    assert calls == [(offsets, offsets, 10, 10, torch.int32)] * 3
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), min_size=1, max_size=20), st.integers(1, 80), st.data())
@@ -232,10 +240,17 @@ def test_a_step_packed_is_a_step_padded(tmp_path, warmed):
         torch.testing.assert_close(other[name], grad, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_flash_attention_is_packed_and_sdpa_padded_unless_said():
+def test_flash_attention_is_packed_and_sdpa_padded_unless_said(monkeypatch):
     base = "problems.task=chain", "policy.from_config=tiny", "policy.device=cpu"
     assert not build(config.load(None, base))[0].packed
     assert build(config.load(None, [*base, "policy.packing=packed"]))[0].packed
+    monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda *_, **__: True)  # as where it is installed, and a GPU
+    monkeypatch.setattr(flash, "_lazy_imports", lambda *_, **__: (None, lambda q, **_: None, None, None, None))
+    monkeypatch.setattr(flash, "_loaded_implementation", None)
+    monkeypatch.setattr(packing, "check", lambda *_: None)  # which would run it
+    found = build(config.load(None, [*base, "policy.attention=flash_attention_2"]))[0]
+    assert found.packed and found.model.config._attn_implementation == "flash_attention_2"
+    assert not build(config.load(None, [*base, "policy.attention=flash_attention_2", "policy.packing=padded"]))[0].packed
 
 
 class Largest(TorchDispatchMode):

@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
+import re
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -17,6 +21,9 @@ from acpo import effective, memory, preflight, trackers
 from acpo.cli import main
 from acpo.config import ConfigError
 from acpo.display import Display
+from acpo.policy import byte_tokenizer
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +38,7 @@ def trainer(tmp_path_factory):
 
 
 def test_the_start_says_what_will_run(trainer):
-    said = "\n".join(preflight.summary(trainer))
+    said = "\n".join(f"{name} {text}" for name, text in preflight.summary(trainer))
     parameters = sum(p.numel() for p in trainer.policy.parameters())
     for word in (
         f"{parameters:,} parameters",
@@ -44,16 +51,44 @@ def test_the_start_says_what_will_run(trainer):
         assert word in said, word
     assert preflight.kernels(trainer.policy.device) in said
     trainer.run.keeps_rollouts = False
-    assert "pip install -e '.[report]'" in "\n".join(preflight.summary(trainer))
+    assert "pip install -e '.[report]'" in "\n".join(f"{name} {text}" for name, text in preflight.summary(trainer))
 
 
 def test_the_memory_estimate_is_its_formula(trainer):
-    terms = {t.name: t.bytes for t in memory.estimate(trainer.config, trainer.policy, 10)}
+    found = memory.estimate(trainer.config, trainer.policy, 10, 16)
+    terms = {t.name: t.bytes for t in found}
     parameters = sum(p.numel() for p in trainer.policy.parameters())
     assert terms["weights"] == terms["gradients"] == terms["reference"] == 4 * parameters and terms["optimizer"] == 8 * parameters
     assert terms["activations"] == 16 * 24 * 2 * (10 * 64 + 4 * 128) * 4  # 16 rollouts of 10 + 14 tokens, 2 layers, float32
-    assert terms["cache"] == 256 * 24 * 2 * 2 * 64 * 4  # an evaluation's 256 rollouts
-    assert terms["logits"] == 256 * 57 * 4 * 3
+    assert terms["workspace"] == 5 * 4 * max(p.numel() for p in trainer.policy.parameters())
+    assert terms["cache"] == 32 * 24 * 2 * 2 * 64 * 4  # an evaluation's 16 problems, two rollouts of each
+    assert terms["logits"] == 32 * 57 * 4 * 3
+    at_a_time = [terms["cache"] + terms["logits"], terms["gradients"] + terms["activations"] + terms["workspace"]]
+    assert memory.total(found) == sum(terms.values()) - min(at_a_time)
+    more = memory.estimate(trainer.config, trainer.policy, 10, 1000)
+    assert {t.name: t.bytes for t in more}["cache"] == 256 * 24 * 2 * 2 * 64 * 4, "of more problems 256 rollouts at a time"
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", pytest.param("wide", marks=pytest.mark.slow)])
+def test_the_memory_estimate_is_near_the_peak_of_a_run(tmp_path, tokenizer):
+    """Of a process of its own, whose high-water mark the kernel keeps; with a vocabulary of bytes, and with one that makes the head the largest."""
+    if tokenizer == "wide":
+        wide = byte_tokenizer()
+        wide.add_tokens([f"<{i}>" for i in range(120_000)])
+        wide.save_pretrained(tmp_path / "wide")
+    code = "import sys; from acpo.cli import main; code = main(sys.argv[1:]); print(open('/proc/self/status').read()); sys.exit(code)"
+    words = [
+        "train", str(ROOT / "configs" / "gsm8k.yaml"), f"problems.path={ROOT / 'tests/fixtures/problems.jsonl'}", "problems.held_out=0.2",
+        "policy.from_config=tiny", f"policy.tokenizer={tmp_path / 'wide' if tokenizer == 'wide' else tokenizer}", "trainer.threads=1",
+        "trainer.steps=1", "rollout.max_new_tokens=24", "eval.samples=0", f"run_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    number, unit = re.search(r"estimate ([\d.]+) ([MG])B", done.stdout).groups()
+    estimate = float(number) * {"M": 2**20, "G": 2**30}[unit]
+    peak = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1])
+    assert 0.75 * peak < estimate < 1.25 * peak, (estimate / 2**20, peak / 2**20, done.stdout)
 
 
 def test_a_dry_run_checks_everything_and_leaves_nothing(tmp_path, monkeypatch, capsys):
@@ -111,6 +146,19 @@ def test_one_bar_a_phase_fits_into_eighty_columns():
     last = [line for line in display.console.file.getvalue().replace("\r", "\n").split("\n") if "reward" in line][-1]
     for word in ("stage 1", "321/1000", "reward 0.50", "acc 0.123", "H 0.250", "rel 0.75", "tok/s 1234"):
         assert word in last, last
+
+
+def test_the_start_stands_in_two_columns(capsys):
+    display, rows = Display(), [("run", "runs/x"), ("memory", "[bold]one two three four five six seven eight nine ten[/bold]")]
+    display.console = Console(file=io.StringIO(), force_terminal=True, width=40, color_system=None)
+    display.facts(rows)
+    lines = display.console.file.getvalue().splitlines()
+    assert lines[0].rstrip() == "run     runs/x" and lines[1].startswith("memory  [bold]one") and all(len(line) <= 40 for line in lines)
+    assert len(lines) > 2 and all(line.startswith(" " * 8) for line in lines[2:]), "what is long stays in its column"
+    Display().facts(rows)
+    assert capsys.readouterr().out == "run       runs/x\nmemory    [bold]one two three four five six seven eight nine ten[/bold]\n"
+    Display(quiet=True).facts(rows)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_first_evaluation_does_not_set_the_warm_up_back():

@@ -1,7 +1,9 @@
-"""Two processes on the CPU against one, on the same stored rollouts; sharded parameters; a process that dies."""
+"""Two processes on the CPU against one and against DDP, on the same stored rollouts; sharded parameters; one vLLM server for all; a process that
+dies."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,11 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from loop import parameters, records, settings, steps, trainer_of, write_config
+from fake_vllm import FakeVLLM
+from loop import parameters, records, settings, steps, train, trainer_of, without_times, write_config
 from torch import multiprocessing
+from torch.nn.parallel import DistributedDataParallel
 
+from acpo import update
 from acpo.checkpoint import latest, optimizer_tensors
 from acpo.config import ConfigError
+from acpo.policy import build
 from acpo.ranks import Ranks, run_of
 from acpo.state import resume as state_of
 
@@ -55,8 +61,39 @@ class Stored:
         return self.ranks.share(self.stored.pop(0))
 
 
+class InDDP:
+    """The policy inside torch's DDP, as accelerate wraps it: the ranks' gradients are brought together by the last of `passes` backwards."""
+
+    def __init__(self, policy, passes: int):
+        self.policy, self.ddp, self.left = policy, DistributedDataParallel(policy), passes
+
+    def __getattr__(self, name):
+        return getattr(self.policy, name)
+
+    def __call__(self, *arguments, **settings):
+        self.left -= 1
+        with self.ddp.no_sync() if self.left else contextlib.nullcontext():
+            return self.ddp(*arguments, **settings)
+
+
+def gradients_by_ddp(batch, rows, policy, config, clip, ranks, plain=update.gradients):
+    """`update.gradients` with DDP in the place of our sum, and its mean over ranks made one."""
+    own = ranks.sum_gradients
+    ranks.sum_gradients = lambda parameters: [p.grad.mul_(ranks.size) for p in parameters]
+    wrapped = InDDP(policy, len(ranks.parts(batch, rows, config.trainer.micro_batch_tokens, policy.packed)))
+    assert wrapped.left > 1
+    sums = plain(batch, rows, wrapped, config, clip, ranks)
+    own_gradients = {name: p.grad.clone() for name, p in policy.named_parameters()}
+    policy.zero_grad(set_to_none=True)
+    ranks.sum_gradients = own
+    plain(batch, rows, policy, config, clip, ranks)
+    ranks.by_ddp.append(own_gradients)
+    return sums
+
+
 def steps_on(folder: Path, overrides: tuple[str, ...], weights: dict, stored: list, dtype: torch.dtype) -> dict:
-    """Three SGD steps: losses, the gradients of each optimiser step, weights and what the controllers have come to."""
+    """Three SGD steps: losses, the gradients of each optimiser step (of several ranks by DDP as well), weights and what the controllers have come
+    to."""
     torch.set_num_threads(1)
     trainer = trainer_of(folder, *overrides, weights=weights)
     trainer.policy.to(dtype)
@@ -68,13 +105,23 @@ def steps_on(folder: Path, overrides: tuple[str, ...], weights: dict, stored: li
         summed(of)
         gradients.append({name: p.grad.clone() for name, p in trainer.policy.named_parameters()})
 
-    trainer.ranks.sum_gradients = seen
+    trainer.ranks.sum_gradients, trainer.ranks.by_ddp = seen, []
     metrics = []
-    for _ in range(STEPS):
-        trainer.step_number += 1
-        metrics.append(trainer.step())
+    with pytest.MonkeyPatch.context() as patch:
+        if trainer.ranks.size > 1 and "entropy.covariance=always" not in overrides:  # whose second forward DDP would have to be told of
+            patch.setattr(update, "gradients", gradients_by_ddp)
+        for _ in range(STEPS):
+            trainer.step_number += 1
+            metrics.append(trainer.step())
     controllers = (trainer.curriculum.state(), trainer.entropy.state(), trainer.stages.state(), trainer.attributors.state(), trainer.forks.value)
-    out = {"metrics": metrics, "gradients": gradients, "weights": parameters(trainer), "stored": engine.kept, "controllers": json.dumps(controllers)}
+    out = {
+        "metrics": metrics,
+        "gradients": gradients,
+        "ddp": trainer.ranks.by_ddp,
+        "weights": parameters(trainer),
+        "stored": engine.kept,
+        "controllers": json.dumps(controllers),
+    }
     trainer.close()
     trainer.ranks.close()
     return out
@@ -149,6 +196,19 @@ def test_two_processes_are_one(both, warmed, variant, dtype):
     compare(one, two, 1e-10 if dtype == torch.float64 else 1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", ["acpo", "stage 2"])
+def test_gradients_are_those_of_ddp(both, variant, dtype):
+    """The head's among them: its weight takes part in the loss inside the module that DDP wraps."""
+    for rank in both[f"{variant} {dtype}"][1]:
+        assert len(rank["ddp"]) == len(rank["gradients"]) == STEPS * 2
+        for ours, theirs in zip(rank["gradients"], rank["ddp"], strict=True):
+            most = max(float(g.abs().max()) for g in theirs.values())
+            assert ours.keys() == theirs.keys() and most > 1e-3
+            for name, gradient in theirs.items():
+                assert (ours[name] - gradient).abs().max() <= (1e-10 if dtype == torch.float64 else 1e-5) * most, name
+
+
 def test_a_head_whose_gradient_stays_at_home_is_seen(both):
     """What the comparison is for: the head's weight goes into the loss beside the model's forward, and must be summed all the same."""
     one, _ = both[f"acpo {torch.float32}"]
@@ -160,13 +220,19 @@ def test_a_head_whose_gradient_stays_at_home_is_seen(both):
             compare(one, two, 1e-5)
 
 
+LAUNCHERS = {  # accelerate's --cpu would start one process
+    "torchrun": ("torch.distributed.run", "--nproc-per-node", "2", "--master-port"),
+    "accelerate": ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port"),
+}
+
+
 @pytest.fixture
 def launched():
     """`acpo train` on two processes, which do not outlive the test."""
     jobs = []
 
-    def start(folder: Path, *overrides: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "acpo.cli"]
+    def start(folder: Path, *overrides: str, launcher: str = "torchrun") -> subprocess.Popen:
+        command = [sys.executable, "-m", *LAUNCHERS[launcher], str(free_port()), "-m", "acpo.cli"]
         arguments = ["train", str(write_config(folder)), f"run_dir={folder / 'run'}", *overrides]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         jobs.append(subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment))
@@ -202,8 +268,32 @@ def test_sharded_parameters_train_and_their_checkpoint_goes_on_alone(tmp_path, f
     own.close()
 
 
-def test_a_process_that_dies_ends_the_job_with_one_message(tmp_path, launched):
-    job = launched(tmp_path, "trainer.steps=400", "warmup.steps=20", "trainer.checkpoint_every=1", "trainer.eval_every=1000", "eval.start=false")
+def test_accelerate_launch_is_torchrun(tmp_path, launched):
+    """The same two processes, to the bit; and not one process twice, which would sample other rollouts."""
+    found = {}
+    for launcher in LAUNCHERS:
+        job = launched(tmp_path / launcher, "warmup.steps=5", "trainer.steps=2", "eval.samples=0", launcher=launcher)
+        out, err = job.communicate(timeout=1500)
+        assert job.returncode == 0, err[-3000:]
+        assert out.count("run directory") == 1
+        found[launcher] = list(map(without_times, records(tmp_path / launcher / "run")))
+    assert found["accelerate"] == found["torchrun"] and found["torchrun"][-1]["step"] == 2
+    assert train(tmp_path / "alone", "warmup.steps=5", "trainer.steps=2", "eval.samples=0") == 0
+    alone = records(tmp_path / "alone" / "run")
+    assert alone[0]["warmup/loss"] == found["torchrun"][0]["warmup/loss"] and alone[-1]["loss"] != found["torchrun"][-1]["loss"]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_process_that_dies_ends_the_job_with_one_message(tmp_path, launched, launcher):
+    job = launched(
+        tmp_path,
+        "trainer.steps=400",
+        "warmup.steps=20",
+        "trainer.checkpoint_every=1",
+        "trainer.eval_every=1000",
+        "eval.start=false",
+        launcher=launcher,
+    )
     metrics, begin = tmp_path / "run" / "metrics.jsonl", time.monotonic()
     while not (metrics.exists() and '"phase": "stage1", "step": 2' in metrics.read_text()):
         assert job.poll() is None and time.monotonic() - begin < 1500
@@ -220,7 +310,7 @@ def test_a_process_that_dies_ends_the_job_with_one_message(tmp_path, launched):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("rollout.engine=vllm", r"rollout\.engine = 'vllm': several processes sample with 'local' alone"),
+        ("rollout.engine=vllm", r"rollout\.engine = 'vllm': .* several share one with 'vllm_server'"),
         ("trainer.sharding=full", r"trainer\.sharding = 'full'.* stage 2 keeps a copy"),
     ],
 )
@@ -230,6 +320,74 @@ def test_what_several_processes_cannot_do(tmp_path, monkeypatch, override, messa
         Ranks(settings(tmp_path, override))
 
 
+def test_a_server_of_our_own_serves_one_machine(tmp_path, monkeypatch):
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"'vllm_server' on several machines needs rollout\.server\.url"):
+        Ranks(settings(tmp_path, "rollout.engine=vllm_server"))
+
+
+def test_accelerates_one_process_of_several_is_told(tmp_path):
+    """What the real launcher hands on."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "acpo.cli", "train"]
+    found = subprocess.run([*command, str(write_config(tmp_path)), f"run_dir={tmp_path / 'run'}"], capture_output=True, text=True, timeout=600)
+    assert found.returncode != 0 and "acpo: accelerate launch --cpu starts one process whatever --num_processes says" in found.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_process_shares_nothing_out(tmp_path):
     with pytest.raises(ConfigError, match=r"trainer\.sharding = 'full' needs several processes"):
         run_of(settings(tmp_path, "trainer.sharding=full"))
+
+
+# --- one server for all -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A stand-in for a vLLM server of the small configuration's model, and the settings that name it."""
+    chosen = settings(tmp_path / "probe")
+    torch.manual_seed(chosen.seed)
+    policy, tokenizer = build(chosen)
+    fake = FakeVLLM(policy, [tokenizer.eos_token_id])
+    yield fake, ("rollout.engine=vllm_server", f"rollout.server.url={fake.url}", "rollout.server.retries=0", "eval.samples=0", "eval.max_problems=4")
+    fake.close()
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_every_process_asks_one_server_and_the_first_sends_the_weights(tmp_path, served, launched, sharding):
+    fake, overrides = served
+    more = FULL if sharding == "full" else ("warmup.steps=10",)
+    job = launched(tmp_path, *overrides, *more, "trainer.steps=3", "trainer.eval_every=2", "rollout.prompts=3")
+    _, err = job.communicate(timeout=1500)
+    assert job.returncode == 0, err[-3000:]
+    found = [r for r in records(tmp_path / "run") if r["phase"].startswith("stage")]
+    assert [r["step"] for r in found] == [1, 2, 3]
+    for record in found:  # a rank with other weights than the server's would be seen here
+        assert 0 < record["sampling/logp_difference_max"] < 1e-5 and record["sampling/ess"] > 1 - 1e-9
+    versions = [p["weight_version"].rpartition("-") for p in fake.asked("/finish_weight_update")]
+    assert len({run for run, _, _ in versions}) == 1, "one process sends"
+    assert len({v for _, _, v in versions}) == len(versions) == 5 - (sharding == "full"), "at the start, behind the warm-up and behind each step"
+    assert len(fake.asked("/v1/completions")) == 3 * 3 * 4 + 3 * 4, "each rollout is asked for once: three steps, three evaluations of four"
+    seeds = [p["seed"] for p in fake.asked("/v1/completions") if p["temperature"] > 0]
+    assert len(set(seeds)) == len(seeds) == 36
+    assert not list((tmp_path / "run" / "rollouts").glob("pending*"))
+
+
+def test_a_server_that_dies_ends_the_job_with_one_message_and_keeps_what_is_finished(tmp_path, served, launched):
+    fake, overrides = served
+    overrides = (*overrides, "warmup.steps=10", "trainer.steps=3", "trainer.checkpoint_every=1", "eval.start=false", "rollout.server.concurrency=1")
+    fake.misbehave = lambda path, payload, asked: "drop" if path == "/v1/completions" and asked > 4 + 32 + 9 else None
+    job = launched(tmp_path, *overrides)
+    _, err = job.communicate(timeout=1500)
+    told = [line for line in err.splitlines() if line.startswith("acpo: ")]
+    assert job.returncode != 0 and len(told) == 1, err[-3000:]
+    assert re.search(r"the vLLM server at .*rollouts are finished and kept; checkpoint step-2 stands: the same command continues from it", told[0])
+    kept = {path.name: len(path.read_text().splitlines()) - 1 for path in (tmp_path / "run" / "rollouts").glob("pending-3-0-*.jsonl")}
+    assert set(kept) == {"pending-3-0-0.jsonl", "pending-3-0-1.jsonl"} and sum(kept.values()) == 9
+    fake.calls.clear()
+    fake.misbehave = lambda *_: None
+    job = launched(tmp_path, *overrides)
+    _, err = job.communicate(timeout=1500)
+    assert job.returncode == 0, err[-3000:]
+    assert len([p for p in fake.asked("/v1/completions") if p["temperature"] > 0]) == 16 - 9, "those are not asked for again"

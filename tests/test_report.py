@@ -206,3 +206,16 @@ def test_where_it_is_written(tmp_path, finished_run, capsys, monkeypatch):
     a, b = (write_run(tmp_path / "runs" / f"r-{s}", [step(1, reward=math.nan)], seed=s) for s in (0, 1))
     assert main(["report", str(a), str(b)]) == 0
     assert sorted(p.name for p in Path("runs").iterdir()) == ["r-0", "r-1", "report.csv", "report.html", "report.png"]
+
+
+def test_some_of_the_panels(tmp_path, capsys):
+    run = write_run(tmp_path / "run", [step(n, reward=0.5, **{"eval/accuracy": 0.25}) for n in (1, 2)])
+    assert main(["report", str(run), "--out", str(tmp_path / "n.csv"), "--panels", "ACCURACY,reward"]) == 0
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "n.csv").read_text())))
+    assert list(dict.fromkeys(row["panel"] for row in rows)) == ["Held-out accuracy", "Reward"], "in the order of the names"
+    some = panels.chosen(["accuracy", "reward"])
+    groups = report.load([run])
+    assert Page(page.html(groups, some)).tags.count("figure") == 2
+    figure.picture(groups, tmp_path / "one.png", panels.chosen(["accuracy"]))  # one axis is no array of axes
+    assert main(["report", str(run), "--panels", "acuracy"]) == 2
+    assert "--panels: no panel is named 'acuracy'; there are Reward, pass@k" in capsys.readouterr().err

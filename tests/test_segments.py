@@ -195,6 +195,7 @@ def offsets(*values):
         ((offsets(1, 2), offsets(0, 1)), {}, "token_offsets must start at 0, got 1"),
         ((offsets(0, 3, 2), offsets(0, 2)), {}, "token_offsets must not decrease, got 3 then 2 at index 1"),
         ((offsets(0, 3), offsets(0, 1)), {"num_tokens": 4}, "token_offsets must end at num_tokens = 4, got 3"),
+        ((offsets(0, 3), offsets(0, 1)), {"num_tokens": -1}, "num_tokens must be at least 0, got -1"),
         ((offsets(0, 3), offsets(1, 1)), {}, "sequence_offsets must start at 0, got 1"),
         ((offsets(0, 3, 4), offsets(0, 2, 1, 2)), {}, "sequence_offsets must not decrease, got 2 then 1 at index 1"),
         ((offsets(0, 3), offsets(0, 2)), {}, "sequence_offsets must end at the number of segments = 1, got 2"),
@@ -215,6 +216,10 @@ def test_bad_segments(arguments, keywords, message):
 def test_bad_types():
     with pytest.raises(TypeError, match=r"token_offsets must be a torch\.Tensor, got list"):
         Segments([0, 1], offsets(0, 1))
+    for count in (3.0, "3", [3], torch.tensor(3.0)):  # a float would be cut, and on CUDA nobody would see it
+        with pytest.raises(TypeError, match="num_tokens must be an integer, got"):
+            Segments(offsets(0, 3), offsets(0, 1), num_tokens=count)
+    assert Segments(offsets(0, 3), offsets(0, 1), num_tokens=torch.tensor(3)).num_tokens == 3
 
 
 def test_bad_padded():

@@ -49,6 +49,8 @@ def linear(which: str, element: str, architecture: int, extras: bool = False) ->
         tile = linear_gradients.gradient_tiles(tile, architecture, extras)
     elif which in ("hidden", "weight"):
         tile = linear_gradients.product_tiles(tile, architecture)
+        if which == "weight":
+            tile = linear_gradients.weight_tiles(tile)
     elif which == "hindsight":
         tile = linear_hindsight_information.pair_tiles(tile)
     rows, columns, inner = {

@@ -43,7 +43,7 @@ def example() -> View:
     """Three problems: mixed, all wrong, one rollout without credit."""
     numbers = {"phi": 0.25, "iota": -0.5, "hindsight": 1.5, "value": 0.75, "entropy": 0.33, "logp": -0.44, "weight": 1.0}
     mixed = [
-        rollout(1, [1.0, -0.5, 1.0], 1.0, 1.0, answered=True, numbers=numbers),
+        rollout(1, [1.0, -0.5, 1.0], 1.0, 1.0, answered=True, numbers=numbers, source="tree", reliability=0.5),
         rollout(2, [-1.0, -1.0], 0.0, -1.0, tokens=20, given=None, status="unparseable"),
         rollout(3, [2.0, -1.0, 0.25, -1.0], 0.0, -1.0),
         rollout(4, [0.0], None, None, status="timeout", finished=False),

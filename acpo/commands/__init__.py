@@ -11,10 +11,10 @@ import math
 from typing import Any
 
 
-def verb(verbs, name: str, what: str, example: str) -> argparse.ArgumentParser:
-    """A sub-parser with an example in its help."""
+def verb(verbs, name: str, what: str, examples: str, more: str = "") -> argparse.ArgumentParser:
+    """A sub-parser with examples in its help, and what else is to be said behind them."""
     return verbs.add_parser(
-        name, help=what, description=what[0].upper() + what[1:] + ".", epilog=f"example:\n  {example}",
+        name, help=what, description=what[0].upper() + what[1:] + ".", epilog=f"examples:\n  {examples}" + (f"\n\n{more}" if more else ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
 

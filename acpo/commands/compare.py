@@ -15,11 +15,11 @@ def add(verbs) -> None:
         "acpo compare configs/compare/t2.yaml --jobs 2 --arms acpo,grpo",
     )  # fmt: skip
     parser.add_argument("config", metavar="CONFIG", help="a YAML file such as configs/compare/t2.yaml")
-    parser.add_argument("--dir", default=None, help="where the runs live (default: runs/compare/NAME)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread (default 1)")
-    parser.add_argument("--arms", default="", help="only these, separated by commas")
-    parser.add_argument("--most", type=int, default=None, help="start at most so many runs")
-    parser.add_argument("--launch", default="", help='words in front of every run\'s command, such as "nice -n 10"')
+    parser.add_argument("--dir", default=None, metavar="FOLDER", help="where the runs live (default: runs/compare/NAME)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, each with one thread (default 1)")
+    parser.add_argument("--arms", default="", metavar="NAMES", help="only these, separated by commas")
+    parser.add_argument("--most", type=int, default=None, metavar="N", help="start at most so many runs")
+    parser.add_argument("--launch", default="", metavar="WORDS", help='words in front of every run\'s command, such as "nice -n 10"')
     parser.add_argument("--report", action="store_true", help="write the table of what is finished, run nothing")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     json_option(parser)

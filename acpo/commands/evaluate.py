@@ -13,10 +13,14 @@ def add(verbs) -> None:
         "acpo eval runs/arithmetic-acpo-0 --samples 8\n  acpo eval --model FOLDER --preset math500 --path math500.jsonl",
     )  # fmt: skip
     parser.add_argument("words", nargs="*", metavar="RUN key=value", help="a run directory (or --model), and settings over its own")
-    parser.add_argument("--model", default="", help="a folder with a causal language model and its tokenizer, instead of a run")
-    parser.add_argument("--preset", default="", help="aime, amc, math500 or gsm8k: sets fields, prompt, extraction, verifier and length")
-    parser.add_argument("--path", default="", help="the problems, as problems.path; all of them are asked")
-    parser.add_argument("--samples", type=int, default=8, help="sampled rollouts a problem for pass@k and majority@k; 0: greedy alone (default 8)")
+    parser.add_argument("--model", default="", metavar="FOLDER", help="a folder with a causal language model and its tokenizer, instead of a run")
+    parser.add_argument(
+        "--preset", default="", metavar="NAME", help="aime, amc, math500 or gsm8k: sets fields, prompt, extraction, verifier and length"
+    )
+    parser.add_argument("--path", default="", metavar="FILE", help="the problems, as problems.path; all of them are asked")
+    parser.add_argument(
+        "--samples", type=int, default=8, metavar="N", help="sampled rollouts a problem for pass@k and majority@k; 0: greedy alone (default 8)"
+    )
     parser.add_argument("--k", default="", help="the k of pass@k and majority@k, separated by commas (default: 1 and --samples)")
     json_option(parser)
 
@@ -25,6 +29,7 @@ def run(options) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
+    from .. import state
     from ..run import Run
     from ..sources import read
     from ..trainer import Trainer
@@ -34,7 +39,7 @@ def run(options) -> int:
     trainer = Trainer(settings, Run(settings), problems=read(settings.problems) if all_of_it else None)
     console = Console(stderr=True)
     try:
-        step = {"step": trainer.load_newest()} if run else {}
+        step = {"step": state.load_newest(trainer)} if run else {}
         asked = len(trainer.held_out[: settings.eval.max_problems or None])
         with Progress(console=console, transient=True, disable=options.json or not console.is_terminal) as progress:
             task = progress.add_task("rollouts", total=asked * (1 + options.samples))

@@ -10,23 +10,29 @@ from . import json_option, print_json, print_table, verb
 def add(verbs) -> None:
     parser = verb(
         verbs, "report", "curves of one or more runs as a picture, a page and a table of numbers",
-        "acpo report runs/arithmetic-* --out compared",
+        "acpo report runs/arithmetic-* --out compared\n  acpo report runs/arithmetic-* --panels accuracy,reliability --out figure.png",
     )  # fmt: skip
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="run directories; several are overlaid, those that differ in the seed alone as one curve"
     )
-    parser.add_argument("--out", default="", help="a folder, or one file: .png, .svg, .pdf, .html, .csv (default: the run's directory)")
+    parser.add_argument(
+        "--out", default="", metavar="PATH", help="a folder, or one file: .png, .svg, .pdf, .html, .csv (default: the run's directory)"
+    )
+    parser.add_argument(
+        "--panels", default="", metavar="WORDS", help="only the panels whose titles hold one of these words, separated by commas (default: all)"
+    )
     json_option(parser)
 
 
 def run(options) -> int:
     from .. import report
 
+    sections = report.chosen([name for name in options.panels.split(",") if name])
     runs = [Path(r) for r in options.runs]
     groups = report.load(runs)
     rows = [report.summary(run) for group in groups for run in group.runs]
     means = [report.group_summary(group) for group in groups if len(group.runs) > 1]
-    paths = report.write(runs, Path(options.out) if options.out else None, groups)
+    paths = report.write(runs, Path(options.out) if options.out else None, groups, sections)
     if options.json:
         print_json({"runs": rows, "groups": means, "files": [str(p) for p in paths]})
         return 0

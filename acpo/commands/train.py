@@ -21,7 +21,7 @@ def add(verbs) -> None:
 
 
 def run(options) -> int:
-    from .. import config, preflight, report
+    from .. import config, preflight, report, state
     from ..ranks import run_of
     from ..run import Stopped
     from ..trainer import Trainer
@@ -32,11 +32,10 @@ def run(options) -> int:
     try:
         if options.dry_run:
             return _dry(preflight.checks(trainer), run_, options.json)
-        for line in preflight.summary(trainer):
-            run_.say(line)
+        run_.facts(preflight.summary(trainer))
         with _ends_at_sigterm(trainer):
             last = trainer.train()
-        trainer.export()
+        state.export(trainer)
         trainer.ranks.close()
     except Stopped as stopped:
         run_.say(f"ended by SIGTERM at {stopped}, saved: the same command continues from there")

@@ -6,27 +6,24 @@ import json
 import sys
 from pathlib import Path
 
-EXAMPLES = """examples:
-  acpo inspect runs/arithmetic-acpo-0                             the newest step: all problems, and the most surprising one in full
+from ..commands import json_option, verb
+
+EXAMPLES = """acpo inspect runs/arithmetic-acpo-0                             the newest step: all problems, and the most surprising one in full
   acpo inspect runs/arithmetic-acpo-0 --step 40 --html step.html  that step as one page that needs no network
   acpo inspect runs/arithmetic-acpo-0 --problem 'a0b1c3=' --figures --no-color | less
-  acpo inspect --text traces.jsonl --model FOLDER --html t.html   any traces, any local causal model, no training
-
-A file of traces has one JSON object a line: response (or trace, completion, solution), problem, and where known answer and outcome (true, false or a
-number in [0, 1]). Traces of one problem are a group. Behind --text any setting of acpo/config.py may stand as key=value, such as problems.chat=true.
-"""
+  acpo inspect --text traces.jsonl --model FOLDER --html t.html   any traces, any local causal model, no training"""
+MORE = """A file of traces has one JSON object a line: response (or trace, completion, solution), problem, and where known answer and outcome (true,
+false or a number in [0, 1]). Traces of one problem are a group. Behind --text any setting of docs/configuration.md may stand as key=value, such as
+problems.chat=true."""
 
 
 def add(verbs) -> None:
     """The sub-parser of the verb."""
-    import argparse
-
-    parser = verbs.add_parser(
-        "inspect", help="rollouts side by side, each step with its credit: in the terminal or as one HTML file", epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = verb(verbs, "inspect", "show rollouts side by side, each step with its credit, in the terminal or as one HTML file", EXAMPLES, MORE)
     parser.add_argument("words", nargs="*", metavar="RUN key=value", help="a run directory (or --text and --model, and settings)")
-    parser.add_argument("--step", type=int, default=None, help="the training step (default: the newest, or the newest that asked --problem)")
+    parser.add_argument(
+        "--step", type=int, default=None, metavar="N", help="the training step (default: the newest, or the newest that asked --problem)"
+    )
     parser.add_argument("--problem", default=None, metavar="ID", help="only this problem")
     parser.add_argument("--text", default="", metavar="FILE", help="traces as JSON lines instead of a run")
     parser.add_argument("--model", default="", metavar="PATH", help="with --text: a folder with a causal language model and its tokenizer")
@@ -37,7 +34,7 @@ def add(verbs) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--shade", default="credit", metavar="MEASURE",
-        help="in the terminal, what the steps are shaded by: credit, own, phi, iota, hindsight, value, weight, entropy or logp (default: credit)",
+        help="in the terminal, the shade: credit (default), own, phi, iota, hindsight, centred, value, weight, entropy or logp",
     )  # fmt: skip
     parser.add_argument("--figures", action="store_true", help="in the terminal, every figure under its step")
     parser.add_argument("--groups", type=int, default=1, metavar="N", help="in the terminal, problems shown in full; 0: all (default 1)")
@@ -45,7 +42,7 @@ def add(verbs) -> None:
     parser.add_argument("--width", type=int, default=0, metavar="N", help="columns of the terminal (default: its own; piped: COLUMNS or 120)")
     parser.add_argument("--no-color", action="store_true", help="no colours; signs, figures and bars stay")
     parser.add_argument("--html", default="", metavar="FILE", help="write one HTML file that needs nothing else")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    json_option(parser)
 
 
 def run(options) -> int:

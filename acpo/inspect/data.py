@@ -5,7 +5,7 @@ SURPRISE is what one sorts by to find where credit and outcome disagree. With R 
 
     surprise = sum_k n_k max(0, -s c_k) / sum_k n_k
 
-the credit that pulls against the outcome, a token: negative credit in a right rollout, positive credit in a wrong one. Its unit is that of an
+the credit per token that pulls against the outcome: negative credit in a right rollout, positive credit in a wrong one. Its unit is that of an
 advantage; 0 is a rollout that no step of which was credited against its outcome.
 """
 
@@ -20,17 +20,18 @@ from typing import Any
 
 ORDERS = ("surprise", "outcome", "length", "sampled")
 
-# Of a step: name, label, short label, sign (does it have one, or only a size), what it is. None stands where nothing was measured.
+# Of a step: name, label, short label, sign (does it have one, or only a size), what it is, unit. None stands where nothing was measured.
 MEASURES = (
-    ("credit", "credit", "credit", True, "what enters the loss: mean advantage of the step's tokens"),
-    ("own", "own part", "own", True, "what the step itself adds: its credit - its rollout's advantage"),
-    ("phi", "phi", "φ", True, "change of the estimated probability of success: V after the step - V before it"),
-    ("iota", "information", "info", True, "about the outcome that came, nats: log P(R | after the step) - log P(R | before it)"),
-    ("hindsight", "hindsight", "hint", True, "shared with the reference answer, nats: log-prob with the answer in the prompt - without, sum"),
-    ("value", "V", "V", False, "estimated probability of success after the step"),
-    ("weight", "weight", "w", False, "share of the rollout's advantage, mean 1 (form=weights; the additive form has 1)"),
-    ("entropy", "entropy", "H", False, "of the policy at the step's tokens, mean, nats"),
-    ("logp", "log-prob", "logp", False, "of the step's tokens under the policy that wrote them, mean, nats"),
+    ("credit", "credit", "credit", True, "what enters the loss: mean advantage of the step's tokens", ""),
+    ("own", "own part", "own", True, "what the step itself adds: its credit - its rollout's advantage", ""),
+    ("phi", "phi", "φ", True, "change of the estimated probability of success: V after the step - V before it", ""),
+    ("iota", "information", "info", True, "about the outcome that came: log P(R | after the step) - log P(R | before it)", "nats"),
+    ("hindsight", "hindsight", "hint", True, "shared with the reference answer: sum of l, log-prob with the answer in the prompt - without", "nats"),
+    ("centred", "hindsight, centred", "hint°", True, "sum of l + KL, what the policy's own choice added: 0 for a token that it was sure of", "nats"),
+    ("value", "V", "V", False, "estimated probability of success after the step", ""),
+    ("weight", "weight", "w", False, "factor on the rollout's advantage, mean 1 (credit.form=weights; the additive form leaves it at 1)", ""),
+    ("entropy", "entropy", "H", False, "of the policy at the step's tokens, mean", "nats"),
+    ("logp", "log-prob", "logp", False, "of the step's tokens under the policy that wrote them, mean", "nats"),
 )  # fmt: skip
 
 # Why a step ends where it does: a mark, and words.
@@ -74,6 +75,7 @@ class Step:
     phi: float | None = None
     iota: float | None = None
     hindsight: float | None = None
+    centred: float | None = None
     value: float | None = None
     weight: float | None = None
     entropy: float | None = None
@@ -91,6 +93,7 @@ class Rollout:
     finished: bool
     advantage: float | None
     reliability: float | None
+    source: str | None = None  # of phi, information and V
 
     @property
     def tokens(self) -> int:
@@ -159,9 +162,8 @@ class View:
 
     @property
     def measures(self) -> list[tuple]:
-        """Those of MEASURES that were measured; weights that are all 1 (the additive form) say nothing and are left out."""
-        found = {name: {x for r in self.rollouts for s in r.steps if (x := getattr(s, name)) is not None} for name, *_ in MEASURES}
-        return [m for m in MEASURES if found[m[0]] and not (m[0] == "weight" and all(abs(x - 1.0) < 1e-6 for x in found["weight"]))]
+        """Those of MEASURES that were measured."""
+        return [m for m in MEASURES if any(getattr(s, m[0]) is not None for r in self.rollouts for s in r.steps)]
 
     def sort(self, order: str) -> None:
         """Groups and rollouts by ORDERS: highest surprise, lowest outcome (no verdict last) or most tokens first; ties stay as they were sampled.
@@ -264,7 +266,15 @@ def _groups(path: Path, read) -> tuple[list[Group], list[str]]:
     missing = [name for name in needed if name not in columns]
     if missing:
         raise InspectError(f"{path} has no column {', '.join(missing)}: an older version wrote it, and where its steps lie in the text is not known")
-    optional = [f"segment_{n}" for n, *_ in MEASURES if n != "own"] + ["group", "verdict", "finished", "advantage", "reliability", "answered"]
+    optional = [f"segment_{n}" for n, *_ in MEASURES if n != "own"] + [
+        "group",
+        "verdict",
+        "finished",
+        "advantage",
+        "reliability",
+        "source",
+        "answered",
+    ]
     absent = [name for name in optional if name not in columns]
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     groups: list[Group] = []
@@ -302,6 +312,7 @@ def _rollout(number: int, row: dict[str, Any], read) -> Rollout:
         row.get("finished", True),
         advantage,
         finite(row.get("reliability")),
+        row.get("source"),
     )
 
 

@@ -3,7 +3,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const state = { group: 0, shade: "credit", order: data.order, figures: false };
-const measures = new Map(data.measures.map(([name, label, short, signed, help]) => [name, { name, label, short, signed, help }]));
+const measures = new Map(data.measures.map(([name, label, short, signed, help, unit]) => [name, { name, label, short, signed, help, unit }]));
 const ORDERS = { surprise: "surprise", outcome: "outcome, wrong first", length: "length, longest first", sampled: "as sampled" };
 const THEMES = ["auto", "light", "dark"];
 
@@ -117,9 +117,12 @@ function gauge(x) {
 
 function figures(rollout, k, long) {
   const list = make("dl");
+  if (long && rollout.advantage !== null) list.append(make("div", { title: "of the rollout within its group" }, make("dt", {}, "advantage"), make("dd", {}, number(rollout.advantage, true))));
   for (const m of measures.values()) {
     if (!rollout.steps[m.name] || (!long && m.name === state.shade)) continue;
-    list.append(make("div", { title: m.help }, make("dt", {}, long ? m.label : m.short), make("dd", {}, number(value(rollout, k, m.name), m.signed))));
+    const shown = make("dd", {}, number(value(rollout, k, m.name), m.signed));
+    if (long && m.unit) shown.append(make("small", {}, ` ${m.unit}`));
+    list.append(make("div", { title: m.help }, make("dt", {}, long ? m.label : m.short), shown));
   }
   return list;
 }
@@ -152,6 +155,7 @@ function step(rollout, k) {
 // --- columns: a rollout's steps are drawn when its column comes near, a few a frame -------------------------------------------------
 
 const BUDGET = 6; // milliseconds of a frame
+const SHORT = 10; // steps of a rollout, and forty times so many characters
 let waiting = [];
 const near = new IntersectionObserver((entries) => {
   const come = entries.filter((e) => e.isIntersecting).map((e) => e.target);
@@ -182,19 +186,25 @@ function fill(section) {
   while (fillOne(section));
 }
 
+/** The source of its attribution and how far that is trusted; nothing where none spoke. */
+function told(rollout) {
+  if (!rollout.source) return "";
+  return rollout.reliability === null ? rollout.source : `${rollout.source} ${number(rollout.reliability)}`;
+}
+
 function column(rollout) {
-  const facts = [];
-  if (rollout.advantage !== null) facts.push(`A ${number(rollout.advantage, true)}`);
-  facts.push(`surprise ${number(rollout.surprise)}`);
-  if (rollout.reliability !== null) facts.push(`reliability ${number(rollout.reliability)}`);
-  facts.push(plural(rollout.tokens, "token"), plural(rollout.counts.length, "step"));
+  const judged = [];
+  if (rollout.advantage !== null) judged.push(`A ${number(rollout.advantage, true)}`);
+  judged.push(`surprise ${number(rollout.surprise)}`);
+  const facts = [plural(rollout.tokens, "token"), plural(rollout.counts.length, "step")];
+  if (told(rollout)) facts.push(told(rollout));
   if (!rollout.finished) facts.push("cut off");
   const given = rollout.given === null ? "" : `read ${visible(rollout.given)}`;
   const sign = mark(rollout);
   sign.append(` ${rollout.verdict}`);
   const head = make("header", {}, make("h2", {}, rollout.twin ? make("span", { title: `the same text as #${rollout.twin}` }, `#${rollout.number} = #${rollout.twin}`) : `#${rollout.number}`, sign, make("span", { class: "given", title: given }, given)),
-    make("p", {}, facts.join(" · ")), strip(rollout));
-  const section = make("section", { class: "rollout", "data-number": rollout.number, "aria-label": `rollout ${rollout.number}, ${rollout.verdict}, ${facts.join(", ")}` }, head);
+    make("p", {}, judged.join(" · ")), make("p", {}, facts.join(" · ")), strip(rollout));
+  const section = make("section", { class: "rollout", "data-number": rollout.number, "aria-label": `rollout ${rollout.number}, ${rollout.verdict}, ${[...judged, ...facts].join(", ")}` }, head);
   section.append(rollout.counts.length ? make("ol") : make("p", { class: "empty" }, "an empty response"));
   section.rollout = rollout;
   if (rollout.counts.length) {
@@ -209,6 +219,8 @@ function drawColumns() {
   let longest = 0; // short lines need no wide columns: more rollouts stand side by side
   for (const r of group().rollouts) for (const line of r.text.split("\n")) longest = Math.max(longest, line.length);
   $("columns").style.setProperty("--wide", `${Math.min(380, Math.max(232, 130 + 7.5 * longest))}px`);
+  // Short rollouts stand in rows that fit the window, long ones in one row, beside each other from the first step to the last.
+  $("columns").classList.toggle("short", group().rollouts.every((r) => r.counts.length <= SHORT && r.text.length <= 40 * SHORT));
   const sections = group().rollouts.map(column); // new ones: to move what was drawn would lay all of it out again
   $("columns").replaceChildren(...sections);
   for (const section of sections) if (section.rollout.counts.length) near.observe(section);
@@ -225,9 +237,9 @@ function drawQuestion() {
 function drawLegend() {
   const m = measures.get(state.shade);
   const most = data.scale[m.name];
-  const ramp = make("span", { class: m.signed ? "ramp" : "ramp size" }, m.signed ? number(-most, true) : "0", make("i"), number(most, m.signed));
+  const ramp = make("span", { class: m.signed ? "ramp" : "ramp size" }, m.signed ? number(-most, true) : "0", make("i"), `${number(most, m.signed)} ${m.unit}`.trim());
   const sense = m.signed ? ", ← against · for →" : "";
-  $("legend").replaceChildren(ramp, make("span", {}, `${m.label}: ${m.help}${sense}`), make("span", { title: data.surprise }, "surprise: credit a token that pulls against the verdict"),
+  $("legend").replaceChildren(ramp, make("span", {}, `${m.label}: ${m.help}${sense}`), make("span", { class: "more", title: data.surprise }, "surprise: credit per token that pulls against the verdict"),
     ...data.notes.map((n) => make("span", {}, visible(n))));
 }
 
@@ -270,7 +282,7 @@ function show(i) {
   state.group = Math.min(Math.max(i, 0), data.groups.length - 1);
   draw();
   const current = $("groups").querySelector("[aria-current=true]");
-  current.scrollIntoView({ block: "nearest" });
+  current.scrollIntoView({ block: "nearest", inline: "nearest" });
 }
 
 // --- the step under the pointer or the keyboard -------------------------------------------------------------------------------------
@@ -283,7 +295,7 @@ function detail(item) {
   const rollout = item.closest(".rollout").rollout;
   const k = Number(item.dataset.k);
   const kind = rollout.answered && k === rollout.counts.length - 1 ? "answer" : `step ${k + 1} of ${rollout.counts.length}`;
-  $("detail").replaceChildren(make("p", {}, make("b", {}, `#${rollout.number} ${rollout.verdict}, ${kind}`), ` · ${plural(rollout.counts[k], "token")} · ends with ${data.rules[rollout.rules[k]][1]}`),
+  $("detail").replaceChildren(make("p", {}, make("b", {}, `#${rollout.number} ${rollout.verdict}, ${kind}`), ` · ${plural(rollout.counts[k], "token")} · ends with ${data.rules[rollout.rules[k]][1]}${told(rollout) && ` · ${told(rollout)}`}`),
     figures(rollout, k, true));
 }
 
@@ -351,7 +363,7 @@ function nextTheme() {
   const then = THEMES[(THEMES.indexOf(now) + 1) % THEMES.length];
   if (then === "auto") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = then;
-  $("theme").textContent = `theme: ${then}`;
+  $("theme").querySelector("b").textContent = then;
 }
 
 const next = (names, now) => names[(names.indexOf(now) + 1) % names.length];

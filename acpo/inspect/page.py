@@ -75,7 +75,7 @@ def _rollout(rollout: Rollout, names: list[str]) -> dict:
         ends.append(step.end + at)
     return {
         "number": rollout.number, "text": rollout.text, "outcome": rollout.outcome, "verdict": rollout.verdict, "given": rollout.given,
-        "finished": rollout.finished, "advantage": _short(rollout.advantage), "reliability": _short(rollout.reliability),
+        "finished": rollout.finished, "advantage": _short(rollout.advantage), "reliability": _short(rollout.reliability), "source": rollout.source,
         "surprise": _short(rollout.surprise), "tokens": rollout.tokens, "answered": bool(rollout.steps) and rollout.steps[-1].answer, "ends": ends,
         "counts": [s.tokens for s in rollout.steps], "rules": [s.rule for s in rollout.steps],
         "steps": {name: values for name, values in steps.items() if any(v is not None for v in values)},

@@ -8,13 +8,13 @@ from .data import View
 
 SURPRISE = (
     "Where credit and outcome disagree. With R the outcome of a rollout and s = +1 where R > 1/2, -1 where R < 1/2, else 0, over its steps k "
-    "other than the answer, of n_k tokens with credit c_k: surprise = sum n_k max(0, -s c_k) / sum n_k, the credit a token that pulls against "
+    "other than the answer, of n_k tokens with credit c_k: surprise = sum n_k max(0, -s c_k) / sum n_k, the credit per token that pulls against "
     "the outcome: negative credit in a right rollout, positive credit in a wrong one, in units of an advantage. 0: no step was credited against it."
 )
 ROLLOUT = (
     ("A", "its advantage within its group: credit = A + own part in the additive form, A times the weight in the other"),
     ("surprise", "see below"),
-    ("reliability", "how far the attribution was trusted, from 0 (credit is A alone) to 1"),
+    ("tree 0.97", "the source of phi, information and V, and how far it was trusted: from 0 (credit is A alone) to 1"),
     ("#8 = #5", "the two have the same text"),
     ("read", "the answer that was read from it"),
 )

@@ -19,7 +19,7 @@ from .shown import plural, summary, visible
 
 NARROWEST = 40  # columns of a rollout
 FOR, AGAINST, SIZE = ((160, 200, 240), (90, 165, 235)), ((246, 188, 174), (236, 112, 92)), ((205, 190, 242), (165, 140, 230))
-SIGNED = {name: signed for name, _, _, signed, _ in MEASURES}
+SIGNED = {name: signed for name, _, _, signed, *_ in MEASURES}
 BLOCKS = " ▏▎▍▌▋▊▉█"
 
 
@@ -52,11 +52,11 @@ def show(view: View, console: Console, shade: str = "credit", groups: int = 1, r
     figure of a step under its text."""
     scale = view.scale(shade)
     console.print(Text(visible(view.title), "bold"), Text(summary(view)))
-    label, what = next((label, what) for name, label, _, _, what in MEASURES if name == shade)
-    most = number(scale, False)
+    label, what, unit = next((label, what, unit) for name, label, _, _, what, unit in MEASURES if name == shade)
+    most = f"{number(scale, False)} {unit}".rstrip()
     ends = f"full bar and shade at {'±' if SIGNED[shade] else ''}{most}" if scale else "not measured here"
     console.print(Text(f"shade: {label}, {what}; {ends}"))
-    console.print(Text("surprise: credit a token against the verdict (negative in right rollouts, positive in wrong ones)"))
+    console.print(Text("surprise: credit per token against the verdict (negative in right rollouts, positive in wrong ones)"))
     for note in view.notes:
         console.print(Text(f"note: {visible(note)}"))
     chosen = view.groups[: groups or None]
@@ -114,6 +114,8 @@ def _rollout(rollout: Rollout, shade: str, scale: float, figures: list[tuple], w
     facts = [f"surprise {number(rollout.surprise, False)}", plural(rollout.tokens, "token")]
     if rollout.advantage is not None:
         facts.insert(0, f"A {number(rollout.advantage, True)}")
+    if rollout.source is not None:
+        facts.append(f"{rollout.source} {number(rollout.reliability, False)}")
     if not rollout.finished:
         facts.append("cut off")
     lines = [head, Text(" · ".join(facts))]
@@ -137,7 +139,7 @@ def _step(rollout: Rollout, k: int, step: Step, shade: str, scale: float, figure
     fits = "\n" not in text.plain and cell_len(head.plain) + cell_len(text.plain) <= width
     lines = [head + text] if fits else [head, text]
     if figures:
-        found = [(short, getattr(step, name), signed) for name, _, short, signed, _ in figures]
+        found = [(short, getattr(step, name), signed) for name, _, short, signed, *_ in figures]
         lines.append(Text(" ".join(f"{short}\u00a0{number(x, signed)}" for short, x, signed in found if x is not None), style="dim"))
     return lines
 

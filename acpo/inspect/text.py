@@ -115,10 +115,10 @@ def inspect_traces(traces: list[Trace], settings: Config, title: str, advance: C
     groups, at = [], 0
     for number, size in enumerate(sizes, 1):
         head = traces[at]
-        rollouts = [
-            Rollout(n, traces[b].response, steps[b], traces[b].outcome, *statuses[b], True, finite(advantages[b]), None)
-            for n, b in enumerate(range(at, at + size), 1)
-        ]
+        rollouts = []
+        for n, b in enumerate(range(at, at + size), 1):
+            source = "hindsight" if traces[b].answer else None
+            rollouts.append(Rollout(n, traces[b].response, steps[b], traces[b].outcome, *statuses[b], True, finite(advantages[b]), None, source))
         groups.append(Group(number, head.name or head.id, head.problem, head.answer, rollouts))
         at += size
     notes = [NOTES[0]] if known.any() else []
@@ -203,15 +203,16 @@ def _fill(
     before = previous_in_sequence(values, calibrator.predict_before(base, low), segments)
     r = outcome.double()[sequence]
     iota = r * (values / before).log() + (1 - r) * ((1 - values) / (1 - before)).log()
-    hindsight = segment_reduce(torch.nan_to_num(token["log_ratio"], nan=0.0, posinf=0.0, neginf=0.0), segments)
+    seen = torch.nan_to_num(torch.stack([token["log_ratio"], token["log_ratio"] + token["kl"]]), nan=0.0, posinf=0.0, neginf=0.0)
+    hindsight, centred = segment_reduce(seen, segments)
     entropy, logp = segment_reduce(torch.stack([token["entropy"], token["old_logp"]]), segments, reduce="mean")
     credited = segment_reduce(shaped.token_advantages, segments, reduce="mean")
     useful = (known | (advantages != 0))[sequence]  # without an answer and without an advantage a credit of 0 would say what nobody knows
 
     numbers = {
         "credit": (credited, useful), "own": (credited - advantages[sequence], use), "phi": (values - before, use), "iota": (iota, use),
-        "value": (values, use), "hindsight": (hindsight, known[sequence]), "entropy": (entropy, torch.ones_like(use)),
-        "logp": (logp, torch.ones_like(use)),
+        "value": (values, use), "hindsight": (hindsight, known[sequence]), "centred": (centred, known[sequence]),
+        "entropy": (entropy, torch.ones_like(use)), "logp": (logp, torch.ones_like(use)),
     }  # fmt: skip
     flat = list(itertools.chain.from_iterable(steps))
     for name, (value, where) in numbers.items():

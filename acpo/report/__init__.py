@@ -9,10 +9,10 @@ from pathlib import Path
 
 from ..layers import ConfigError
 from . import figure, page
-from .panels import SECTIONS, lines
+from .panels import SECTIONS, Sections, chosen, lines
 from .records import Group, Records, ReportError, area, cell, columns, distinct, group_summary, grouped, read, summary
 
-__all__ = ["Group", "Records", "ReportError", "area", "cell", "columns", "group_summary", "grouped", "load", "read", "summary", "write"]
+__all__ = ["Group", "Records", "ReportError", "area", "cell", "chosen", "columns", "group_summary", "grouped", "load", "read", "summary", "write"]
 NUMBERS = (".csv",)
 PAGES = (".html", ".htm")
 
@@ -23,8 +23,8 @@ def load(directories: list[Path]) -> list[Group]:
     return grouped(distinct([read(directory) for directory in once.values()]))
 
 
-def write(directories: list[Path], out: Path | None = None, groups: list[Group] | None = None) -> list[Path]:
-    """The picture, the page and the numbers of the runs; returns what was written.
+def write(directories: list[Path], out: Path | None = None, groups: list[Group] | None = None, sections: Sections = SECTIONS) -> list[Path]:
+    """The picture, the page and the numbers of the runs, of those panels; returns what was written.
 
     out is a folder for all three, or one file: .html the page, .csv the numbers, else the picture. Without it they go into the run's directory as
     curves.png, report.html and report.csv; those of several runs into the folder that holds them, as report.png, report.html and report.csv.
@@ -39,11 +39,11 @@ def write(directories: list[Path], out: Path | None = None, groups: list[Group] 
         paths = [_short(folder / name) for name in ("curves.png" if one else "report.png", "report.html", "report.csv")]
     for path in paths:
         if path.suffix in NUMBERS:
-            _replace(path, numbers(groups))
+            _replace(path, numbers(groups, sections))
         elif path.suffix in PAGES:
-            _replace(path, page.html(groups))
+            _replace(path, page.html(groups, sections))
         else:
-            figure.picture(groups, path)
+            figure.picture(groups, path, sections)
     return paths
 
 
@@ -61,12 +61,12 @@ def _replace(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def numbers(groups: list[Group]) -> str:
+def numbers(groups: list[Group], sections: Sections = SECTIONS) -> str:
     """What the figures draw, as CSV: one row a point. low and high are empty where fewer than three runs have it."""
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     table.writerow(("panel", "unit", "series", "group", "runs", "x", "mean", "low", "high"))
-    for _, panels in SECTIONS:
+    for _, panels in sections:
         for panel in panels:
             for line in lines(panel, groups):
                 low, high = line.low or [""] * len(line.x), line.high or [""] * len(line.x)

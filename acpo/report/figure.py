@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from ..layers import ConfigError
-from .panels import SECTIONS, Line, Panel, lines
+from .panels import SECTIONS, Line, Panel, Sections, lines
 from .records import Group
 
 INK, MUTED, GRID = "#1c1e21", "#6a6f76", "#e4e5e7"
@@ -16,6 +16,7 @@ PALETTE = ("#2a6fbb", "#d9730d", "#2b8a5a", "#8e5bb5", "#c43d4b", "#13858f", "#8
 DARK = ("#6cabf0", "#f2a154", "#6cc892", "#c09be2", "#f0818c", "#5cc7d0", "#c9aa73", "#a5acb8")
 STYLES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 SIZE = (3.9, 2.5)  # inches of a panel
+COLUMNS = 4
 ROW = 3.0  # inches of a row of the sheet, titles included
 SETTINGS = {
     "font.size": 8.5, "font.family": "DejaVu Sans", "axes.edgecolor": MUTED, "axes.labelcolor": MUTED, "text.color": INK, "xtick.color": MUTED,
@@ -34,21 +35,26 @@ def _pyplot():
     return pyplot
 
 
-def picture(groups: list[Group], path: Path) -> None:
-    """Every panel on one sheet; the format is that of the path's suffix."""
+def picture(groups: list[Group], path: Path, sections: Sections = SECTIONS) -> None:
+    """Every panel on one sheet, four in a row; the format is that of the path's suffix."""
     pyplot = _pyplot()
-    panels = [panel for _, section in SECTIONS for panel in section]
-    columns, rows = len(SECTIONS[0][1]), len(SECTIONS)
+    panels = [panel for _, section in sections for panel in section]
+    columns = min(COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
     with pyplot.rc_context(SETTINGS):
         head = 0.35 if len(groups) > 1 else 0.0
         height = ROW * rows + head
-        figure, axes = pyplot.subplots(rows, columns, figsize=(SIZE[0] * columns, height))
+        figure, axes = pyplot.subplots(rows, columns, figsize=(SIZE[0] * columns, height), squeeze=False)
         # Margins by hand: a layout engine draws everything twice, and half of a report's time goes into that.
-        figure.subplots_adjust(left=0.04, right=0.99, top=1 - (head + 0.55) / height, bottom=0.42 / height, wspace=0.22, hspace=0.62)
+        figure.subplots_adjust(
+            left=0.16 / columns, right=1 - 0.04 / columns, top=1 - (head + 0.55) / height, bottom=0.42 / height, wspace=0.22, hspace=0.62
+        )
         if path.suffix[1:] not in figure.canvas.get_supported_filetypes():
             pyplot.close(figure)
             raise ConfigError(f"--out: no picture can be written as {path.name}; end it in .png (or give a folder, .html or .csv)")
-        for axis, panel in zip(axes.flat, panels, strict=True):
+        for axis in axes.flat[len(panels) :]:
+            axis.set_axis_off()
+        for axis, panel in zip(axes.flat, panels, strict=False):
             draw(axis, panel, lines(panel, groups), groups)
             axis.set_title(panel.title, fontsize=10, fontweight="bold", loc="left", pad=24)
             axis.text(0, 1.09, panel.unit, transform=axis.transAxes, fontsize=8, color=MUTED)
@@ -181,4 +187,4 @@ def _bars(axis, panel: Panel, drawn: list[Line], groups: list[Group]) -> None:
     axis.set_yticks(range(len(names)), names)
     axis.tick_params(axis="y", length=0)
     axis.invert_yaxis()
-    axis.set_xlabel("seconds a step", labelpad=1)
+    axis.set_xlabel("seconds per step", labelpad=1)

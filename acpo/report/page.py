@@ -7,22 +7,23 @@ from html import escape
 import yaml
 
 from .figure import PALETTE, colour, svg
-from .panels import POINTS, SECTIONS, Line, Panel, lines
+from .panels import POINTS, SECTIONS, Line, Panel, Sections, lines
 from .records import LEAST_SEEDS, Group, area, cell, columns, group_summary, summary
 from .style import STYLE
 
 
-def html(groups: list[Group]) -> str:
+def html(groups: list[Group], sections: Sections = SECTIONS) -> str:
     """The whole page."""
     runs = [run for group in groups for run in group.runs]
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs, {len(groups)} {'method' if len(groups) == 1 else 'methods or settings'}"
+    title = runs[0].name if len(runs) == 1 else f"{', '.join(g.label for g in groups)}: {len(runs)} runs"
     body, number = [], 0
-    for heading, panels in SECTIONS:
+    for heading, panels in sections:
         cards = []
         for panel in panels:
             cards.append(_card(panel, lines(panel, groups), groups, f"f{number}"))
             number += 1
-        body.append(f"<section><h2>{escape(heading)}</h2><div class='grid'>{''.join(cards)}</div></section>")
+        head = f"<h2>{escape(heading)}</h2>" if heading else ""
+        body.append(f"<section>{head}<div class='grid'>{''.join(cards)}</div></section>")
     return (
         "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width,initial-scale=1'>"
         "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
+from ..layers import ConfigError
 from .records import Group, Records, interval, wildcard
 
 POINTS = 25  # a curve of more steps is drawn in so many pieces at most, each the mean of its steps
@@ -40,7 +41,8 @@ class Line:
 
 SHARE = (0.0, 1.0)
 FROM_0 = (0.0, None)
-SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
+Sections = tuple[tuple[str, tuple[Panel, ...]], ...]
+SECTIONS: Sections = (
     ("Outcome", (
         Panel("Reward", "mean outcome of the rollouts", (("reward", ""),), SHARE),
         Panel("pass@k of the rollouts", "share", (("pass@*", "pass@*"),), SHARE, note="pass@G: groups with at least one right rollout"),
@@ -48,16 +50,16 @@ SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         Panel("Held-out pass@k", "share", (("eval/pass@*", "pass@*"),), SHARE),
     )),
     ("Policy", (
-        Panel("Entropy", "nats a token", (("entropy", "measured"), ("entropy/target", "target")), FROM_0),
-        Panel("KL", "nats a token", (("kl/old", "to the sampling policy"), ("kl/ref", "to the reference")), FROM_0),
+        Panel("Entropy", "nats per token", (("entropy", "measured"), ("entropy/target", "target")), FROM_0),
+        Panel("KL", "nats per token", (("kl/old", "to the sampling policy"), ("kl/ref", "to the reference")), FROM_0),
         Panel("Clip fractions", "share of tokens", (("clip_ratio/low_mean", "low"), ("clip_ratio/high_mean", "high")), FROM_0),
         Panel("Groups without variance", "share of groups", (("frac_reward_zero_std", ""),), SHARE, note="all outcomes equal: no outcome gradient"),
     )),
     ("Attribution", (
         Panel("Reliability of each source", "skill in [0, 1]", (("attribution/reliability/*", "*"),), SHARE, note="0: that source changes nothing"),
-        Panel("Information budget", "nats a rollout", (("attribution/iota_sum", "sum of iota"), ("attribution/budget", "h_b(V)")),
+        Panel("Information budget", "nats per rollout", (("attribution/iota_sum", "sum of iota"), ("attribution/budget", "h_b(V)")),
               note="equal on average where V is calibrated"),
-        Panel("Segments", "a rollout", (("segments/mean_count", ""),), FROM_0),
+        Panel("Segments", "per rollout", (("segments/mean_count", ""),), FROM_0),
         Panel("Length of a segment", "tokens", (("segments/mean_length", ""),), FROM_0),
     )),
     ("Curriculum and cost", (
@@ -67,14 +69,28 @@ SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         Panel("Memory", "GB, peak", (("memory_gb", "host"), ("memory_gpu_gb", "GPU")), FROM_0),
     )),
     ("Running", (
-        Panel("Warm-up loss", "nats a token", (("warmup/loss", ""),), FROM_0),
+        Panel("Warm-up loss", "nats per token", (("warmup/loss", ""),), FROM_0),
         Panel("Gradient norm", "before clipping", (("grad_norm", ""),), FROM_0),
-        Panel("Throughput", "generated tokens a second", (("tokens/per_second", ""),), FROM_0),
-        Panel("Verifier", "rollouts a step",
+        Panel("Throughput", "generated tokens per second", (("tokens/per_second", ""),), FROM_0),
+        Panel("Verifier", "rollouts per step",
               (("verify/timeouts", "timeouts"), ("verify/kills", "killed"), ("verify/unparseable", "unreadable")), FROM_0),
     )),
 )  # fmt: skip
 NOT_A_PHASE = ("time/cpu", "time/segment_share")
+
+
+def chosen(names: list[str]) -> Sections:
+    """SECTIONS, or of their panels those whose title holds one of the names, in the order of the names, as one section."""
+    if not names:
+        return SECTIONS
+    panels = [panel for _, section in SECTIONS for panel in section]
+    found = []
+    for name in names:
+        of_that_name = [panel for panel in panels if name.lower() in panel.title.lower()]
+        if not of_that_name:
+            raise ConfigError(f"--panels: no panel is named {name!r}; there are {', '.join(panel.title for panel in panels)}")
+        found += [panel for panel in of_that_name if panel not in found]
+    return (("", tuple(found)),)
 
 
 def lines(panel: Panel, groups: list[Group]) -> list[Line]:

@@ -16,7 +16,9 @@ p{{margin:.2rem 0 .8rem}}
 .muted,small{{color:var(--muted)}}
 .legend{{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem;padding:.6rem 0;margin:.4rem 0;position:sticky;top:0;background:var(--ground);z-index:1}}
 .legend i{{display:inline-block;width:1.5rem;height:.28rem;border-radius:2px;margin-right:.5rem;vertical-align:middle}}
-.grid{{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));gap:1rem}}
+.grid{{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:1rem}}
+@media(max-width:1180px){{.grid{{grid-template-columns:repeat(2,minmax(0,1fr))}}}}
+@media(max-width:640px){{.grid{{grid-template-columns:minmax(0,1fr)}}}}
 figure{{margin:0;background:var(--card);border:1px solid var(--grid);border-radius:10px;padding:.8rem .9rem .5rem;min-width:0}}
 figcaption{{display:flex;flex-wrap:wrap;gap:0 .6rem;align-items:baseline}}
 figcaption b{{font-size:.95rem}}
@@ -26,7 +28,7 @@ svg{{display:block;width:100%;height:auto;margin-top:.3rem}}
 .scroll{{overflow-x:auto}}
 table{{border-collapse:collapse;font-size:.83rem;font-variant-numeric:tabular-nums}}
 th,td{{padding:.22rem .7rem;text-align:right;border-bottom:1px solid var(--grid);white-space:nowrap}}
-th{{color:var(--muted);font-weight:500}}
+th{{color:var(--muted);font-weight:500;white-space:normal;vertical-align:bottom}}
 td:first-child,th:first-child{{text-align:left;padding-left:0}}
 details{{font-size:.85rem;margin-top:.3rem}}
 summary{{cursor:pointer;color:var(--muted)}}

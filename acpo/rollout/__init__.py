@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the verifier's workers import the configuration, and with i
 
     from ..config import Config
     from ..policy import Policy
+    from ..ranks import Ranks
 
 
 class RolloutError(RuntimeError):
@@ -52,7 +53,7 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def build(config: Config, policy: Policy, eos_ids: list[int], directory: Path) -> Engine:
+def build(config: Config, policy: Policy, eos_ids: list[int], directory: Path, ranks: Ranks) -> Engine:
     """The engine of the configuration; directory is the run's."""
     if config.rollout.engine == "local":
         from .local import LocalEngine
@@ -62,6 +63,10 @@ def build(config: Config, policy: Policy, eos_ids: list[int], directory: Path) -
         from .vllm import VLLMEngine
 
         return VLLMEngine(policy, eos_ids, config.rollout.vllm, directory)
+    if ranks.size > 1:
+        from .shared import SharedServerEngine
+
+        return SharedServerEngine(policy, eos_ids, config.rollout, directory, ranks)
     from .server import ServerEngine
 
     return ServerEngine(policy, eos_ids, config.rollout, directory)

@@ -9,6 +9,9 @@ from acpo_kernels import logprob_entropy
 
 from ..policy import Policy
 from . import Sample
+from .decode import decoder
+
+UNSCORED = 2**22  # logits that are kept until their log-probs are computed together: 16 MiB
 
 
 class LocalEngine:
@@ -43,57 +46,60 @@ class LocalEngine:
         return samples
 
     def _generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float, generator: torch.Generator) -> list[Sample]:
-        model, device = self.policy.model, self.policy.device
-        lengths = [len(p) for p in prompts]
+        device, lengths = self.policy.device, [len(p) for p in prompts]
         longest = max(lengths)
-        current = torch.tensor([[self.policy.pad_id] * (longest - len(p)) + p for p in prompts], device=device)
+        padded = torch.tensor([[self.policy.pad_id] * (longest - len(p)) + p for p in prompts], device=device)
         mask = torch.arange(longest, device=device) >= longest - torch.tensor(lengths, device=device).unsqueeze(1)
-        ragged = min(lengths) < longest  # prompts of one length need neither mask nor positions
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
         alive = torch.arange(len(prompts), device=device)
-        ids = torch.full((len(prompts), max_new_tokens), self.policy.pad_id, device=device)
-        logp = torch.zeros(len(prompts), max_new_tokens, device=device)
-        ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        count = torch.zeros(len(prompts), dtype=torch.int64, device=device)
-        cache = None
+        going = torch.ones(len(prompts), dtype=torch.bool, device=device)  # of the alive
+        ids = torch.full((max_new_tokens, len(prompts)), self.policy.pad_id, device=device)
+        logp = torch.zeros(max_new_tokens, len(prompts), device=device)
+        unscored: list[tuple[int, Tensor, Tensor, Tensor]] = []  # step, alive, chosen, logits
+
+        def score() -> None:
+            """The log-probs of many steps in one call: at the temperature that they were sampled at, greedy at 1."""
+            chosen, logits = (torch.cat(part) for part in list(zip(*unscored, strict=True))[2:])
+            found = logprob_entropy(logits, chosen, temperature=temperature or 1.0).logp
+            for (step, rows, _, _), part in zip(unscored, found.split([len(rows) for _, rows, _, _ in unscored]), strict=True):
+                logp[step, rows] = part
+            unscored.clear()
+
+        decode = decoder(self.policy, padded, mask, max_new_tokens)
+        logits = decode.first
         for step in range(max_new_tokens):
-            extra = {"attention_mask": mask.long(), "position_ids": positions} if ragged else {}
-            with self.policy.precision():
-                out = model(input_ids=current, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra)
-            cache = out.past_key_values
-            chosen, chosen_logp = sample(out.logits[:, -1], temperature, generator)
-            ids[alive, step], logp[alive, step] = chosen, chosen_logp
-            count[alive] += ~ended[alive]
-            ended[alive] |= torch.isin(chosen, self.eos_ids)
-            going = ~ended[alive]
+            chosen = sample(logits, temperature, generator)
+            ids[step].index_copy_(0, alive, chosen)
+            unscored.append((step, alive, chosen, logits))
+            if len(unscored) * logits.numel() >= UNSCORED or step + 1 == max_new_tokens:
+                score()
+            going = going & (chosen.unsqueeze(1) != self.eos_ids).all(1)
             left = int(going.sum())
-            if left == 0:
+            if left == 0 or step + 1 == max_new_tokens:
                 break
-            current = chosen.unsqueeze(1)
-            if ragged:
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-                positions = positions[:, -1:] + 1
             if 2 * left <= len(alive):
                 keep = going.nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
-                alive, current = alive[keep], current[keep]
-                mask, positions = (mask[keep], positions[keep]) if ragged else (mask, positions)
-        return [Sample(ids[b, :n], logp[b, :n], done) for b, (n, done) in enumerate(zip(count.tolist(), ended.tolist(), strict=True))]
+                decode.keep(keep)
+                alive, chosen, going = alive[keep], chosen[keep], going[keep]
+            logits = decode.step(chosen)
+        if unscored:
+            score()
+        ends = torch.isin(ids[: step + 1], self.eos_ids)
+        finished = ends.any(0)  # what stands behind a row's first end is nobody's
+        count = torch.where(finished, ends.int().argmax(0) + 1, step + 1)
+        return [Sample(ids[:n, b], logp[:n, b], done) for b, (n, done) in enumerate(zip(count.tolist(), finished.tolist(), strict=True))]
 
 
-def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One token a row and its log-prob at the temperature it was sampled at (greedy: at 1).
+def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """One token a row.
 
     Sampled by inverting the cumulative distribution: one uniform number a row, where torch.multinomial draws one a logit (a sixth of the
     time at V = 151,936 on CPU). A token of probability 0 is never chosen.
     """
     if temperature == 0:
-        chosen = logits.argmax(-1)
-    else:
-        cumulative = torch.softmax(logits.float() / temperature, -1).cumsum(-1)
-        total = cumulative[:, -1:]
-        u = torch.rand(total.shape, generator=generator, device=total.device) * total
-        u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))
-        # A row of NaN finds no place: any token then, its log-prob is NaN and the caller sees it there.
-        chosen = torch.searchsorted(cumulative, u, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
-    return chosen, logprob_entropy(logits, chosen, temperature=temperature or 1.0).logp
+        return logits.argmax(-1)
+    cumulative = torch.softmax(logits.float() / temperature, -1).cumsum(-1)
+    total = cumulative[:, -1:]
+    u = torch.rand(total.shape, generator=generator, device=total.device) * total
+    u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))
+    # A row of NaN finds no place: any token then, its log-prob is NaN and the caller sees it there.
+    return torch.searchsorted(cumulative, u, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)

@@ -78,6 +78,9 @@ class ServerEngine:
     # --- weights ------------------------------------------------------------------------------------------------------------------
 
     def sync(self) -> None:
+        self._send()
+
+    def _send(self) -> None:
         if self.loaded == self.policy.version:
             return
         self._ask("/pause?mode=abort", {})  # a request that was given up must not put keys of old weights into the cache
@@ -129,7 +132,7 @@ class ServerEngine:
     ) -> list[Sample]:
         check_lengths(prompts, max_new_tokens, self.most, "the vLLM server's max_model_len")
         done = {} if done is None else done
-        self.sync()
+        self._send()
         seeds = request_seeds(len(prompts), generator)
         missing = [i for i in range(len(prompts)) if i not in done]
         self.stop.clear()

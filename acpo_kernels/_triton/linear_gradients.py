@@ -322,6 +322,11 @@ def product_tiles(tile: Tiles, architecture: int) -> Tiles:
     return tile._replace(n=min(tile.n, 128 if architecture // 10 == 10 else 256), stages=min(tile.stages, 3))
 
 
+def weight_tiles(tile: Tiles) -> Tiles:
+    """float32: both operands are turned on their way into registers, and of 32 rows Triton 3.6 spills the halves on sm_80 and sm_100."""
+    return tile._replace(k=16) if tile.precision == "tf32x3" else tile
+
+
 def backward(
     hidden: Tensor,
     weight: Tensor,
@@ -380,6 +385,7 @@ def add(
     softcapped = head.softcap is not None
     logits_tile = gradient_tiles(tiles(hidden.element_size(), architecture), architecture, softcapped)
     tile = product_tiles(tiles(hidden.element_size(), architecture), architecture)
+    weight_tile = weight_tiles(tile)
     weight, temperatures = head.weight, head.temperatures
     given = dict(HAS_LOGP=grad_logp is not None, HAS_ENTROPY=grad_entropy is not None, HAS_TEMPERATURES=temperatures is not None)
     scaled, residue = hidden.dtype == torch.float16, hidden.element_size() == 2
@@ -422,7 +428,7 @@ def add(
         if need_weight:
             _weight_gradient_kernel[(min(programs, triton.cdiv(size, tile.m) * h_tiles),)](
                 g_columns, low_columns, flags, h_backward, rows.count, least, grad_weight, vocab, wide, grad_weight.shape[1], rows.padded, column,
-                BLOCK_V=tile.m, BLOCK_H=tile.n, BLOCK_M=tile.k, CHUNK=128, ADD=more, SCALED=scaled, **common, **tile.options(),
+                BLOCK_V=tile.m, BLOCK_H=tile.n, BLOCK_M=weight_tile.k, CHUNK=128, ADD=more, SCALED=scaled, **common, **tile.options(),
             )  # fmt: skip
         if need_bias:
             _bias_gradient_kernel[(triton.cdiv(size, 256),)](

@@ -11,3 +11,7 @@ fi
 [ -x "$folder/bin/python" ] || python3 -m venv "$folder"
 . "$folder/bin/activate"
 rm -rf "$root"/acpo.egg-info # of an older build: found first from the checkout, it would hide entry points
+extension=acpo_kernels/_C$(python -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+if [ -e "$extension" ] && [ -z "$(find csrc setup.py -newer "$extension" -print -quit)" ]; then
+    export ACPO_NO_EXT=1 # an editable install finds the checkout's own, which is up to date for this Python: it is not compiled again
+fi

@@ -56,6 +56,8 @@ class ACPOTrainer(GRPOTrainer):
         args = ACPOConfig("ACPO") if args is None else args
         if not isinstance(args, ACPOConfig):
             raise TypeError(f"args must be an ACPOConfig, got {type(args).__name__}")
+        if args.use_vllm and args.vllm_mode == "colocate":
+            from ...rollout import worker  # noqa: F401  on a CPU vLLM would keep the first weights, in silence
         self._acpo_curriculum: Curriculum | None = None
         self._acpo_sampler: CurriculumSampler | None = None
         if args.acpo_curriculum:

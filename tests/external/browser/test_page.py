@@ -68,13 +68,14 @@ def test_what_stands_where(open_page):
     )
     assert numbers(tab) == ["3", "1", "2", "4"] and texts(tab, ".rollout h2 > span:not(.given)")[:2] == ["✗ wrong", "✓ right"]
     first = tab.locator(".rollout").first
+    assert "A +1.00 · surprise 0.25\n30 tokens · 3 steps · tree 0.50" in re.sub(r"\s*\n\s*", "\n", tab.inner_text(".rollout:nth-child(2) header"))
     assert "A −1.00 · surprise 0.56" in first.inner_text() and texts(tab, ".rollout:first-child .gutter b") == ["+2.00", "−1.00", "+0.25", "−1.00"]
     assert texts(tab, ".rollout:first-child .text") == ["step 1.", "step 2.", "step 3.", "step 4."]
     assert texts(tab, ".rollout:nth-child(2) li.answer .text") == ["step 3."]
     assert tab.locator(".rollout:nth-child(4)").get_attribute("aria-label").startswith("rollout 4, left out: verifier timed out, surprise 0.00")
     label = tab.locator(".rollout:first-child li").nth(1).get_attribute("aria-label")
     assert label == "step 2 of 4, credit −1.00, ends with the end of a line: step 2."
-    assert "surprise: credit a token that pulls against the verdict" in tab.inner_text("#legend")
+    assert "surprise: credit per token that pulls against the verdict" in tab.inner_text("#legend")
     right = tab.inner_text("#question")
     assert "How many?" in right and "33 % of 3" in right
 
@@ -124,7 +125,9 @@ def test_keys(open_page):
         assert focused(tab) == place, key
     tab.keyboard.press("ArrowRight")
     assert re.search(
-        r"phi\s*\+0.25\s*information\s*−0.50\s*hindsight\s*\+1.50\s*V\s*0.75\s*entropy\s*0.33\s*log-prob\s*−0.44", tab.inner_text("#detail")
+        r"advantage\s*\+1.00\s*credit\s*\+1.00\s*own part\s*0.00\s*phi\s*\+0.25\s*information\s*−0.50 nats\s*hindsight\s*\+1.50 nats\s*"
+        r"V\s*0.75\s*weight\s*1.00\s*entropy\s*0.33 nats\s*log-prob\s*−0.44 nats",
+        tab.inner_text("#detail"),
     )
     tab.keyboard.press("c")
     assert (

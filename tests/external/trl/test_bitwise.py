@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import OFF, equal, logged, model_path, trained, weights
+from tiny import OFF, chance, equal, length, logged, model_path, trained, weights
 from trl import GRPOTrainer
 
 from acpo.integrations.trl import ACPOTrainer
@@ -24,7 +24,33 @@ VARIANTS = {
     "truncated masked": {"mask_truncated_completions": True},
     "two-sided clip": {"delta": 1.5, "epsilon_high": 0.28, "num_iterations": 2},
     "TRL's entropy bonus": {"entropy_coef": 0.01},
-    "adaptive entropy": {"use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef": 0.01},
+    "adaptive entropy": {
+        "use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef": 0.01, "entropy_coef_min": 0.001, "entropy_coef_max": 0.012,
+        "entropy_coef_delta": 0.001,
+    },
+    "soft clips": {"loss_type": "sapo", "sapo_temperature_neg": 1.3, "sapo_temperature_pos": 0.8, "num_iterations": 2, "epsilon": 0.1},
+    "vespo": {
+        "loss_type": "vespo", "vespo_k_pos": 1.5, "vespo_lambda_pos": 2.0, "vespo_k_neg": 2.0, "vespo_lambda_neg": 1.5, "num_iterations": 2
+    },
+    "reference that moves": {
+        "beta": 0.04, "sync_ref_model": True, "ref_model_mixup_alpha": 0.5, "ref_model_sync_steps": 1, "use_bias_correction_kl": False,
+    },
+    "sampling": {
+        "temperature": 0.7, "top_p": 0.9, "top_k": 50, "min_p": 0.001, "repetition_penalty": 1.1, "generation_kwargs": {"typical_p": 0.95},
+        "acpo_source": "tree", "cache_implementation": "dynamic",
+    },
+    "model and head": {
+        "cast_lm_head_to_fp32": True, "disable_dropout": True, "bf16": True, "trust_remote_code": True,
+        "model_init_kwargs": {"attn_implementation": "eager"},
+    },
+    "data": {
+        "shuffle_dataset": False, "generation_batch_size": 16, "chat_template_kwargs": {"enable_thinking": False}, "num_generations_eval": 2,
+    },
+    "logs": {"log_completions": True, "num_completions_to_print": 1, "log_unique_prompts": True},
+    "two rewards": {
+        "reward_funcs": [chance, length], "reward_weights": [1.0, 0.3], "multi_objective_aggregation": "normalize_then_sum",
+        "acpo_outcome": "chance",
+    },
     "gradient checkpointing": {"gradient_checkpointing": True},
     "bfloat16": {"bf16": True},
     "padding": {"pad_to_multiple_of": 8},
@@ -32,7 +58,7 @@ VARIANTS = {
     "hindsight everywhere": {"acpo_settings": {"credit.scope": "all"}},
     "weights": {"acpo_form": "weights"},
     "no attribution": {"acpo_source": "none", "acpo_form": "none", "importance_sampling_level": "sequence", "acpo_reliability": None},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

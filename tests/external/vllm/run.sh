@@ -8,5 +8,8 @@ if [ ! -e "$folder/ready" ]; then
     pip install -q matplotlib pytest hypothesis 'setuptools>=77' 'pybind11>=3.0' 'cmake>=3.18' ninja
     touch "$folder/ready"
 fi
+# TRL without the vLLM that it would pin, and what of its requirements vLLM does not bring.
+pip install -q --no-deps -c tests/external/trl/constraints.txt trl accelerate datasets peft multiprocess xxhash pandas
 pip install -q --no-deps --no-build-isolation -e .
-HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 python -m pytest -q -s -p no:cacheprovider --noconftest tests/external/vllm/check_engines.py
+HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 python -m pytest -q -s -p no:cacheprovider --noconftest tests/external/vllm/check_engines.py \
+    tests/external/vllm/check_trl.py
