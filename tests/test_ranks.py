@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 STEPS, DTYPES = 3, (torch.float64, torch.float32)
 # Three groups of four on two ranks: the second group lies across both. Every source, several micro-batches and optimiser steps.
 METHOD = (
-    "rollout.prompts=3", "attribution.source=hindsight,tree,head", "credit.scope=all", "loss.minibatches=2", "trainer.micro_batch_tokens=120",
+    "rollout.prompts=3", "attribution.source=hindsight,tree,head", "credit.scope=all", "loss.minibatches=2", "trainer.micro_batch_tokens=60",
     "optimizer.max_grad_norm=1e9", "policy.packing=packed",
 )  # fmt: skip
 VARIANTS = {
@@ -65,7 +65,7 @@ class InDDP:
     """The policy inside torch's DDP, as accelerate wraps it: the ranks' gradients are brought together by the last of `passes` backwards."""
 
     def __init__(self, policy, passes: int):
-        self.policy, self.ddp, self.left = policy, DistributedDataParallel(policy, broadcast_buffers=False), passes
+        self.policy, self.ddp, self.left = policy, DistributedDataParallel(policy), passes
 
     def __getattr__(self, name):
         return getattr(self.policy, name)
