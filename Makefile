@@ -11,7 +11,7 @@ sanitize:  ## address, undefined-behaviour and thread sanitizers over the C++ co
 	tests/sanitize/run
 
 fuzz:  ## thousands of bad arguments and damaged files, other ones each time; the segmenter's inputs
-	ACPO_EXAMPLES=$(EXAMPLES) python -m pytest tests/test_bad_input.py tests/test_bad_files.py --hypothesis-show-statistics
+	ACPO_EXAMPLES=$(EXAMPLES) python -m pytest -n $(shell nproc) tests/test_bad_input.py tests/test_bad_files.py --hypothesis-show-statistics
 	tests/fuzz/run
 
 readme:  ## the commands of README.md

@@ -56,7 +56,7 @@ class ProblemsConfig:
 @dataclass
 class PolicyConfig:
     path: str = ""  # a local causal language model with its tokenizer
-    from_config: Literal["small", "tiny", ""] = ""  # a randomly initialised Qwen2 of that size instead
+    from_config: Literal["medium", "small", "tiny", ""] = ""  # a randomly initialised Qwen2 of that size instead
     tokenizer: str = ""  # a folder or tokenizer.json, or "bytes"; empty: that of `path`, or the characters of the synthetic task
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and optimizer state are float32
     device: str = "auto"  # auto: CUDA where there is a device, else the CPU

@@ -7,7 +7,8 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
+from rich.table import Column, Table
+from rich.text import Text
 
 WATCHED = (
     ("reward", "reward", ".2f"), ("eval/accuracy", "acc", ".3f"), ("entropy", "H", ".3f"), ("attribution/reliability", "rel", ".2f"),
@@ -60,6 +61,17 @@ class Display:
     def say(self, text: str) -> None:
         if not self.quiet:
             self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def facts(self, rows: list[tuple[str, str]]) -> None:
+        """(of what, what): two columns on a terminal, where long ones wrap inside theirs; elsewhere a line each."""
+        if self.quiet or not self.console.is_terminal:
+            for name, text in rows:
+                self.say(f"{name:9} {text}")
+            return
+        grid = Table.grid(Column(style="bold", no_wrap=True), Column(overflow="fold"), padding=(0, 2, 0, 0))
+        for name, text in rows:
+            grid.add_row(Text(name), Text(text))
+        self.console.print(grid)
 
     def warn(self, text: str) -> None:
         """Said even where all else is not, on stderr then: what is on stdout is for a program."""

@@ -27,7 +27,7 @@ OPTIONAL = (
     ("tensorboard", "tensorboard", "tensorboard", "trainer.log=tensorboard is refused; metrics.jsonl and the report are there all the same"),
     ("wandb", "wandb", "wandb", "trainer.log=wandb is refused"),
     ("trackio", "trackio", "trackio", "trainer.log=trackio is refused"),
-    ("shtab", "shtab", "completion", "no completion in the shell"),
+    ("shtab", "shtab", "completion", "no completion in bash, zsh and tcsh"),
 )
 
 
@@ -58,7 +58,9 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, str]:
     """Processor, threads, GPUs, memory."""
-    out = {"processor": f"{_processor()}, {torch.get_num_threads()} threads of torch, {os.cpu_count()} processors", "platform": platform.platform()}
+    threads = torch.get_num_threads()
+    cores = f"{threads} thread{'s' * (threads > 1)} of torch on {os.cpu_count()} processors"
+    out = {"processor": f"{_processor()}, {cores}", "platform": platform.platform()}
     total = memory_total("cpu")
     if total:
         out["memory"] = f"{total / 2**30:.1f} GB, {(memory_free('cpu') or 0) / 2**30:.1f} GB free"

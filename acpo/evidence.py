@@ -2,8 +2,10 @@
 
 The primary figure of a run is the area under its held-out greedy accuracy against generated tokens, up to a budget and divided by it: the mean
 accuracy over the budget. The budget of a seed is what the arm `against` spent on that seed; a curve that ends before it keeps its last value.
-The same against seconds, where the seconds of an interval between two evaluations are the MEDIAN over the arm's seeds of its CPU seconds (one
-thread; on a GPU wall seconds): a machine that is busy with other things makes noise in single runs, and that is no property of a method.
+The same against all tokens that went through the policy, those of the extra forwards (hindsight, probe, reference) beside the generated ones; a token
+that is only read costs less than one that is written, so this axis is the strictest. And against seconds, where the seconds of an interval between
+two evaluations are the MEDIAN over the arm's seeds of its CPU seconds (one thread; on a GPU wall seconds): a machine that is busy with other things
+makes noise in single runs, and that is no property of a method. Where runs were made by several versions of the code, seconds are those of one.
 
 Over seeds: interquartile mean; the interval of a difference is the 2.5 % to 97.5 % percentile bootstrap of the interquartile mean of the PAIRED
 differences, resampling seeds (Agarwal et al. 2021, arXiv 2108.13264).
@@ -15,6 +17,7 @@ import base64
 import html
 import itertools
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ BOOTSTRAP = 10_000
 LEAST_SEEDS = 8  # fewer differences resampled give an interval that means nothing: then there is none
 FILES = {"table": "results.json", "figure": "results.png", "both": "results.html"}
 SERIES = {"entropy": "entropy", "reliability": "attribution/reliability", "zero_variance": "frac_reward_zero_std", "reward": "reward"}
+AXES = ("tokens", "all_tokens", "seconds")  # generated; with those of the extra forwards; CPU
 SERIES_ELSEWHERE = {"decisions": "entropy/decisions"}  # only of tasks with filler: entropy without it
 
 
@@ -36,24 +40,24 @@ def run_record(records: list[dict], total_steps: int, cpu: bool) -> dict[str, An
     A run that broke down before its end has accuracy 0 from there to the end that it would have had.
     """
     points: list[dict[str, float]] = []
-    seconds, since, tokens, step = 0.0, [], 0, 0
+    seconds, since, tokens, extra, step = 0.0, [], 0, 0, 0
     for record in records:
         if record["phase"] == "warmup":
             continue
         if record["phase"] != "start":
             seconds += record["time/cpu"] if cpu else record["step_time"]
             since.append(record)
-            tokens, step = record["tokens/generated"], record["step"]
+            tokens, extra, step = record["tokens/generated"], record["tokens/forward_extra"], record["step"]
         if "eval/accuracy" in record:
             there = {**SERIES, **{n: k for n, k in SERIES_ELSEWHERE.items() if all(k in r for r in since)}} if since else {}
             means = {name: _round(np.mean([r[key] for r in since])) for name, key in there.items()}
-            points.append({"step": record["step"], "tokens": tokens, "seconds": _round(seconds), "accuracy": record["eval/accuracy"], **means})
+            spent = {"tokens": tokens, "extra": extra, "seconds": _round(seconds)}
+            points.append({"step": record["step"], **spent, "accuracy": record["eval/accuracy"], **means})
             since = []
     if step < total_steps:
-        rate = tokens / step if step else 1.0
-        points += [
-            {"step": s, "tokens": tokens + rate * (s - step), "seconds": seconds / max(step, 1) * s, "accuracy": 0.0} for s in (step + 1, total_steps)
-        ]
+        for s in (step + 1, total_steps):
+            spent = {"tokens": tokens / step * s if step else float(s), "extra": extra / max(step, 1) * s, "seconds": seconds / max(step, 1) * s}
+            points.append({"step": s, **spent, "accuracy": 0.0})
     passes = [{k.removeprefix("eval/"): v for k, v in r.items() if "pass@" in k} for r in records if any("pass@" in k for k in r)]
     stage2 = next((r["step"] for r in records if r["phase"] == "stage2"), None)
     return {"points": points, "passes": passes, "stage2_from": stage2}
@@ -118,13 +122,17 @@ def summarise(runs: dict[str, dict[int, dict]], against: str, baselines: list[st
     runs = {arm: found for arm, found in runs.items() if found}
     reference = runs.get(against, {})
     arms: dict[str, dict[str, Any]] = {}
-    seconds = {arm: _median_seconds(list(found.values())) for arm, found in runs.items()}
-    areas: dict[str, dict[str, dict[int, float]]] = {"tokens": {}, "seconds": {}}
+    seconds = {arm: _median_seconds(list(found.values())) for arm, found in _timed(runs, reference).items()}
+    areas: dict[str, dict[str, dict[int, float]]] = {axis: {arm: {} for arm in runs} for axis in AXES}
     for arm, found in runs.items():
-        seeds = sorted(set(found) & set(reference))
-        accuracy = {s: [p["accuracy"] for p in found[s]["points"]] for s in seeds}
-        areas["tokens"][arm] = {s: area([p["tokens"] for p in found[s]["points"]], accuracy[s], reference[s]["points"][-1]["tokens"]) for s in seeds}
-        areas["seconds"][arm] = {s: area(seconds[arm], accuracy[s][: len(seconds[arm])], seconds[against][-1]) for s in seeds}
+        for s in sorted(set(found) & set(reference)):
+            points, budget = found[s]["points"], reference[s]["points"][-1]
+            accuracy = [p["accuracy"] for p in points]
+            areas["tokens"][arm][s] = area([p["tokens"] for p in points], accuracy, budget["tokens"])
+            if "extra" in points[0] and "extra" in budget:
+                areas["all_tokens"][arm][s] = area([p["tokens"] + p["extra"] for p in points], accuracy, budget["tokens"] + budget["extra"])
+            if arm in seconds and against in seconds:
+                areas["seconds"][arm][s] = area(seconds[arm], accuracy[: len(seconds[arm])], seconds[against][-1])
     gain = {b: [a - areas["tokens"][against][s] for s, a in areas["tokens"][b].items()] for b in baselines if b in runs}
     best = max((b for b in gain if 2 * len(gain[b]) > len(reference)), key=lambda b: float(np.mean(gain[b])), default=against)
     for arm, found in runs.items():
@@ -134,7 +142,7 @@ def summarise(runs: dict[str, dict[int, dict]], against: str, baselines: list[st
         arms[arm] = {
             "seeds": sorted(values["tokens"]),
             "failures": [f"seed {s}: {r['failure']}" for s, r in sorted(found.items()) if r.get("failure")],
-            **{f"area_{axis}": _round(interquartile_mean(np.array(list(v.values())))) for axis, v in values.items()},
+            **{f"area_{axis}": _round(interquartile_mean(np.array(list(v.values())))) for axis, v in values.items() if v},
             **{f"area_{axis}_by_seed": {s: _round(a) for s, a in v.items()} for axis, v in values.items()},
             **{
                 f"{name}_{axis}": difference(values[axis], areas[axis].get(other, {}))
@@ -142,10 +150,17 @@ def summarise(runs: dict[str, dict[int, dict]], against: str, baselines: list[st
                 for name, other in (("against", against), ("best_baseline", best))
                 if arm != other
             },
-            **_ends(found),
-            "seconds": round(seconds[arm][-1], 2),
+            **_ends({s: found[s] for s in values["tokens"]}),
+            "seconds": round(seconds[arm][-1], 2) if arm in seconds else None,
         }
     return {"against": against, "best_baseline": best, "arms": arms}
+
+
+def _timed(runs: dict[str, dict[int, dict]], reference: dict[int, dict]) -> dict[str, dict[int, dict]]:
+    """The runs of the code that made most of the reference's runs: a faster version of the loop is no property of an arm."""
+    code = Counter(r.get("code") for r in reference.values()).most_common(1)
+    own = {arm: {s: r for s, r in found.items() if not code or r.get("code") == code[0][0]} for arm, found in runs.items()}
+    return {arm: found for arm, found in own.items() if found}
 
 
 def _median_seconds(records: list[dict]) -> list[float]:
@@ -197,7 +212,8 @@ def _stage1_end(record: dict, name: str) -> float | None:
 
 COLUMNS = (
     ("arm", "arm"), ("learning rate", "rate"), ("seeds", "n"), ("area, tokens", "area_tokens"), ("against {against}, tokens", "against_tokens"),
-    ("against {best_baseline}, tokens", "best_baseline_tokens"), ("area, seconds", "area_seconds"), ("against {against}, seconds", "against_seconds"),
+    ("against {best_baseline}, tokens", "best_baseline_tokens"), ("against {against}, tokens of extra forwards counted", "against_all_tokens"),
+    ("area, seconds", "area_seconds"), ("against {against}, seconds", "against_seconds"),
     ("accuracy after", "after"), ("pass@1", "pass@1 after"), ("pass@8", "pass@8 after"), ("entropy, end of stage 1", "entropy_stage1_end"),
     ("of its decisions", "decisions_stage1_end"), ("reliability", "reliability"), ("zero-variance groups", "zero_variance"), ("seconds", "seconds"),
 )  # fmt: skip
@@ -248,19 +264,21 @@ def draw(results: dict, runs: dict[str, dict[int, dict]], path: Path) -> None:
         axis.set_yticks(list(place.values()), list(place), fontsize=8)
         axis.set_title(f"area in equal {kind}: difference to {results['against']}, paired by seed", fontsize=10)
         axis.grid(alpha=0.3, axis="x")
+    timed = _timed(runs, runs.get(results["against"], {}))
     for axis, kind in zip(axes[1], ("tokens", "seconds"), strict=True):
         for arm in arms:
-            records = [r for r in runs[arm].values() if not r.get("failure")]
+            records = [r for r in (runs if kind == "tokens" else timed).get(arm, {}).values() if not r.get("failure")]
             if not records:
                 continue
             length = min(len(r["points"]) for r in records)
             x = _median_seconds(records) if kind == "seconds" else np.mean([[p["tokens"] for p in r["points"][:length]] for r in records], 0)
             y = interquartile_mean(np.array([[p["accuracy"] for p in r["points"][:length]] for r in records]).T)
-            axis.plot(x[:length], y, color=f"C{arms.index(arm) % 10}", linestyle="-" if arms.index(arm) < 10 else "--", label=arm, linewidth=1.3)
+            label = f"{arm} ({len(records)} seed{'s' * (len(records) > 1)})"
+            axis.plot(x[:length], y, color=f"C{arms.index(arm) % 10}", linestyle="-" if arms.index(arm) < 10 else "--", label=label, linewidth=1.3)
         axis.set_xlabel("generated tokens" if kind == "tokens" else "CPU seconds of training, median over seeds", fontsize=9)
         axis.set_title("held-out greedy accuracy, interquartile mean over seeds", fontsize=10)
         axis.grid(alpha=0.3)
-    axes[1][0].legend(fontsize=7)
+        axis.legend(fontsize=7)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 

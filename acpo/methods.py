@@ -45,6 +45,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "acpo-before": {**_ACPO, "attribution.drawn_to": "before"},
     "acpo-fixed-length": {**_ACPO, "segmenter.fixed": 8},
     "acpo-no-attribution": {**_ACPO, "attribution.source": "none", "credit.form": "none", "credit.mask": "none"},
+    "acpo-no-mask": {**_ACPO, "credit.mask": "none"},
+    "acpo-mask-alone": {**_ACPO, "credit.form": "none"},
     "acpo-no-entropy": {**_ACPO, "entropy.controller": "none"},
     "acpo-step-entropy": {**_ACPO, "entropy.controller": "step"},
     "acpo-no-curriculum": {**_ACPO, "curriculum.sampler": "uniform"},

@@ -152,7 +152,7 @@ class Policy(nn.Module):
 
 
 # Sizes of randomly initialised Qwen2 policies: hidden, intermediate, layers, heads.
-SIZES = {"tiny": (64, 128, 2, 2), "small": (96, 288, 2, 4)}
+SIZES = {"tiny": (64, 128, 2, 2), "small": (96, 288, 2, 4), "medium": (512, 1408, 6, 8)}  # 0.1, 0.25 and 19 million parameters
 
 
 def build(config: Config, writes: bool = True) -> tuple[Policy, Any]:

@@ -27,8 +27,8 @@ class Check(NamedTuple):
 # --- what will run ------------------------------------------------------------------------------------------------------------------
 
 
-def summary(trainer: Trainer) -> list[str]:
-    """The lines at the start of a run."""
+def summary(trainer: Trainer) -> list[tuple[str, str]]:
+    """What is said at the start of a run: (of what, what)."""
     config, policy = trainer.config, trainer.policy
     per_step = config.rollout.prompts * config.rollout.group_size
     stages = f"{config.trainer.steps} steps" + (f" after {config.warmup.steps} of warm-up" if config.warmup.steps else "")
@@ -44,13 +44,14 @@ def summary(trainer: Trainer) -> list[str]:
     rows += [("missing", text) for text in missing(trainer)]
     if config.trainer.log:
         rows.append(("log", config.trainer.log))
-    return [f"{name:9} {text}" for name, text in rows]
+    return rows
 
 
 def _policy(trainer: Trainer) -> str:
     policy = trainer.policy
     count = sum(p.numel() for p in policy.parameters())
-    where = f"{policy.device}" + (f", {torch.get_num_threads()} threads" if policy.device.type == "cpu" else "")
+    threads = torch.get_num_threads()
+    where = f"{policy.device}" + (f", {threads} thread{'s' * (threads > 1)}" if policy.device.type == "cpu" else "")
     name = type(policy.model).__name__.removesuffix("ForCausalLM")
     return f"{name}, {count:,} parameters, vocabulary {policy.vocab_size:,}, computes in {trainer.config.policy.dtype} on {where}"
 

@@ -217,7 +217,7 @@ class Follower(Run):
     def nothing(self, *_, **__) -> None:
         pass
 
-    lock = begin = cut_back = log = track = say = warn = start_phase = nothing
+    lock = begin = cut_back = log = track = say = facts = warn = start_phase = nothing
 
 
 def run_of(config: Config, quiet: bool = False) -> Run:

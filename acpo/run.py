@@ -123,6 +123,9 @@ class Run:
     def say(self, text: str) -> None:
         self.display.say(text)
 
+    def facts(self, rows: list[tuple[str, str]]) -> None:
+        self.display.facts(rows)
+
     def warn(self, text: str) -> None:
         self.display.warn(text)
 

@@ -42,8 +42,9 @@ def linear_hindsight_information(
     check.implementation(impl)
     check.tensor("hidden", hidden, check.FLOAT, ndim=2)
     check.tensor("weight", weight, check.FLOAT, ndim=2)
-    check.tensor("hindsight_hidden", hindsight_hidden, (hidden.dtype,), shape=tuple(hidden.shape), shape_name="that of hidden", device=hidden.device)
+    check.tensor("hindsight_hidden", hindsight_hidden, check.FLOAT, shape=tuple(hidden.shape), shape_name="that of hidden", device=hidden.device)
     hidden, hindsight_hidden, weight, bias = check.autocast(hidden, hindsight_hidden, weight, bias)
+    check.tensor("hindsight_hidden", hindsight_hidden, (hidden.dtype,))
     check.head(hidden, weight, ids, bias, temperature, softcap, mask)
     if impl == "reference":
         return reference.linear_hindsight_information(

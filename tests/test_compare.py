@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -127,7 +128,7 @@ def test_killed_and_continued_says_the_same(tmp_path, compared, monkeypatch):
     process = subprocess.Popen(
         command, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while process.poll() is None and time.monotonic() < deadline and not list(again.directory.glob("grpo/*/*/checkpoints/step-*")):
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
@@ -147,7 +148,16 @@ def test_the_command_writes_table_figure_and_page(compared, capsys):
     assert list(results["arms"]) == ["grpo", "rloo", "gentle"] and len(results["code"]) == 1
     for arm, found in results["arms"].items():
         assert found["seeds"] == [0, 1] and found["failures"] == [] and found["rate"] == compared.rate(arm)
-        assert {"area_tokens", "area_seconds", "pass@1 after", "pass@2 after", "entropy_stage1_end", "reliability", "zero_variance"} <= set(found)
+        assert {
+            "area_tokens",
+            "area_all_tokens",
+            "area_seconds",
+            "pass@1 after",
+            "pass@2 after",
+            "entropy_stage1_end",
+            "reliability",
+            "zero_variance",
+        } <= set(found)
         assert (found["against_tokens"] is not None and found["against_tokens"]["seeds"] == 2) if arm != "grpo" else "against_tokens" not in found
     assert (compared.directory / "results.png").stat().st_size > 10_000
     assert "[too few seeds]" in (compared.directory / "results.html").read_text()
@@ -249,6 +259,8 @@ def test_differences_are_paired_and_budgets_are_the_references():
     assert slow["against_seconds"]["iqm"] == pytest.approx(0.1) == wordy["against_tokens"]["iqm"]  # half the budget: on the way up alone
     assert wordy["against_seconds"]["iqm"] == pytest.approx(0.15)
     assert slow["against_tokens"]["wins"] == 8 and slow["against_tokens"]["seeds"] == 8
+    alone = evidence.summarise({**runs, "slow": {**runs["slow"], 99: record([0.9, 0.9, 0.9])}}, "grpo", ["grpo"])["arms"]["slow"]
+    assert all(alone[name] == slow[name] for name in ("seeds", "area_tokens", "before", "after")), "a seed without its pair is in no figure"
     few = evidence.summarise({arm: dict(list(found.items())[:7]) for arm, found in runs.items()}, "grpo", ["grpo"])["arms"]["slow"]["against_tokens"]
     assert few["iqm"] == pytest.approx(0.15) and few["low"] is None and few["high"] is None and few["seeds"] == 7
 
@@ -271,6 +283,62 @@ def test_seconds_are_the_medians_over_seeds():
     runs["other"][3] = record([0.0, 0.5, 1.0], seconds=9.0)
     out = evidence.summarise(runs, "grpo", ["grpo"])
     assert out["arms"]["other"]["against_seconds"]["iqm"] == 0.0 and out["arms"]["other"]["seconds"] == 2.0
+
+
+def test_seconds_are_those_of_one_version_of_the_code():
+    """A loop that became faster between seeds changes neither arm's clock, and an arm without runs of that code has none."""
+    runs = {
+        arm: {s: record([0.0, 0.5, 1.0], seconds=9.0 if s < 3 else 1.0, code="old" if s < 3 else "new") for s in range(8)}
+        for arm in ("grpo", "other")
+    }
+    runs["other"] = {s: r for s, r in runs["other"].items() if s in (0, 1, 2, 7)}
+    runs["early"] = {s: runs["grpo"][s] for s in range(3)}
+    out = evidence.summarise(runs, "grpo", ["grpo"])["arms"]
+    assert out["grpo"]["seconds"] == out["other"]["seconds"] == 2.0 and out["other"]["against_seconds"]["iqm"] == 0.0
+    assert out["early"]["seconds"] is None and out["early"]["against_seconds"] is None and out["early"]["against_tokens"]["seeds"] == 3
+
+
+def test_tokens_of_extra_forwards_count_on_an_axis_of_their_own():
+    def spent(extra: float) -> dict:
+        found = record([0.1, 0.2, 0.3])
+        return {**found, "points": [{**p, "extra": extra * p["tokens"]} for p in found["points"]]}
+
+    runs = {
+        "grpo": {s: spent(0.0) for s in range(8)},
+        "costly": {s: spent(1.0) for s in range(8)},
+        "unknown": {s: record([0.1] * 3) for s in range(8)},
+    }
+    out = evidence.summarise(runs, "grpo", ["grpo"])["arms"]
+    assert out["costly"]["against_tokens"]["iqm"] == 0.0
+    assert out["costly"]["against_all_tokens"]["iqm"] == pytest.approx(0.15 - 0.2), "half of the way: twice the tokens for every one generated"
+    assert out["unknown"]["against_all_tokens"] is None and "area_all_tokens" not in out["unknown"]
+
+
+def test_a_record_counts_what_was_read_beside_what_was_written():
+    step = {"entropy": 1.0, "attribution/reliability": 0.0, "frac_reward_zero_std": 0.0, "reward": 0.0, "time/cpu": 2.0}
+    counted = [{**step, "phase": "stage1", "step": s, "tokens/generated": 10 * s, "tokens/forward_extra": 4 * s} for s in (1, 2)]
+    records = [{"phase": "warmup", "step": 5}, {"phase": "start", "step": 0, "eval/accuracy": 0.1}, counted[0], {**counted[1], "eval/accuracy": 0.4}]
+    points = evidence.run_record(records, 2, cpu=True)["points"]
+    assert [(p["tokens"], p["extra"], p["seconds"], p["accuracy"]) for p in points] == [(0, 0, 0.0, 0.1), (20, 8, 4.0, 0.4)]
+    broken = evidence.run_record(records, 4, cpu=True)["points"][-1]
+    assert (broken["step"], broken["tokens"], broken["extra"], broken["seconds"], broken["accuracy"]) == (4, 40, 16, 8.0, 0.0)
+
+
+def test_runs_go_side_by_side(tmp_path, monkeypatch):
+    """With two jobs two runs are under way at once, each once, the warm start alone before them."""
+    comparer = Comparer(written(tmp_path, TINY.replace("  rloo:\n", "").replace(", rate: rloo", ", rate: 1.0e-3")), tmp_path / "out")
+    done, together, begun = set(), threading.Barrier(2, timeout=60), []
+
+    def launch(job, words):
+        begun.append(job.key)
+        if job.key != "warm":
+            together.wait()  # never passed by a run alone
+        done.add(job.key)
+
+    monkeypatch.setattr(comparer, "_launch", launch)
+    monkeypatch.setattr(comparer, "finished", lambda job: {} if job.key in done else None)
+    comparer.run(jobs=2)
+    assert begun[0] == "warm" and sorted(begun[1:]) == sorted(f"{arm}/seed-{s}" for arm in ("grpo/lr-0.0003", "gentle/lr-0.001") for s in (0, 1))
 
 
 def test_stage_one_ends_where_stage_two_begins():

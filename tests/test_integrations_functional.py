@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -286,11 +290,28 @@ def test_settings_that_cannot_be(settings, options, message):
         ({"ids": torch.zeros(7, 2, dtype=torch.int64)}, r"ids must be \[B,T\] with B = 8"),
         ({"advantages": torch.zeros(7)}, r"advantages must be \[B\] = \(8,\)"),
         ({"prior": torch.zeros(8, 1)}, r"prior must be \[B\]"),
+        ({"prior": torch.full((8,), 1.5)}, r"prior must lie in \[0, 1\], got \[1.5"),
+        ({"answers": [10] * 8}, "answers must hold one text a rollout, got 10"),
+        ({"prior": [0.5] * 8}, r"prior must be a torch\.Tensor, got list"),
+        ({"outcome": OUTCOME.tolist()}, r"outcome must be a torch\.Tensor, got list"),
+        ({"mask": [[True]]}, r"mask must be a torch\.Tensor, got list"),
+        ({"groups": [[0]] * 8}, "groups must hold a hashable name a rollout"),
+        ({"entropy": batch()["entropy"] * math.nan}, "entropy must be a number at every token that the policy wrote, got NaN at 227"),
+        ({"logp": batch()["logp"] * math.nan}, "logp must be a number at every token that the policy wrote, got NaN at 227"),
     ],
 )
 def test_batches_that_cannot_be(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         credit_of()(**{**batch(), "outcome": OUTCOME, "answers": ANSWERS, **change})
+
+
+def test_what_a_tool_wrote_needs_no_entropy():
+    tensors = batch()
+    written = tensors["mask"].clone()
+    written[:, 2:4] = False
+    tensors["entropy"][:, 2:4] = tensors["logp"][:, 2:4] = math.nan
+    credit = credit_of()
+    assert assigned(credit, tensors, written=written).advantages.isfinite().all() and math.isfinite(credit.forks.value)
 
 
 def test_entropy_is_asked_for_by_those_that_need_it():
@@ -311,3 +332,41 @@ def test_the_hinted_prompt():
     for wrong in ([{"role": "system", "content": "s"}], [{"role": "user", "content": [{"type": "text", "text": "t"}]}]):
         with pytest.raises(ValueError, match="prompt must hold a user message whose content is text"):
             hinted_prompt(wrong, "2")
+
+
+# --- the page -----------------------------------------------------------------------------------------------------------------------
+
+BLOCKS = re.findall(
+    r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "integrations" / "functional.md").read_text(encoding="utf-8"), re.DOTALL
+)
+
+
+def test_the_lines_of_the_page_run():
+    tensors = batch()
+    one = {"response_ids": tensors["ids"], "response_mask": tensors["mask"], "outcome": OUTCOME, "prompt_uid": ["same"] * 8}
+    names = {"tokenizer": TOKENIZER, "loop": [one, dict(one)], "checkpoint": {}}
+    exec(BLOCKS[0], names)
+    assert one["advantages"].shape == tensors["mask"].shape and (one["advantages"][~tensors["mask"]] == 0).all()
+    assert one["advantages"][tensors["mask"]].abs().min() > 0
+    credit = StepCredit(TOKENIZER, group_size=8, settings={"attribution.source": "tree"})
+    credit.load(json.loads(json.dumps(names["checkpoint"]["acpo"])))
+
+
+def test_the_sketches_for_other_loops_run():
+    """Against stand-ins of what those loops hand over; the loops themselves are not here."""
+    tree = {**FIXED, "attribution.source": "tree"}
+    tensors = batch()
+    prompts = torch.arange(8).unsqueeze(1) // 4
+    wanted = credit_of(tree)(tensors["ids"], tensors["mask"], OUTCOME).advantages
+    experience = SimpleNamespace(sequences=torch.cat([prompts, tensors["ids"]], 1), action_mask=tensors["mask"], info={"reward": OUTCOME})
+    maker = "class Own(Maker):\n" + textwrap.indent(BLOCKS[1], "    ")
+    names = {"Maker": type("Maker", (), {"compute_advantages_and_returns": lambda self, experiences: experiences})}
+    exec(maker, names)
+    own = names["Own"]()
+    own.credit = credit_of(tree)
+    (found,) = own.compute_advantages_and_returns([experience])
+    assert torch.equal(found.advantages, wanted)
+    exec(BLOCKS[2], names)
+    estimator = names["StepAdvantages"]()
+    estimator.credit = credit_of(tree)
+    assert torch.equal(estimator.compute_advantage(prompts, OUTCOME, tensors["mask"], repeated_batch={"token_ids": tensors["ids"]}), wanted)

@@ -370,12 +370,13 @@ def test_autocast_casts_both_operands(dtype):
         actual = forward_backward(hidden, weight.to(dtype), ids, bias)  # mixed dtypes are made one
         double = linear_logprob_entropy(hidden.double(), weight.double(), ids)
         both = linear_hindsight_information(hidden, hidden * 2, weight, ids, bias=bias)
+        mixed = linear_hindsight_information(hidden, (hidden * 2).to(dtype), weight.to(dtype), ids, bias=bias)  # the two streams too
     for name, x, y in zip(NAMES, actual, wanted, strict=True):
         assert torch.equal(x, y.to(x.dtype)), name
     assert [x.dtype for x in actual] == [torch.float32, torch.float32, torch.float32, dtype, torch.float32]
     assert double.logp.dtype == torch.float64
     outside = linear_hindsight_information(low[0], (hidden * 2).to(dtype), low[1], ids, bias=low[2])
-    assert all(torch.equal(x, y) for x, y in zip(both, outside, strict=True))
+    assert all(torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(both, outside, mixed, strict=True))
 
 
 # 5. Registration

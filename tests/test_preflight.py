@@ -38,7 +38,7 @@ def trainer(tmp_path_factory):
 
 
 def test_the_start_says_what_will_run(trainer):
-    said = "\n".join(preflight.summary(trainer))
+    said = "\n".join(f"{name} {text}" for name, text in preflight.summary(trainer))
     parameters = sum(p.numel() for p in trainer.policy.parameters())
     for word in (
         f"{parameters:,} parameters",
@@ -51,7 +51,7 @@ def test_the_start_says_what_will_run(trainer):
         assert word in said, word
     assert preflight.kernels(trainer.policy.device) in said
     trainer.run.keeps_rollouts = False
-    assert "pip install -e '.[report]'" in "\n".join(preflight.summary(trainer))
+    assert "pip install -e '.[report]'" in "\n".join(f"{name} {text}" for name, text in preflight.summary(trainer))
 
 
 def test_the_memory_estimate_is_its_formula(trainer):
@@ -69,7 +69,7 @@ def test_the_memory_estimate_is_its_formula(trainer):
     assert {t.name: t.bytes for t in more}["cache"] == 256 * 24 * 2 * 2 * 64 * 4, "of more problems 256 rollouts at a time"
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "wide"])
+@pytest.mark.parametrize("tokenizer", ["bytes", pytest.param("wide", marks=pytest.mark.slow)])
 def test_the_memory_estimate_is_near_the_peak_of_a_run(tmp_path, tokenizer):
     """Of a process of its own, whose high-water mark the kernel keeps; with a vocabulary of bytes, and with one that makes the head the largest."""
     if tokenizer == "wide":
@@ -146,6 +146,19 @@ def test_one_bar_a_phase_fits_into_eighty_columns():
     last = [line for line in display.console.file.getvalue().replace("\r", "\n").split("\n") if "reward" in line][-1]
     for word in ("stage 1", "321/1000", "reward 0.50", "acc 0.123", "H 0.250", "rel 0.75", "tok/s 1234"):
         assert word in last, last
+
+
+def test_the_start_stands_in_two_columns(capsys):
+    display, rows = Display(), [("run", "runs/x"), ("memory", "[bold]one two three four five six seven eight nine ten[/bold]")]
+    display.console = Console(file=io.StringIO(), force_terminal=True, width=40, color_system=None)
+    display.facts(rows)
+    lines = display.console.file.getvalue().splitlines()
+    assert lines[0].rstrip() == "run     runs/x" and lines[1].startswith("memory  [bold]one") and all(len(line) <= 40 for line in lines)
+    assert len(lines) > 2 and all(line.startswith(" " * 8) for line in lines[2:]), "what is long stays in its column"
+    Display().facts(rows)
+    assert capsys.readouterr().out == "run       runs/x\nmemory    [bold]one two three four five six seven eight nine ten[/bold]\n"
+    Display(quiet=True).facts(rows)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_first_evaluation_does_not_set_the_warm_up_back():

@@ -32,8 +32,7 @@ def run(options) -> int:
     try:
         if options.dry_run:
             return _dry(preflight.checks(trainer), run_, options.json)
-        for line in preflight.summary(trainer):
-            run_.say(line)
+        run_.facts(preflight.summary(trainer))
         with _ends_at_sigterm(trainer):
             last = trainer.train()
         state.export(trainer)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # GRPO with step-level credit in verl 0.9, one machine:   examples/verl/gsm8k.sh MODEL TRAIN.parquet TEST.parquet [KEY=VALUE ...]
+# Needs CUDA GPUs, verl 0.9 with Ray and vLLM, a model and the data: not run in CI, where tests/external/verl tries the plug-in on the CPU.
 # The parquet files are verl's (its examples/data_preprocess/gsm8k.py writes them); acpo must be installed where driver and workers run.
 set -euo pipefail
 model=$1 train=$2 test=$3

@@ -84,9 +84,11 @@ class Job:
 
     def until(self, phase: str) -> bool:
         """Waits for a phase; False where the process ended first."""
+        polls = 0
         while self.phase() != phase:
-            if not self.running():
+            if polls % 64 == 0 and not self.running():
                 return False
+            polls += 1
             time.sleep(0.0002)
         return True
 

@@ -61,7 +61,7 @@ def policy() -> Policy:
 
 
 def settings(*overrides: str):
-    return config.load(None, [*BASE, *VLLM, "rollout.engine=vllm_server", "rollout.server.start_timeout=300", *overrides]).rollout
+    return config.load(None, [*BASE, *VLLM, "rollout.engine=vllm_server", "rollout.server.start_timeout=1800", *overrides]).rollout
 
 
 @pytest.fixture(params=["vllm", "vllm_server"])
@@ -227,7 +227,7 @@ def test_three_whole_steps(tmp_path, engine_name):
         sys.executable, "-m", "acpo.cli", "train", str(tmp_path / "mini.yaml"), f"policy.path={tmp_path / 'policy'}", "policy.device=cpu",
         f"run_dir={tmp_path / 'run'}", f"rollout.engine={engine_name}",
     ]  # fmt: skip
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=3600)
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
     found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in found if r["phase"].startswith("stage")]
