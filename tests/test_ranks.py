@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 STEPS, DTYPES = 3, (torch.float64, torch.float32)
 # Three groups of four on two ranks: the second group lies across both. Every source, several micro-batches and optimiser steps.
 METHOD = (
-    "rollout.prompts=3", "attribution.source=hindsight,tree,head", "credit.scope=all", "loss.minibatches=2", "trainer.micro_batch_tokens=60",
+    "rollout.prompts=3", "attribution.source=hindsight,tree,head", "credit.scope=all", "loss.minibatches=2", "trainer.micro_batch_tokens=30",
     "optimizer.max_grad_norm=1e9", "policy.packing=packed",
 )  # fmt: skip
 VARIANTS = {
