@@ -329,14 +329,16 @@ def standardised(shaping: Tensor, use: Tensor, group: Tensor) -> Tensor:
 
 def pick(found: list[Attribution], segments: Segments) -> Attribution:
     """One attribution from several: for every rollout that of the highest reliability among the sources that looked at it, the first of equals."""
-    best = replace(found[0], source=torch.zeros_like(found[0].rows, dtype=torch.int64))
+    source = torch.zeros_like(found[0].rows, dtype=torch.int64)
+    best = replace(found[0], source=source)
     sequence = segments.segment_sequence_ids()
     for i, other in enumerate(found[1:], 1):
         better = (other.reliability > best.reliability) | (other.rows & ~best.rows)
         names = ("phi", "iota", "values", "previous", "score", "changed")
         chosen = {name: torch.where(better[sequence], getattr(other, name), getattr(best, name)) for name in names}
         reliability = torch.where(better, other.reliability, best.reliability)
-        best = Attribution(**chosen, rows=best.rows | other.rows, reliability=reliability, source=torch.where(better, i, best.source))
+        source = torch.where(better, i, source)
+        best = Attribution(**chosen, rows=best.rows | other.rows, reliability=reliability, source=source)
     return best
 
 

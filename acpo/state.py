@@ -53,8 +53,10 @@ def settings_changed(state: dict, config: Config) -> list[str]:
     """How the settings of a checkpoint differ from these, but for MAY_CHANGE."""
     if not isinstance(state.get("config"), dict):
         raise checkpoint.CheckpointError(f"the checkpoint's state holds no settings, got the keys {', '.join(list(state)[:8])}")
-    found, now = flatten(state["config"]), flatten(to_dict(config))
-    return differences(*({key: value for key, value in part.items() if key not in MAY_CHANGE} for part in (found, now)))
+    past, now = flatten(state["config"]), flatten(to_dict(config))
+    for key in MAY_CHANGE:
+        past[key] = now[key]
+    return differences(past, now)
 
 
 def other_settings(directory: Path, changed: list[str]) -> ConfigError:

@@ -67,6 +67,7 @@ def warm_up(trainer: Trainer) -> None:
     if trainer.warmup_step < config.steps:
         trainer.run.start_phase("warm-up", config.steps, trainer.warmup_step)
     while trainer.warmup_step < config.steps:
+        assert trainer.task is not None  # a setting of the configuration's check
         begin = time.perf_counter()
         trainer.warmup_step += 1
         share = trainer.warmup_step / config.steps

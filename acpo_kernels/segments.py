@@ -135,12 +135,10 @@ def _ids(lengths: Tensor, total: int) -> Tensor:
 
 def _count(num_tokens: object) -> int:
     """A host integer; those of numpy and of torch serve as well."""
-    count = num_tokens
-    if not isinstance(num_tokens, int):
-        try:
-            count = operator.index(num_tokens)  # type: ignore[arg-type]
-        except TypeError:
-            raise TypeError(f"num_tokens must be an integer, got {num_tokens!r}") from None
+    try:
+        count = num_tokens if isinstance(num_tokens, int) else operator.index(num_tokens)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"num_tokens must be an integer, got {num_tokens!r}") from None
     if count < 0:
         raise ValueError(f"num_tokens must be at least 0, got {count}")
     return count

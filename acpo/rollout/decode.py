@@ -7,6 +7,8 @@ library's cache copies itself at every token. For a small model on a CPU what is
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,7 +43,8 @@ class Decoder:
     """Rows [B] of one batch; `step` appends a token to each, `keep` drops the others."""
 
     def __init__(self, policy: Policy, ids: Tensor, mask: Tensor, room: int):
-        self.policy, self.cache = policy, None
+        self.policy = policy
+        self.cache: Any = None  # transformers' own, from the first forward on
         self.mask = None if bool(mask.all()) else mask  # prompts of one length need neither mask nor positions
         self.positions = (mask.cumsum(1) - 1).clamp(min=0)
         self.first = self._forward(ids)  # the logits [B,V] behind the prompts
