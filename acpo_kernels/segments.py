@@ -65,6 +65,8 @@ class Segments:
         each sequence one segment. A boundary at a padded position is ignored. Reads the number of tokens back once.
         """
         check.tensor("mask", mask, check.BOOL, ndim=2)
+        if mask.is_meta:
+            raise ValueError("mask must hold values, for the number of tokens is read from it, got a meta tensor")
         if boundaries is not None:
             check.tensor("boundaries", boundaries, check.BOOL, shape=tuple(mask.shape), device=mask.device)
         lengths = mask.sum(1)
@@ -193,4 +195,7 @@ def unpack(values: Tensor, mask: Tensor, fill: float = 0) -> Tensor:
     if readable and int(mask.sum()) != values.shape[0]:
         raise ValueError(f"mask must hold N = {values.shape[0]} times True, got {int(mask.sum())}")
     out = values.new_full((*mask.shape, *values.shape[1:]), fill)
-    return out.masked_scatter(mask.reshape(*mask.shape, *[1] * (values.ndim - 1)).expand_as(out), values)
+    placed = mask.reshape(*mask.shape, *[1] * (values.ndim - 1)).expand_as(out)
+    if values.dtype.itemsize == 1 and values.is_floating_point():  # torch scatters no float8, but its bytes
+        return out.view(torch.uint8).masked_scatter(placed, values.view(torch.uint8)).view(values.dtype)
+    return out.masked_scatter(placed, values)

@@ -123,8 +123,10 @@ struct PairWalk {
     set_centre(to, exp_of);
   }
 
-  // The true centre times T.
-  static float true_shift(double mass_p, double mass_q, const Exp& exp_of) { return static_cast<float>((log(mass_q) - log(mass_p)) / exp_of.per_t); }
+  // The true centre times T; at an infinite T both streams are uniform, and there is none.
+  static float true_shift(double mass_p, double mass_q, const Exp& exp_of) {
+    return exp_of.per_t == 0.0 ? 0.0f : static_cast<float>((log(mass_q) - log(mass_p)) / exp_of.per_t);
+  }
 
   // Any number of elements of streams that have begun; -inf is taken for nothing, exactly.
   template <class T>

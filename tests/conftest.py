@@ -123,13 +123,20 @@ def kernels_in_the_interpreter(request):
         return
     from acpo_kernels._library import NAMESPACE, triton
 
+    reached = set()
+
+    def seen(name, kernel):
+        return lambda *args: (reached.add(name), kernel(*args))[1]
+
     library = torch.library.Library(NAMESPACE, "IMPL")
     for name in KERNELS[operation]:
         own = name != "logprob_entropy"
         kernel = triton(name.removesuffix("_backward"), name) if own else importlib.import_module("acpo_kernels.logprob_entropy")._cuda_forward
-        library.impl(name, kernel, "CPU", allow_override=True)
-    yield
+        library.impl(name, seen(name, kernel), "CPU", allow_override=True)
+    with torch.overrides.BaseTorchFunctionMode():  # somebody watches: a call without gradient does not go around the dispatcher to C++
+        yield
     library._destroy()
+    assert KERNELS[operation][0] in reached, f"the tests of {operation} never reached its Triton kernel"
 
 
 def round_as_a_gpu_does() -> None:

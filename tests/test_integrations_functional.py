@@ -290,11 +290,28 @@ def test_settings_that_cannot_be(settings, options, message):
         ({"ids": torch.zeros(7, 2, dtype=torch.int64)}, r"ids must be \[B,T\] with B = 8"),
         ({"advantages": torch.zeros(7)}, r"advantages must be \[B\] = \(8,\)"),
         ({"prior": torch.zeros(8, 1)}, r"prior must be \[B\]"),
+        ({"prior": torch.full((8,), 1.5)}, r"prior must lie in \[0, 1\], got \[1.5"),
+        ({"answers": [10] * 8}, "answers must hold one text a rollout, got 10"),
+        ({"prior": [0.5] * 8}, r"prior must be a torch\.Tensor, got list"),
+        ({"outcome": OUTCOME.tolist()}, r"outcome must be a torch\.Tensor, got list"),
+        ({"mask": [[True]]}, r"mask must be a torch\.Tensor, got list"),
+        ({"groups": [[0]] * 8}, "groups must hold a hashable name a rollout"),
+        ({"entropy": batch()["entropy"] * math.nan}, "entropy must be a number at every token that the policy wrote, got NaN at 227"),
+        ({"logp": batch()["logp"] * math.nan}, "logp must be a number at every token that the policy wrote, got NaN at 227"),
     ],
 )
 def test_batches_that_cannot_be(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         credit_of()(**{**batch(), "outcome": OUTCOME, "answers": ANSWERS, **change})
+
+
+def test_what_a_tool_wrote_needs_no_entropy():
+    tensors = batch()
+    written = tensors["mask"].clone()
+    written[:, 2:4] = False
+    tensors["entropy"][:, 2:4] = tensors["logp"][:, 2:4] = math.nan
+    credit = credit_of()
+    assert assigned(credit, tensors, written=written).advantages.isfinite().all() and math.isfinite(credit.forks.value)
 
 
 def test_entropy_is_asked_for_by_those_that_need_it():

@@ -165,19 +165,21 @@ class StepCredit:
             none, where the loop knows it better than the segmenter. In stage 2 logp are the log-probs of the policy that sampled, and normalise
             makes advantages [B] of rewards [B] where the loop gives its own.
         Errors
-            ValueError that names the argument.
+            ValueError or TypeError that names the argument.
         """
         order = self._order(groups, len(outcome))
         judged = _outcome(outcome, order)
         batch = _Packed(ids, mask, written, order)
         values = {"entropy": entropy, "log_ratio": log_ratio, "kl": kl, "logp": logp}
         tokens = {name: batch.pack(name, value) for name, value in values.items() if value is not None}
-        self._check(tokens, advantages, normalise, answers, len(order))
+        self._check(tokens, batch.written, advantages, normalise, answers, len(order))
         stage, config, size = self.stage, self.settings, self.group_size
         segments = self._segments(batch, tokens.get("entropy"), None if answer_start is None else _rows("answer_start", answer_start, order))
         metrics: dict[str, float] = {}
         evidence = self._evidence(batch, tokens, segments, judged, answers, order, metrics)
         known = torch.full_like(judged, 0.5 if self.success is None else self.success) if prior is None else _rows("prior", prior, order)
+        if not bool(((known >= 0) & (known <= 1)).all()):
+            raise ValueError(f"prior must lie in [0, 1], got {known.tolist()}")
         attribution, reliabilities = self.panel.attribute(evidence, judged, known, segments)
         own = credit.outcome_advantages(judged, size, config.credit.advantage) if advantages is None else _rows("advantages", advantages, order)
         if stage == 2 and config.stages.confidence > 0:
@@ -202,6 +204,8 @@ class StepCredit:
                 raise ValueError(f"outcome must hold whole groups of {size} neighbours, or groups must be given, got {count} rollouts")
             return torch.arange(count)
         names = groups.tolist() if hasattr(groups, "tolist") else list(groups)
+        if not all(isinstance(name, Hashable) for name in names):
+            raise TypeError("groups must hold a hashable name a rollout: a string, a number, a tuple")
         if len(names) != count:
             raise ValueError(f"groups must name the prompt of each of the {count} rollouts, got {len(names)} names")
         rows: dict[Hashable, list[int]] = {}
@@ -212,14 +216,21 @@ class StepCredit:
                 raise ValueError(f"groups must hold group_size = {size} rollouts of every prompt, got {len(own)} of {name!r}")
         return torch.tensor([row for own in rows.values() for row in own], dtype=torch.int64)
 
-    def _check(self, tokens: dict[str, Tensor], advantages, normalise, answers, count: int) -> None:
+    def _check(self, tokens: dict[str, Tensor], written: Tensor, advantages, normalise, answers, count: int) -> None:
         source = self.settings.attribution.source
+        for name in ("entropy", "logp"):  # a NaN would stay in the fork threshold, and make a rollout one that has no outcome
+            missing = int(tokens[name][written].isnan().sum()) if name in tokens else 0
+            if missing:
+                raise ValueError(f"{name} must be a number at every token that the policy wrote, got NaN at {missing}")
         if self.needs_hindsight and not {"log_ratio", "kl"} <= tokens.keys():
             raise ValueError(f"log_ratio and kl must be given with attribution.source = {source!r} ('tree' alone needs neither), got None")
         if self.needs_hindsight and self.settings.attribution.mask_answer_copies and answers is None:
             raise ValueError("answers must be given with the hindsight source while attribution.mask_answer_copies is True, got None")
         if answers is not None and len(answers) != count:
             raise ValueError(f"answers must hold one text a rollout, {count}, got {len(answers)}")
+        for answer in answers or ():
+            if not isinstance(answer, str):
+                raise TypeError(f"answers must hold one text a rollout, got {answer!r}")
         if self.needs_entropy and "entropy" not in tokens:
             raise ValueError("entropy must be given with an entropy.controller, credit.token = 'entropy' or the entropy source, got None")
         if self.needs_logp and "logp" not in tokens:
@@ -333,6 +344,7 @@ class _Packed:
     """The batch's real tokens, packed on the host in the order of groups."""
 
     def __init__(self, ids: Tensor, mask: Tensor, written: Tensor | None, order: Tensor):
+        _tensor("ids", ids)
         if ids.ndim != 2 or ids.shape[0] != len(order):
             raise ValueError(f"ids must be [B,T] with B = {len(order)}, the length of outcome, got {tuple(ids.shape)}")
         self.device, self.shape, self.order = ids.device, ids.shape, order
@@ -344,6 +356,7 @@ class _Packed:
         self.cu_seqlens = torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0))
 
     def _host(self, name: str, values: Tensor) -> Tensor:
+        _tensor(name, values)
         if tuple(values.shape) != tuple(self.shape):
             raise ValueError(f"{name} must be [B,T] = {tuple(self.shape)} as ids, got {tuple(values.shape)}")
         return values.detach().cpu()[self.order]
@@ -370,7 +383,13 @@ def _outcome(outcome: Tensor, order: Tensor) -> Tensor:
     return rows
 
 
+def _tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
 def _rows(name: str, values: Tensor, order: Tensor) -> Tensor:
+    _tensor(name, values)
     if tuple(values.shape) != (len(order),):
         raise ValueError(f"{name} must be [B] = ({len(order)},), got {tuple(values.shape)}")
     return values.detach().cpu()[order].float()

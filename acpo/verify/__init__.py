@@ -92,18 +92,17 @@ class Verifier:
 
     def submit(self, problems: list[Problem], responses: list[str]) -> Pending:
         """Hands the rollouts over and comes back at once; what needs no worker is judged here. Equal questions are asked once."""
-        jobs: dict[tuple, list[int]] = {}
-        known: list[Verdict | Future] = []
-        for i, (problem, response) in enumerate(zip(problems, responses, strict=True)):
-            found = self._look(problem, response)
-            known.append(found)
-            if not isinstance(found, Verdict):
-                jobs.setdefault(found if self.kind == "math" else (i,), []).append(i)
+        found = [self._look(problem, response) for problem, response in zip(problems, responses, strict=True)]
+        jobs: dict[tuple, tuple[tuple, list[int]]] = {}
+        for i, job in enumerate(found):
+            if not isinstance(job, Verdict):
+                jobs.setdefault(job if self.kind == "math" else (i,), (job, []))[1].append(i)
+        known: dict[int, Verdict | Future] = {i: one for i, one in enumerate(found) if isinstance(one, Verdict)}
         if jobs:
-            for where, future in zip(jobs.values(), self.pool.submit([known[where[0]] for where in jobs.values()]), strict=True):
-                for i in where:
-                    known[i] = future
-        return Pending(self, known)
+            assert self.pool is not None
+            for (_, where), future in zip(jobs.values(), self.pool.submit([job for job, _ in jobs.values()]), strict=True):
+                known.update(dict.fromkeys(where, future))
+        return Pending(self, [known[i] for i in range(len(found))])
 
     def _look(self, problem: Problem, response: str) -> Verdict | tuple:
         """The verdict, or the job that a worker has to do for it."""
@@ -115,13 +114,13 @@ class Verifier:
         if text is None:
             return Verdict(0.0, "unparseable")
         if self.kind == "reasoning_gym":
-            answer = marked_answer(text, self.config.extract) or text.strip()
-            return problem.data["task"], problem.data["options"], problem.data["entry"], answer
+            given = marked_answer(text, self.config.extract) or text.strip()
+            return problem.data["task"], problem.data["options"], problem.data["entry"], given
         answer = self._answer(text)
         if answer is not None and (self.kind == "exact" or same(answer, problem.answer)):
             return Verdict(float(same(answer, problem.answer)), "judged")
         if answer is not None:
-            return boxed(problem.answer), boxed(last_boxes(text) if answer == last_boxed(text) else answer)
+            return boxed(problem.answer), boxed((last_boxes(text) or answer) if answer == last_boxed(text) else answer)
         if self.kind == "exact" or self.config.extract not in ("auto", "text"):
             return Verdict(0.0, "unparseable")
         return boxed(problem.answer), text if self.config.extract == "text" else text[-TAIL:]
@@ -160,7 +159,7 @@ class Verifier:
     def metrics(self) -> dict[str, float]:
         """Rollouts of each kind, workers killed and seconds from hand-over to verdict, since the last call."""
         kills = self.pool.kills if self.pool else 0
-        out = {f"verify/{name}": self.counts[name] for name in (*COUNTED.values(), "skipped")}
+        out: dict[str, float] = {f"verify/{name}": self.counts[name] for name in (*COUNTED.values(), "skipped")}
         out |= {"verify/kills": kills - self.kills_told, "verify/seconds": self.seconds}
         self.counts.clear()
         self.seconds, self.kills_told = 0.0, kills

@@ -94,7 +94,7 @@ def test_a_full_disk(nursery, undisturbed, mount, size):
 @pytest.mark.slow
 def test_files_that_may_not_grow(nursery, undisturbed, tmp_path):
     """The operating system's limit of a file's size, where nothing can be mounted. What the run says goes into a file as well and must fit."""
-    for limit, name in ((2_500, "config.yaml"), (100_000, "warmup-40"), (500_000, "warmup-40")):
+    for limit, name in ((2_500, "config.yaml"), (100_000, "warmup-40"), (500_000, "step-2")):
         code, said = nursery.train(tmp_path / "run", file_bytes=limit)
         assert code == 1 and "File too large" in one_line(said) and name in one_line(said), (limit, said)
         (tmp_path / "run.log").unlink()
