@@ -21,7 +21,7 @@ In an update:
                   embedding's beside it; two more in AdamW's step
 
 The larger of the last two counts, sampling or update. The head's own logits are never held (linear_policy_loss). Not counted: what an allocator
-holds on to. Estimate and peak of the process (`acpo train`, one thread): arithmetic.yaml 689 and 674 MB; gsm8k.yaml with a tiny policy on bytes 635
+holds on to. Estimate and peak of the process (`acpo train`, one thread): arithmetic.yaml 683 and 674 MB; gsm8k.yaml with a tiny policy on bytes 632
 and 680, with one of 9.8 million parameters on Qwen2's vocabulary of 151,936 1,125 and 1,108.
 """
 

@@ -130,14 +130,10 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], inputs[1], inputs[3])]
     ctx.needs = inputs[-1]
-    again = _held_rounded(inputs[0])
+    again = output[4].dtype != reference.working_dtype(inputs[0].dtype)  # held rounded
     tensors = [x for x in inputs if isinstance(x, Tensor)] if again else []
     ctx.rest = [None if isinstance(x, Tensor) else (x,) for x in inputs] if again else None
     ctx.save_for_backward(*output[4:], *tensors)
-
-
-def _held_rounded(hidden: Tensor) -> bool:
-    return hidden.device.type == "cpu" and hidden.dtype != reference.working_dtype(hidden.dtype)
 
 
 @once_differentiable

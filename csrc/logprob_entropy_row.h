@@ -26,10 +26,10 @@ void backward_row(const void* logits, int64_t vocab, int64_t target, double temp
   const Exp exp_of(temperature);
   const double per_t = 1.0 / temperature, p_top = exp(-g.logsumexp), x_t = to_float(x[target]);
   const float top = static_cast<float>(g.maximum);
-  // dlogits_j = e_j (a + b u_j), u_j = m - x_j
-  const vec a = Simd::set(static_cast<float>(per_t * p_top * (g.grad_entropy * (g.logsumexp - g.entropy) - g.grad_logp)));
-  const vec b = Simd::set(static_cast<float>(per_t * per_t * p_top * g.grad_entropy));
-  const vec m = Simd::set(top), low = Simd::set(exp_of.floor(top)), inverse = Simd::set(static_cast<float>(exp_of.inverse));
+  // dlogits_j = e_j (a + b u_j) / T, u_j = m - x_j: one 1/T apart, since 1/T^2 overflows below 1e-19 and meets u = 0
+  const vec a = Simd::set(static_cast<float>(p_top * (g.grad_entropy * (g.logsumexp - g.entropy) - g.grad_logp)));
+  const vec b = Simd::set(static_cast<float>(per_t * p_top * g.grad_entropy));
+  const vec m = Simd::set(top), low = Simd::set(exp_of.floor(top)), inverse = Simd::set(static_cast<float>(exp_of.inverse * per_t));
   auto step = [&](vec z) __attribute__((always_inline)) {
     const mask kept = Simd::not_less(z, low);
     const vec u = Simd::keep(kept, Simd::sub(m, z));

@@ -265,6 +265,14 @@ def test_temperatures(run):
             torch.testing.assert_close(a[i], b[i], rtol=1e-5, atol=1e-6)
 
 
+def test_temperatures_whose_square_is_no_float(run):
+    """Greedy in all but name: the likeliest token alone has mass. Right targets have no gradient, wrong ones +-1/T."""
+    logits, ids, grads = case(6, 100)
+    temperature = torch.tensor([1e-18, 1e-20, 1e-25] * 2)
+    ids[:3] = logits[:3].argmax(-1)
+    check(run, logits, ids, temperature=temperature, **grads)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_masked_rows_are_zero_and_not_read(run, dtype):
     logits, ids, grads = case(5, 100, dtype)

@@ -56,7 +56,7 @@ def engine(policy, fake, tmp_path):
 
 def engine_on(fake: FakeVLLM, policy: Policy, tmp_path, *overrides: str) -> ServerEngine:
     base = "problems.task=chain", "policy.from_config=tiny", "rollout.engine=vllm_server", f"rollout.server.url={fake.url}"
-    made = ServerEngine(policy, EOS, config.load(None, [*base, "rollout.server.timeout=5", *overrides]).rollout, tmp_path)
+    made = ServerEngine(policy, EOS, config.load(None, [*base, "rollout.server.timeout=60", *overrides]).rollout, tmp_path)
     made.first_wait = 0.01
     return made
 

@@ -73,8 +73,9 @@ class Process:
         if self.process.poll() is None:
             return ""
         lines = self.log.read_bytes()[-20000:].decode("utf-8", "replace").splitlines()
-        errors = [line.strip() for line in lines if "Error" in line] or [""]
-        return f"it ended with exit code {self.process.returncode}; the last error in {self.log} is {errors[-1][-300:]!r}"
+        # vLLM's own last words are that its engine failed, "See root cause above".
+        errors = [line.strip() for line in lines if "Error" in line and "raise " not in line and "root cause above" not in line] or [""]
+        return f"it ended with exit code {self.process.returncode}; the last error in {self.log} is {errors[-1][:300]!r}"
 
     def close(self) -> None:
         atexit.unregister(self.close)

@@ -108,7 +108,7 @@ def _logprob_entropy_bwd_kernel(
 
     p_top = tl.exp(-l)
     a = per_t * p_top * (g_entropy * (l - entropy) - g_logp)
-    b = -per_t * per_t * p_top * g_entropy
+    b = -per_t * p_top * g_entropy  # of d = (x - top) / T: 1/T^2 overflows below 1e-19
     a = tl.where(active, tl.where(bad, float("nan"), a), 0.0)
     b = tl.where(active, b, 0.0)
     limit = -200.0 / (per_t * LOG2E)
@@ -124,8 +124,8 @@ def _logprob_entropy_bwd_kernel(
     for start in tl.static_range(0, CHUNK, BLOCK):
         offs = begin + start + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + offs, mask=offs < readable, other=-INF).to(tl.float32)
-        u = tl.maximum(x - top, limit)
-        g = _probability(u * per_t) * (a + b * u)
+        d = tl.maximum(x - top, limit) * per_t
+        g = _probability(d) * (a + b * d)
         g = tl.where(offs == target, own, g)
         tl.store(out_ptr + offs, g.to(gradient_ptr.dtype.element_ty, fp_downcast_rounding=ROUNDING), mask=offs < size)
 
