@@ -152,6 +152,8 @@ def sampled_rows(n: int, device: torch.device, most: int = 64) -> Tensor:
 
 
 class HostClock:
+    """Nothing empties the caches: operands larger than these come from memory at every call, smaller ones do not (`cold` in no row)."""
+
     name = "perf_counter"
 
     def __init__(self, run: Callable[[], object], cold: bool):
@@ -289,8 +291,8 @@ def measure(case: Case) -> tuple[list[dict], list[float]]:
             seconds, clock = timed[row["provider"]]
             ceiling = case.ceilings.get(row["provider"])
             row |= {
-                "seconds": quartile(seconds), "spread": quartile(seconds, 0.75) / quartile(seconds) - 1, "rounds": len(seconds), "clock": clock,
-                "load": [before, after], "peak_bytes": peaks.get(row["provider"]), **_rates(ceiling or case, quartile(seconds)),
+                **_times(seconds), "clock": clock, "load": [before, after], "peak_bytes": peaks.get(row["provider"]),
+                **_rates(ceiling or case, quartile(seconds)),
             }  # fmt: skip
     _relate(rows)
     return rows, timed[next(filter(is_ours, timed))][0]
@@ -300,14 +302,17 @@ def timed_rows(common: dict, timed: dict[str, tuple[list[float], str]], baseline
     """Rows of calls whose own file checked ours, the first of them. baselines {name: note} compute something else and are there for scale."""
     rows, load = [], os.getloadavg()[0]
     for name, (seconds, clock) in timed.items():
-        first = quartile(seconds)
         kind = {"kind": "baseline", "note": baselines[name]} if name in baselines else {"kind": "provider", "correct": True}
         rows.append({
-            **common, "provider": name, **kind, "seconds": first, "spread": quartile(seconds, 0.75) / first - 1, "rounds": len(seconds),
-            "clock": clock, "load": [load, load], "cold": False,
+            **common, "provider": name, **kind, **_times(seconds), "clock": clock, "load": [load, load], "cold": False,
         })  # fmt: skip
     _relate(rows)
     return rows
+
+
+def _times(seconds: list[float]) -> dict:
+    low, median, high = (quartile(seconds, which) for which in (0.25, 0.5, 0.75))
+    return {"seconds": low, "median": median, "spread": high / low - 1, "rounds": len(seconds)}
 
 
 def is_ours(name: str) -> bool:
@@ -329,7 +334,8 @@ def _verdict(name: str, provider: Provider, case: Case, expected: dict) -> dict:
 def _common(case: Case) -> dict:
     return {
         "op": case.op, "mode": case.mode, "shape": dict(case.shape), "dtype": dtype_text(case.dtype), "device": case.device.type,
-        "threads": torch.get_num_threads(), "cold": not case.launch_bound, **({"curve": case.curve} if case.curve else {}),
+        "threads": torch.get_num_threads(), "cold": case.device.type == "cuda" and not case.launch_bound,
+        **({"curve": case.curve} if case.curve else {}),
     }  # fmt: skip
 
 

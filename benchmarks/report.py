@@ -15,7 +15,9 @@ import json
 import sys
 from pathlib import Path
 
-COLUMNS = ("operation", "shape", "dtype", "provider", "lower quartile", "x ours", "rate", "of ceiling", "peak memory", "error", "rounds, spread")
+COLUMNS = (
+    "operation", "shape", "dtype", "provider", "lower quartile", "median", "x ours", "rate", "of ceiling", "peak memory", "error", "rounds, spread",
+)  # fmt: skip
 
 
 def refused(rows: list[dict]) -> list[dict]:
@@ -112,7 +114,8 @@ def _cells(row: dict) -> tuple[str, ...]:
         rate = f"{row['gb_s']:.1f} GB/s" if row.get("gb_s") else ""
     return (
         f"{row['op']} {row['mode']}", _shape(row), row["dtype"], row["provider"] if row["kind"] == "provider" else f"*{row['provider']}*",
-        time_text(row["seconds"]), f"{row['ratio']:.2f}", rate, f"{row['percent']:.0f} %" if row.get("percent") else "",
+        time_text(row["seconds"]), time_text(row["median"]) if "median" in row else "", f"{row['ratio']:.2f}", rate,
+        f"{row['percent']:.0f} %" if row.get("percent") else "",
         "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB", "" if row.get("error") is None else f"{row['error']:.1e}",
         f"{row['rounds']}, {100 * row['spread']:.0f} %",
     )  # fmt: skip
