@@ -216,7 +216,10 @@ def _steps(run: Path) -> dict[int, Path]:
     if not found and not (run / "metrics.jsonl").exists():
         raise InspectError(f"{run} is no run directory: it has no rollouts and no metrics.jsonl{_runs_beside(run)}")
     if not found:
-        raise InspectError(f"{run} holds no rollouts: no step is finished yet, trainer.keep_rollouts was false, or pyarrow was not installed")
+        raise InspectError(
+            f"{run} holds no rollouts: no step is finished yet, trainer.keep_rollouts was false, or pyarrow was not installed "
+            "when it ran (pip install -e '.[report]', then train again)"
+        )
     return found
 
 
