@@ -11,7 +11,7 @@ from ..policy import Policy
 from . import Sample
 from .decode import decoder
 
-UNSCORED = 2**22  # logits that are kept until their log-probs are computed together: 16 MiB
+UNSCORED = 2**18  # logits that are kept until their log-probs are computed together, 1 MiB: many steps of a small vocabulary, one of a wide one
 
 
 class LocalEngine:
