@@ -14,8 +14,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import torch
 from safetensors.torch import load_file
 
-from acpo.policy import Policy
+from acpo.config import Config
+from acpo.policy import Policy, build
 from acpo.rollout.local import LocalEngine
+
+
+@contextlib.contextmanager
+def serving(chosen: Config):
+    """A stand-in for the server of this configuration's model, and the settings that name it."""
+    torch.manual_seed(chosen.seed)
+    policy, tokenizer = build(chosen)
+    fake = FakeVLLM(policy, [tokenizer.eos_token_id])
+    yield fake, ("rollout.engine=vllm_server", f"rollout.server.url={fake.url}", "rollout.server.retries=0", "eval.samples=0", "eval.max_problems=4")
+    fake.close()
 
 
 class FakeVLLM:

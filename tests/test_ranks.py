@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_vllm import FakeVLLM
+from fake_vllm import serving
 from loop import parameters, records, settings, steps, train, trainer_of, without_times, write_config
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +24,6 @@ from torch.nn.parallel import DistributedDataParallel
 from acpo import update
 from acpo.checkpoint import latest, optimizer_tensors
 from acpo.config import ConfigError
-from acpo.policy import build
 from acpo.ranks import Ranks, run_of
 from acpo.state import resume as state_of
 
@@ -347,13 +346,8 @@ def test_one_process_shares_nothing_out(tmp_path):
 
 @pytest.fixture
 def served(tmp_path):
-    """A stand-in for a vLLM server of the small configuration's model, and the settings that name it."""
-    chosen = settings(tmp_path / "probe")
-    torch.manual_seed(chosen.seed)
-    policy, tokenizer = build(chosen)
-    fake = FakeVLLM(policy, [tokenizer.eos_token_id])
-    yield fake, ("rollout.engine=vllm_server", f"rollout.server.url={fake.url}", "rollout.server.retries=0", "eval.samples=0", "eval.max_problems=4")
-    fake.close()
+    with serving(settings(tmp_path / "probe")) as found:
+        yield found
 
 
 @pytest.mark.parametrize("sharding", ["none", "full"])

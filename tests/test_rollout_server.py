@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from fake_vllm import FakeVLLM
+from fake_vllm import FakeVLLM, serving
 from loop import records, settings, train, trainer_of, without_times
 
 from acpo import config
@@ -400,16 +400,9 @@ def test_an_interrupt_does_not_wait_for_the_server(fake, policy, tmp_path, monke
 
 @pytest.fixture
 def served(tmp_path):
-    """A run of the small configuration whose rollouts come from a stand-in server, and that server."""
-    chosen = settings(tmp_path / "probe")
-    torch.manual_seed(chosen.seed)
-    policy, tokenizer = build(chosen)
-    fake = FakeVLLM(policy, [tokenizer.eos_token_id])
-    yield fake, [
-        "rollout.engine=vllm_server", f"rollout.server.url={fake.url}", "rollout.server.retries=0", "trainer.steps=3", "warmup.steps=10",
-        "eval.max_problems=4", "eval.samples=0",
-    ]  # fmt: skip
-    fake.close()
+    """A run of three steps whose rollouts come from a stand-in server, and that server."""
+    with serving(settings(tmp_path / "probe")) as (fake, overrides):
+        yield fake, [*overrides, "trainer.steps=3", "warmup.steps=10"]
 
 
 def test_training_with_a_server(tmp_path, served):
