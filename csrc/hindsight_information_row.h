@@ -21,7 +21,7 @@
 // K - h(k) M is the least of sum e_p h(D) over all centres, a sum of non-negative terms: it never falls, so that at the end these blocks have
 // added at most about e sqrt(24 / 2) = 1.7e-7 of it. Errors are not independent where the logits have few values or lie close together,
 // which the exponential rounds alike (then the bound is 24 e). So besides
-// * the blocks that were summed carefully were summed plainly too, and the two forms must agree to 1e-7 over all of them (Trust),
+// * the blocks that were summed carefully were summed plainly too, and the two forms must agree to that same 1.7e-7 over all of them (Trust),
 // * of a sample of the block's columns no more than a sixteenth lie within T / 32 of their neighbour, or of the one half a group before (crowded).
 // What does not pass is summed again, carefully, from the L1 or L2. What a block would have been allowed is what the next one tries first.
 //
@@ -39,7 +39,7 @@ namespace acpo {
 namespace {
 
 constexpr float NEAR = 1.0f;  // D^2 below which the series is used
-constexpr double PLAIN = 1.0 / 24.0, AGREE = 1e-7;  // divergence over mass, difference over divergence
+constexpr double PLAIN = 1.0 / 24.0, AGREE = 1.7e-7;  // divergence over mass, difference over divergence
 constexpr int CROWD = 16;                           // one neighbouring pair in so many may lie close together
 
 // Of at most a group, in float32.
