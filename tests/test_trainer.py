@@ -191,6 +191,25 @@ def test_reliability_zero_is_the_plain_update_bitwise(tmp_path, warmed, credit, 
         assert one["reward"] == other["reward"] and one["loss"] == other["loss"] and one["entropy/weight"] == other["entropy/weight"]
 
 
+def test_a_rollout_that_was_cut_off_keeps_its_outcome_advantage(tmp_path, warmed, monkeypatch):
+    """Attribution sees its steps, which count for the others; its own tokens get the outcome advantage, those of unchanged steps too."""
+    trainer = trainer_of(tmp_path, "attribution.source=tree", "credit.scope=all", "attribution.reliability=1", *MANY, weights=warmed)
+    rollout = trainer._rollout
+
+    def every_other_cut():
+        indices, batch, outcome = rollout()
+        batch.sequence["finished"] = torch.arange(len(batch)) % 2 == 0
+        return indices, batch, outcome
+
+    monkeypatch.setattr(trainer, "_rollout", every_other_cut)
+    batch, _, attribution, advantages, _ = rolled_out(trainer)
+    ended = batch.sequence["finished"]
+    assert attribution.rows.all() and torch.equal(attribution.reliability > 0, ended)
+    sequence = batch.segments.sequence_ids()
+    given, plain, of_ended = batch.token["advantages"], advantages[sequence], ended[sequence]
+    assert torch.equal(given[~of_ended], plain[~of_ended]) and not torch.equal(given[of_ended], plain[of_ended])
+
+
 # --- (c) conservation ---------------------------------------------------------------------------------------------------------------
 
 
