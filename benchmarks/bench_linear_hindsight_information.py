@@ -51,4 +51,6 @@ def case(n: int, h: int, v: int, dtype: torch.dtype, device: torch.device) -> Ca
 def test_linear_hindsight_information(run, device, shapes, dtype):
     if device.type == "cuda" and dtype == torch.float32 and shapes != "small":
         pytest.skip("heads are bfloat16 on a GPU; float32 is tested, not timed")
+    if device.type == "cpu" and dtype == torch.float32 and shapes == "default":
+        pytest.skip("on the CPU float32 is measured with --shapes large")
     run(case(*SHAPES[shapes, device.type], dtype, device))

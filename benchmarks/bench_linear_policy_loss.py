@@ -21,12 +21,12 @@ from .peers import plain
 SHAPES = HEADS
 
 
-def case(n, h, v, dtype, device) -> Case:
+def case(n, h, v, dtype, device, shares: bool = True) -> Case:
     hidden, weight, ids = inputs(n, h, v, dtype, device)
     segments = segments_of(n, max(2, n // 16), max(1, n // 128), device)
     advantages, incoming = torch.randn(n, device=device), {"loss": torch.ones((), device=device)}
     variants = {"all": (torch.ones(n, dtype=torch.bool, device=device), advantages)}
-    for unmasked, active in SHARES:
+    for unmasked, active in SHARES if shares else ():
         mask, flows = rows_of(n, unmasked, active, device)
         variants[f"u={unmasked:g} a={active:g}"] = mask, torch.where(flows, advantages, 0.0)
 
@@ -73,4 +73,6 @@ def test_linear_policy_loss(run, device, shapes, dtype, size):
         pytest.skip(f"--shapes {shapes} has {len(wanted)} sizes on {device.type}")
     if device.type == "cuda" and dtype == torch.float32 and shapes != "small":
         pytest.skip("heads are bfloat16 on a GPU; float32 is tested, not timed")
-    run(case(*wanted[size], dtype, device))
+    if device.type == "cpu" and dtype == torch.float32 and shapes == "default":
+        pytest.skip("float32 beside the matrix products is in linear_logprob_entropy's table; of the whole loss: --shapes large")
+    run(case(*wanted[size], dtype, device, shares=device.type == "cuda" or shapes != "default"))
