@@ -11,7 +11,7 @@ import torch
 
 from acpo_kernels import linear_logprob_entropy, linear_policy_loss, policy_loss, reference
 
-from .bench_linear_logprob_entropy import ALONE, SHARES, bare_products, inputs, rows_of
+from .bench_linear_logprob_entropy import ALONE, SHARES, bare_products, inputs, products_as_they_are, rows_of
 from .bench_linear_logprob_entropy import SHAPES as HEADS
 from .bench_linear_logprob_entropy import expected as head_expected
 from .common import SIZES, Case, Expected, Provider, copy_ceiling, gradients
@@ -58,10 +58,13 @@ def case(n, h, v, dtype, device, shares: bool = True) -> Case:
     alone = device.type == "cpu" and n >= ALONE
     if not alone:
         providers |= {"linear_logprob_entropy + policy_loss": provider(two_calls), "eager": provider(eager)}
+    ceilings = {} if alone else {"matrix products of 8 N H V": bare_products(hidden, weight, backward=True), "copy": copy_ceiling(weight)}
+    if not alone and device.type == "cpu" and dtype == torch.bfloat16:
+        ceilings["matrix products, bfloat16"] = products_as_they_are(hidden, weight, backward=True)
     return Case(
         "linear_policy_loss", "forward+backward", {"N": n, "H": h, "V": v}, dtype, device, providers, expected,
         bytes=3 * (n * h + v * h) * hidden.element_size(), flop=6 * n * h * v,
-        ceilings={} if alone else {"matrix products of 8 N H V": bare_products(hidden, weight, backward=True), "copy": copy_ceiling(weight)},
+        ceilings=ceilings,
     )  # fmt: skip
 
 
