@@ -210,19 +210,34 @@ def draw(rows: list[dict], folder: Path, title: str) -> list[Path]:
         paths.append(folder / "scaling.png")
         figure, axes = plt.subplots(-(-len(curves) // 3), 3, figsize=(12, 3 * -(-len(curves) // 3)), squeeze=False)
         for axis, (case, along) in zip(axes.flat, curves, strict=False):
-            own = [row for row in rows if row.get("curve") == along and f"{row['op']} {row['mode']}" == case and row["kind"] == "provider"]
-            for provider in sorted({row["provider"] for row in own}, key=lambda p: (not p.startswith("ours"), p)):
-                points = sorted((row["shape"][along], row["seconds"]) for row in own if row["provider"] == provider)
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=provider)
-            axis.set(xscale="log", yscale="log", xlabel=along, ylabel="seconds", title=case)
-            axis.title.set_size(8)
-            axis.legend(fontsize=6)
+            draw_curve(axis, case, along, [row for row in rows if row.get("curve") == along and f"{row['op']} {row['mode']}" == case])
         for axis in axes.flat[len(curves) :]:
             axis.set_visible(False)
         figure.tight_layout()
         figure.savefig(paths[-1], dpi=150)
     plt.close("all")
     return paths
+
+
+def draw_curve(axis, case: str, along: str, rows: list[dict]) -> None:
+    """Seconds over one size; the title says which sizes all points have in common."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    rows = [row for row in rows if row["kind"] == "provider"]
+    for provider in sorted({row["provider"] for row in rows}, key=lambda p: (not p.startswith("ours"), p)):
+        points = sorted((row["shape"][along], row["seconds"]) for row in rows if row["provider"] == provider)
+        axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=provider)
+    common = {name: size for name, size in rows[0]["shape"].items() if all(row["shape"].get(name) == size for row in rows)}
+    axis.set(xscale="log", yscale="log", xlabel=along, title=f"{case}\n{_shape({'shape': common})} {rows[0]['dtype']}")
+    axis.title.set_size(8)
+    sizes = sorted({row["shape"][along] for row in rows})
+    axis.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=7)
+    axis.set_xticks([], minor=True)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: time_text(seconds)))
+    axis.set_yticks([], minor=True)
+    axis.tick_params(axis="y", labelsize=7)
+    axis.legend(fontsize=6)
 
 
 def main(arguments: list[str] | None = None) -> int:
