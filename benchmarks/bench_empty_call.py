@@ -60,4 +60,4 @@ def test_empty_call(run, device, operation, n, grad):
     providers = {"ours": Provider(provider(ops)), "eager": Provider(provider(reference), "the reference")}
     with torch.set_grad_enabled(grad):
         mode = "grad mode" if grad else "no grad"
-        run(Case(f"{operation}, empty call", mode, shape, torch.float32, device, providers, expected, budgeted=False))
+        run(Case(f"{operation}, empty call", mode, shape, torch.float32, device, providers, expected, budgeted=False, cold=False))

@@ -1,4 +1,4 @@
-"""Curves over one size at a time, ours and eager: pytest benchmarks/ --benchmark -k scaling (some four minutes on two cores, outside the default).
+"""Curves over one size at a time, ours and eager: pytest benchmarks/ --benchmark -k scaling (some three minutes on two cores, outside the default).
 
 Rows N, vocabulary V, hidden size H, threads, tokens of one sequence up to 131,072, rollouts up to 512 of a thousand tokens. The cases are those
 of the other files, checked as there.

@@ -9,23 +9,31 @@ rows without a gradient our loss skips). Seconds are the trainer's own (`time/*`
 The policy is a random Qwen2, of width 64 on the CPU (256: --shapes large) and of the size of Qwen2.5-0.5B on a GPU; problems and Qwen2's
 tokenizer (V = 151,936) from ../shared/data where they are, else the twenty problems of tests/fixtures and bytes. TRL samples nothing here, and
 its clipping is in no part.
+
+A step that is not timed gives the memory that it holds behind its rollouts: of ours one more, of TRL the first, whose optimiser makes its two
+moments. Errors are the largest difference over the largest value, against the same weights and rollouts in float64: of the scored log-probs and,
+of ours, of the gradient of an optimiser step.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers.models.qwen2 import modeling_qwen2
 
+import acpo.update
 from acpo import config, policy, verify
 from acpo.attribution import MIN_BOUNDARIES
 from acpo.run import Run
 from acpo.trainer import Trainer
 
-from .common import quartile
+from .clocks import Peak, quartile
 from .peers import trl
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +47,7 @@ PARTS = {
 SAME = ("rollout", "optimizer")  # in ACPO and GRPO
 # (prompts, rollouts a prompt, tokens a rollout, measured steps)
 SHAPES = {
-    ("small", "cpu"): (2, 2, 16, 2), ("default", "cpu"): (4, 4, 32, 4), ("large", "cpu"): (4, 4, 64, 4),
+    ("small", "cpu"): (2, 2, 16, 2), ("default", "cpu"): (4, 4, 16, 4), ("large", "cpu"): (4, 4, 64, 4),
     ("small", "cuda"): (2, 2, 16, 2), ("default", "cuda"): (8, 8, 256, 3), ("large", "cuda"): (8, 8, 256, 3),
 }  # fmt: skip
 # (hidden, intermediate, layers, heads), where it is not the tiny one of acpo.policy: a head as wide as a real one costs what it costs there
@@ -71,18 +79,75 @@ def step(one: Trainer) -> dict[str, float]:
     metrics = one.step()
     metrics["time/rest"] = time.perf_counter() - begin - metrics["step_time"]
     read = float(one.taken.sequence["hindsight"].repeat_interleave(torch.tensor(one.taken.lengths, device=one.policy.device)).float().mean())
-    return metrics | {"read": read, "generated": one.counters["tokens/generated"] - before, "old_logp": one.taken.token["old_logp"]}
+    return metrics | {"read": read, "generated": one.counters["tokens/generated"] - before, "batch": one.taken}
 
 
 def keep_batches(one: Trainer) -> None:
-    """one.taken is the batch of the last step."""
-    rollout = one._rollout
+    """one.taken is the batch of the last step; one.peak, where it is set, begins behind its rollouts."""
+    rollout, one.peak = one._rollout, None
 
     def kept():
         indices, one.taken, outcome = rollout()
+        if one.peak is not None:
+            one.peak.begin()
         return indices, one.taken, outcome
 
     one._rollout = kept
+
+
+def held(one: Trainer) -> int | None:
+    """The memory of one more step, behind its rollouts."""
+    one.peak = Peak(one.policy.device)
+    step(one)
+    taken, one.peak = one.peak, None
+    return taken.bytes()
+
+
+def gradient_error(one: Trainer, patch: pytest.MonkeyPatch) -> float:
+    """Of the last optimiser step of one more step, which goes through the fused loss; in float64 the same call goes through the reference."""
+    inner, seen = acpo.update.gradients, {}
+
+    def kept(batch, rows, policy, *rest):
+        sums = inner(batch, rows, policy, *rest)
+        seen.update(batch=batch, arguments=(rows, *rest), gradient={n: p.grad.clone() for n, p in policy.trained().items() if p.grad is not None})
+        return sums
+
+    with patch.context() as changed:
+        changed.setattr(acpo.update, "gradients", kept)
+        step(one)
+    batch = copy.copy(seen["batch"])
+    batch.token = {name: x.double() if x.is_floating_point() else x for name, x in batch.token.items()}
+    rows, *rest = seen["arguments"]
+    with in_float64(one.policy, patch) as exact:
+        inner(batch, rows, exact, *rest)
+    wanted = {name: p.grad for name, p in exact.trained().items() if p.grad is not None}
+    assert wanted.keys() == seen["gradient"].keys()
+    largest = max(x.abs().max().item() for x in wanted.values())
+    return max((seen["gradient"][name] - x).abs().max().item() for name, x in wanted.items()) / max(largest, 1e-300)
+
+
+def exact_logp(one: Trainer, batch, patch: pytest.MonkeyPatch) -> torch.Tensor:
+    with in_float64(one.policy, patch) as exact, torch.no_grad():
+        return exact.score(exact.hidden(batch.prompts, batch.responses()), batch.token["ids"], one.config.rollout.temperature).logp
+
+
+@contextlib.contextmanager
+def in_float64(policy, patch: pytest.MonkeyPatch):
+    """A copy of the policy that computes in float64 throughout: Qwen2's normalisation would compute in float32 whatever it is given."""
+
+    def forward(norm, x):
+        return norm.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon))
+
+    exact = copy.deepcopy(policy).double()
+    exact.dtype = torch.float32  # as it is written: no autocast
+    exact.zero_grad(set_to_none=True)
+    with patch.context() as changed:
+        changed.setattr(modeling_qwen2.Qwen2RMSNorm, "forward", forward)
+        yield exact
+
+
+def relative(got: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((got.double() - exact).abs().max() / exact.abs().max()).item()
 
 
 @pytest.mark.parametrize("outcomes", ["mixed", "equal"])
@@ -106,18 +171,29 @@ def test_step(run, device, shapes, tmp_path, monkeypatch, outcomes):
     if outcomes == "mixed":
         try:
             records["trl"] = trl.grpo_steps(
-                ours["grpo"], turn, (count if device.type == "cuda" else 1) + 1
-            )  # on the CPU one takes as long as ten of ours
+                ours["grpo"], turn, (count if device.type == "cuda" else 1) + 1, Peak(device)
+            )  # on the CPU one takes as long as ten of ours and more
         except Exception as error:  # absent, or a refusal: ours is measured all the same, and an error of ours comes again below
             refusal = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     while len(records["grpo"]) <= count:
         turn()
+    peaks = {method: held(one) for method, one in ours.items()}
+    if records["trl"]:
+        peaks["trl"] = records["trl"][0]["peak_bytes"]
     records = {method: rows[1:] for method, rows in records.items()}  # the first one warms up
     for a, b in zip(records["acpo"], records["grpo"], strict=True):  # the same rollouts: else the table compares nothing
         assert a["generated"] == b["generated"] and a["entropy"] == pytest.approx(b["entropy"], rel=1e-3)
-    off = [(a["old_logp"] - b["old_logp"]).abs().mean().item() for a, b in zip(records["trl"], records["grpo"], strict=False)]
-    if off and not max(off) < (1e-4 if device.type == "cpu" else 2e-2):
-        records["trl"], refusal = [], f"scored log-probs that are {max(off):.1e} from ours on average"
+    scored = {method: rows[0]["batch"].token["old_logp"] for method, rows in records.items() if method in ours}
+    if records["trl"]:
+        scored["trl"] = records["trl"][0]["old_logp"]
+    exact = exact_logp(ours["grpo"], records["grpo"][0]["batch"], monkeypatch)
+    errors = {method: {"old_logp": relative(logp, exact)} for method, logp in scored.items()}
+    limit = 1e-5 if device.type == "cpu" else 2e-2
+    for method, one in ours.items():
+        errors[method]["gradient"] = gradient_error(one, monkeypatch)
+        assert max(errors[method].values()) < (limit if device.type == "cpu" else 0.1), f"{method} is wrong, no step is shown: {errors[method]}"
+    if "trl" in errors and not errors["trl"]["old_logp"] < limit:
+        records["trl"], refusal = [], f"scored log-probs that are {errors['trl']['old_logp']:.1e} from float64"
     seconds = {method: {part: quartile([r.get(f"time/{part}", 0.0) for r in rows]) for part in PARTS} for method, rows in records.items() if rows}
     for part in SAME:
         both = quartile([r[f"time/{part}"] for method in ours for r in records[method]])
@@ -131,7 +207,10 @@ def test_step(run, device, shapes, tmp_path, monkeypatch, outcomes):
         "threads": torch.get_num_threads(), "read": float(np.mean([r["read"] for r in records["acpo"]])), "correct": True,
     }  # fmt: skip
     rows = [
-        {**common, "mode": method, "kind": "part", "provider": part, "note": PARTS[part], "part_seconds": value, "rounds": len(records[method])}
+        {
+            **common, "mode": method, "kind": "part", "provider": part, "note": PARTS[part], "part_seconds": value, "rounds": len(records[method]),
+            "peak_bytes": peaks[method], "errors": errors[method],
+        }
         for method in seconds for part, value in seconds[method].items()
     ]  # fmt: skip
     if "trl" not in seconds:

@@ -9,13 +9,10 @@ Bytes are those that an ideal kernel moves (each input read once, each output wr
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
-import math
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROUNDS = 30
-SECONDS = 2.0  # a call takes part in fewer than ROUNDS rounds when they would cost more than this; its row says in how many
-LEAST_ROUNDS = 3
-SHORTEST = 2e-4  # seconds between two readings of the clock: shorter calls are repeated between them
-HEAD_START = 2_000_000  # GPU cycles, a millisecond: the host has launched a call before the GPU reaches it
+from .clocks import Timed, interleave, quartile
+
 PEER_LIMIT = 0.05  # bfloat16 arithmetic is off by 1e-3 to 1e-2 of the norm, a wrong formula by about 1
 SIZES = [f"size{i}" for i in range(4)]  # names for -k: "logprob_entropy and size0"
 V = 151_936  # the Qwen2.5 vocabulary
@@ -81,12 +75,15 @@ class Case:
     dtype: torch.dtype
     device: torch.device
     providers: dict[str, Provider]
-    expected: Callable[[str], dict[str, Expected]]  # called with gradients_of
+    expected: Callable[[str], dict[str, Expected]] | None  # called with gradients_of
     bytes: int = 0
     flop: int = 0
     ceilings: dict[str, Ceiling] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)  # peers that are not here, and why
+    baselines: frozenset[str] = frozenset()  # providers that compute something else, for scale: not checked, and said so by their note
+    judge: Callable[[Results], dict] | None = None  # in place of `expected`, where results are no floating-point numbers: what `check` returns
     launch_bound: bool = False  # on CUDA: timed as a graph, without emptying the cache
+    cold: bool = True  # False: nothing to read, all of it is Python's and the dispatcher's time
     curve: str = ""  # the size over which this case is a point of a curve
     budgeted: bool = True  # False: one row, where the budget (how far float32 happened to be off there) is chance
 
@@ -148,120 +145,6 @@ def sampled_rows(n: int, device: torch.device, most: int = 64) -> Tensor:
     return torch.cat([torch.arange(most // 2, device=device), torch.arange(n - most // 2, n, device=device)])
 
 
-# --- the clock --------------------------------------------------------------------------------------------------------------------
-
-
-class HostClock:
-    """Nothing empties the caches: operands larger than these come from memory at every call, smaller ones do not (`cold` in no row)."""
-
-    name = "perf_counter"
-
-    def __init__(self, run: Callable[[], object], cold: bool):
-        self.run, self.number = run, 1
-        self.once = self.measure()
-        while self.number * self.once < SHORTEST:  # the first calls of a short one are the slowest: asked again until as many take that long
-            self.number = math.ceil(SHORTEST / max(self.once, 1e-9))
-            self.once = self.measure()
-
-    def measure(self) -> float:
-        begin = time.perf_counter()
-        for _ in range(self.number):
-            self.run()
-        return (time.perf_counter() - begin) / self.number
-
-
-class DeviceClock:
-    """CUDA events around the call, the level-2 cache emptied before it; a launch-bound call as a replayed graph. The GPU waits a millisecond
-    before the first event: else the time in which Python launches would count."""
-
-    _flush: Tensor | None = None
-
-    def __init__(self, run: Callable[[], object], cold: bool):
-        self.run, self.cold, self.number, self.name = run, cold, 1, "CUDA events, cold L2"
-        if not cold:
-            self.number, self.name = 20, "CUDA events, 20 calls"
-            try:
-                self.run, self.name = self._capture(run), "CUDA graph, 20 replays"
-            except RuntimeError as error:  # this call synchronises or allocates outside the pool: its launches are part of its time
-                torch.cuda.synchronize()
-                self.name += f" (not capturable: {str(error).splitlines()[0][:80]})"
-        if DeviceClock._flush is None:
-            size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
-            DeviceClock._flush = torch.empty(size, dtype=torch.int8, device="cuda")
-        self.once = self.measure()
-
-    @staticmethod
-    def _capture(run: Callable[[], object]) -> Callable[[], object]:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            keep = run()
-        del keep
-        return graph.replay
-
-    def measure(self) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if self.cold:
-            DeviceClock._flush.zero_()
-        torch.cuda._sleep(HEAD_START)
-        begin.record()
-        for _ in range(self.number):
-            self.run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) * 1e-3 / self.number
-
-
-def interleave(calls: dict[str, Callable[[], object]], device: torch.device, *, cold: bool = True) -> dict[str, tuple[list[float], str]]:
-    """{name: (seconds of each round, clock)}: one call of warm-up, then round after round each call once, slow ones in fewer rounds.
-    (In `measure` the check and the memory were two more calls before.)"""
-    clock = DeviceClock if device.type == "cuda" else HostClock
-    clocks = {name: clock(call, cold) for name, call in calls.items()}
-    rounds = {name: max(LEAST_ROUNDS, min(ROUNDS, int(SECONDS / max(timer.once * timer.number, 1e-9)))) for name, timer in clocks.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(ROUNDS):
-        for name, timer in clocks.items():
-            if (i + 1) * rounds[name] // ROUNDS > i * rounds[name] // ROUNDS:  # spread evenly over the rounds
-                seconds[name].append(timer.measure())
-    return {name: (seconds[name], clocks[name].name) for name in calls}
-
-
-def quartile(values: list[float], which: float = 0.25) -> float:
-    return sorted(values)[int(which * (len(values) - 1))]
-
-
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """The most memory that one call holds beyond what is held before it (its results included); None where the system does not tell."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later would hide what the call takes
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets the high-water mark back
-        before = _status("VmRSS")
-        call()
-        return max(0, _status("VmHWM") - before)
-    except (OSError, AttributeError):
-        return None
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"no {name} in /proc/self/status")
-
-
 # --- the rows ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +153,10 @@ def measure(case: Case) -> tuple[list[dict], list[float]]:
     rows, good = [], {}
     expected: dict[str, dict[str, Expected]] = {}
     for name, provider in case.providers.items():
+        if name in case.baselines:
+            rows.append({**_common(case), "provider": name, "kind": "baseline", "note": provider.note})
+            good[name] = provider.run
+            continue
         verdict = _verdict(name, provider, case, expected)
         rows.append({**_common(case), "provider": name, "kind": "provider", "note": provider.note, **verdict})
         if verdict["correct"]:
@@ -282,37 +169,27 @@ def measure(case: Case) -> tuple[list[dict], list[float]]:
     rows += [{**_common(case), "provider": name, "kind": "absent", "correct": True, "why": why} for name, why in case.absent.items()]
 
     calls = {**good, **{name: ceiling.run for name, ceiling in case.ceilings.items()}}
-    peaks = {name: peak_bytes(call, case.device) for name, call in good.items()}
     before = os.getloadavg()[0]
-    timed = interleave(calls, case.device, cold=not case.launch_bound)
+    timed = interleave(calls, case.device, cold=_cold(case))
     after = os.getloadavg()[0]
     for row in rows:
         if row["provider"] in timed and row["kind"] != "absent":
-            seconds, clock = timed[row["provider"]]
             ceiling = case.ceilings.get(row["provider"])
             row |= {
-                **_times(seconds), "clock": clock, "load": [before, after], "peak_bytes": peaks.get(row["provider"]),
-                **_rates(ceiling or case, quartile(seconds)),
+                **_times(timed[row["provider"]]), "load": [before, after],
+                "peak_bytes": timed[row["provider"]].peak_bytes if row["provider"] in good else None,
+                **_rates(ceiling or case, quartile(timed[row["provider"]].seconds)),
             }  # fmt: skip
     _relate(rows)
-    return rows, timed[next(filter(is_ours, timed))][0]
+    return rows, timed[next(filter(is_ours, timed))].seconds
 
 
-def timed_rows(common: dict, timed: dict[str, tuple[list[float], str]], baselines: dict[str, str]) -> list[dict]:
-    """Rows of calls whose own file checked ours, the first of them. baselines {name: note} compute something else and are there for scale."""
-    rows, load = [], os.getloadavg()[0]
-    for name, (seconds, clock) in timed.items():
-        kind = {"kind": "baseline", "note": baselines[name]} if name in baselines else {"kind": "provider", "correct": True}
-        rows.append({
-            **common, "provider": name, **kind, **_times(seconds), "clock": clock, "load": [load, load], "cold": False,
-        })  # fmt: skip
-    _relate(rows)
-    return rows
-
-
-def _times(seconds: list[float]) -> dict:
-    low, median, high = (quartile(seconds, which) for which in (0.25, 0.5, 0.75))
-    return {"seconds": low, "median": median, "spread": high / low - 1, "rounds": len(seconds)}
+def _times(timed: Timed) -> dict:
+    low, median, high = (quartile(timed.seconds, which) for which in (0.25, 0.5, 0.75))
+    return {
+        "seconds": low, "median": median, "spread": high / low - 1, "rounds": len(timed.seconds), "clock": timed.clock,
+        **({"warm_seconds": quartile(timed.warm)} if timed.warm else {}),
+    }  # fmt: skip
 
 
 def is_ours(name: str) -> bool:
@@ -320,6 +197,8 @@ def is_ours(name: str) -> bool:
 
 
 def _verdict(name: str, provider: Provider, case: Case, expected: dict) -> dict:
+    if case.judge is not None:
+        return case.judge(provider.run())
     if provider.gradients_of not in expected:
         expected[provider.gradients_of] = case.expected(provider.gradients_of)
     if is_ours(name):
@@ -331,10 +210,14 @@ def _verdict(name: str, provider: Provider, case: Case, expected: dict) -> dict:
     return check(results, expected[provider.gradients_of], ours=False)
 
 
+def _cold(case: Case) -> bool:
+    return case.cold and not (case.device.type == "cuda" and case.launch_bound)
+
+
 def _common(case: Case) -> dict:
     return {
         "op": case.op, "mode": case.mode, "shape": dict(case.shape), "dtype": dtype_text(case.dtype), "device": case.device.type,
-        "threads": torch.get_num_threads(), "cold": case.device.type == "cuda" and not case.launch_bound,
+        "threads": torch.get_num_threads(), "cold": _cold(case),
         **({"curve": case.curve} if case.curve else {}),
     }  # fmt: skip
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from . import common, peers
+from . import clocks, common, peers
 from .report import table
 
 ROWS = pytest.StashKey[list]()
@@ -48,8 +48,8 @@ def pytest_addoption(parser):
     group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
     group.addoption("--threads", type=int, default=2, help="CPU threads of every provider (default 2)")
     group.addoption(
-        "--seconds", type=float, default=common.SECONDS, metavar="S",
-        help=f"a provider whose {common.ROUNDS} rounds take longer takes part in fewer, at least {common.LEAST_ROUNDS} (default {common.SECONDS:g})",
+        "--seconds", type=float, default=clocks.SECONDS, metavar="S",
+        help=f"a provider whose {clocks.ROUNDS} rounds take longer takes part in fewer, at least {clocks.LEAST_ROUNDS} (default {clocks.SECONDS:g})",
     )  # fmt: skip
     group.addoption(
         "--providers", default="", metavar="NAMES",
@@ -61,7 +61,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[ROWS], config.stash[BEGIN] = [], time.monotonic()
-    common.SECONDS = config.getoption("--seconds")
+    clocks.SECONDS = config.getoption("--seconds")
     if config.getoption("--benchmark") and not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install -e '.[bench]'")
     config.option.benchmark_quiet = True  # its table knows ours alone; ours is printed below

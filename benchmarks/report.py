@@ -16,8 +16,14 @@ import sys
 from pathlib import Path
 
 COLUMNS = (
-    "operation", "shape", "dtype", "provider", "lower quartile", "median", "x ours", "rate", "of ceiling", "peak memory", "error", "rounds, spread",
+    "operation", "shape", "dtype", "provider", "lower quartile", "median", "warm", "x ours", "rate", "of ceiling", "peak memory", "error",
+    "rounds, spread",
 )  # fmt: skip
+CACHES = (
+    "caches: emptied before every call, of which all columns but one speak; warm: the lower quartile of the same call with its operands where the "
+    'call before left them (none from 20 ms on: what lasts so long does not live from the cache); "so timed": the caches were never emptied, and '
+    "all columns are warm"
+)
 
 
 def refused(rows: list[dict]) -> list[dict]:
@@ -38,8 +44,8 @@ def table(rows: list[dict]) -> str:
     if timed:
         lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
         lines += ["| " + " | ".join(_cells(row)) + " |" for row in timed]
-    absent = {row["provider"]: row["why"] for row in rows if row["kind"] == "absent"}
-    lines += [""] + [f"absent: {name}: {why}" for name, why in absent.items()]
+    absent = dict.fromkeys((row["provider"], row["why"]) for row in rows if row["kind"] == "absent")
+    lines += [""] + [f"absent: {name}: {why}" for name, why in absent]
     lines += [f"refused: {name(row)}: {row.get('why') or 'its result was not checked'}" for row in bad]
     lines += sorted({f"{row['provider']}: {row['note']}" for row in rows if row.get("note") and row not in bad})
     loads = [load for row in rows for load in row.get("load", ())]
@@ -48,6 +54,7 @@ def table(rows: list[dict]) -> str:
         shaken = sum(row["spread"] > 0.5 for row in rows if "spread" in row)
         if shaken:
             lines.append(f"{shaken} rows spread by more than 50 %: the machine was not quiet, measure those again")
+        lines.append(CACHES)
         lines.append(f"{rows[0]['threads']} threads; load average {min(loads):.2f} to {max(loads):.2f}; clock: {clocks}")
     return "\n".join(lines)
 
@@ -76,6 +83,12 @@ def step_table(parts: list[dict]) -> list[str]:
     methods = (grpo, acpo, trl) if trl else (grpo, acpo)
     lines += [line(part, notes[part], *(m.get(part, 0.0) for m in methods)) for part in acpo]
     lines.append(line("sum", "", *(sum(m.values()) for m in methods)))
+    compared = [
+        f"{mode}: {'peak memory behind the rollouts ' + _memory(row) + ', ' if row.get('peak_bytes') else ''}error against float64: "
+        + ", ".join(f"{name} {error:.1e}" for name, error in row["errors"].items())
+        for mode, row in {row["mode"]: row for row in parts if "errors" in row}.items()
+    ]
+    lines += ["", *compared] if compared else []
 
     forward = first["read"] * grpo["score"]
     information = sum(acpo[part] for part in ("score", "hindsight", "information")) - grpo["score"] - forward
@@ -111,14 +124,26 @@ def _cells(row: dict) -> tuple[str, ...]:
     if row.get("gflop_s"):
         rate = f"{row['gflop_s'] / 1e3:.1f} TF/s" if row["gflop_s"] > 1e4 else f"{row['gflop_s']:.0f} GF/s"
     else:
-        rate = f"{row['gb_s']:.1f} GB/s" if row.get("gb_s") else ""
+        rate = f"{row['gb_s']:.3g} GB/s" if row.get("gb_s") else ""
     return (
         f"{row['op']} {row['mode']}", _shape(row), row["dtype"], row["provider"] if row["kind"] == "provider" else f"*{row['provider']}*",
-        time_text(row["seconds"]), time_text(row["median"]) if "median" in row else "", f"{row['ratio']:.2f}", rate,
+        time_text(row["seconds"]), time_text(row["median"]) if "median" in row else "",
+        _warm(row), f"{row['ratio']:.2f}", rate,
         f"{row['percent']:.0f} %" if row.get("percent") else "",
-        "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB", "" if row.get("error") is None else f"{row['error']:.1e}",
+        "" if row.get("peak_bytes") is None else _memory(row), "" if row.get("error") is None else f"{row['error']:.1e}",
         f"{row['rounds']}, {100 * row['spread']:.0f} %",
     )  # fmt: skip
+
+
+def _warm(row: dict) -> str:
+    if "warm_seconds" in row:
+        return time_text(row["warm_seconds"])
+    return "" if "cold" in row.get("clock", "cold") else "so timed"
+
+
+def _memory(row: dict) -> str:
+    size = row["peak_bytes"] / 2**20
+    return f"{size:,.0f} MiB" if size >= 10 else f"{size:.1f} MiB"
 
 
 def time_text(seconds: float) -> str:
@@ -185,19 +210,34 @@ def draw(rows: list[dict], folder: Path, title: str) -> list[Path]:
         paths.append(folder / "scaling.png")
         figure, axes = plt.subplots(-(-len(curves) // 3), 3, figsize=(12, 3 * -(-len(curves) // 3)), squeeze=False)
         for axis, (case, along) in zip(axes.flat, curves, strict=False):
-            own = [row for row in rows if row.get("curve") == along and f"{row['op']} {row['mode']}" == case and row["kind"] == "provider"]
-            for provider in sorted({row["provider"] for row in own}, key=lambda p: (not p.startswith("ours"), p)):
-                points = sorted((row["shape"][along], row["seconds"]) for row in own if row["provider"] == provider)
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=provider)
-            axis.set(xscale="log", yscale="log", xlabel=along, ylabel="seconds", title=case)
-            axis.title.set_size(8)
-            axis.legend(fontsize=6)
+            draw_curve(axis, case, along, [row for row in rows if row.get("curve") == along and f"{row['op']} {row['mode']}" == case])
         for axis in axes.flat[len(curves) :]:
             axis.set_visible(False)
         figure.tight_layout()
         figure.savefig(paths[-1], dpi=150)
     plt.close("all")
     return paths
+
+
+def draw_curve(axis, case: str, along: str, rows: list[dict]) -> None:
+    """Seconds over one size; the title says which sizes all points have in common."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    rows = [row for row in rows if row["kind"] == "provider"]
+    for provider in sorted({row["provider"] for row in rows}, key=lambda p: (not p.startswith("ours"), p)):
+        points = sorted((row["shape"][along], row["seconds"]) for row in rows if row["provider"] == provider)
+        axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=provider)
+    common = {name: size for name, size in rows[0]["shape"].items() if all(row["shape"].get(name) == size for row in rows)}
+    axis.set(xscale="log", yscale="log", xlabel=along, title=f"{case}\n{_shape({'shape': common})} {rows[0]['dtype']}")
+    axis.title.set_size(8)
+    sizes = sorted({row["shape"][along] for row in rows})
+    axis.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=7)
+    axis.set_xticks([], minor=True)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: time_text(seconds)))
+    axis.set_yticks([], minor=True)
+    axis.tick_params(axis="y", labelsize=7)
+    axis.legend(fontsize=6)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -35,10 +35,10 @@ def linear_logprob_entropy(device):
     return {"TRL chunked": chunked}
 
 
-def grpo_steps(ours, turn, count: int) -> list[dict[str, float]]:
+def grpo_steps(ours, turn, count: int, peak) -> list[dict[str, float]]:
     """The seconds of each of `count` steps of TRL's GRPOTrainer on a copy of our trainer's policy, and the log-probs that it scored. A step is what
     ours is: one scoring pass, then an optimiser step a minibatch, with the settings of ours. turn() -> (prompt ids, response ids, outcomes) is
-    called in each for its rollouts, and is no part of its seconds."""
+    called in each for its rollouts, and is no part of its seconds. `peak` (clocks.Peak) is begun behind the first one's rollouts: "peak_bytes"."""
     import contextlib
     import copy
     import io
@@ -55,6 +55,8 @@ def grpo_steps(ours, turn, count: int) -> list[dict[str, float]]:
     def rollouts(prompts, trainer):
         begin = time.perf_counter()
         given["prompts"], given["responses"], given["outcomes"] = turn()
+        if not found:
+            peak.begin()
         given["seconds"] = time.perf_counter() - begin
         return {"prompt_ids": given["prompts"], "completion_ids": given["responses"], "logprobs": None}
 
@@ -80,6 +82,8 @@ def grpo_steps(ours, turn, count: int) -> list[dict[str, float]]:
             if len(found) > scored:
                 taken -= found[-1]["time/score"] + given["seconds"]
             found[-1]["time/update"] += taken
+            if len(found) == 1:
+                found[-1]["peak_bytes"] = peak.bytes()
             return loss
 
     with contextlib.redirect_stdout(io.StringIO()):
