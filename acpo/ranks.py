@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
+WORD_AFTER = 15.0  # seconds behind a SIGTERM: torchrun kills 30 seconds behind its own
 
 
 class RankLost(TrainingError):
@@ -45,6 +49,33 @@ def first_to_tell() -> bool:
         return dist.distributed_c10d._get_default_store().add("acpo/told", 1) == 1  # with torchrun its agent keeps the store
     except RuntimeError:  # kept by rank 0, which is gone
         return dist.get_rank() <= 1
+
+
+def last_word(word: Callable[[], str]) -> Callable[[], None]:
+    """Says `word()` if the process lives on WORD_AFTER seconds behind a SIGTERM and no process of the job has said anything; the result calls it off.
+
+    A process that waits for a dead one inside nccl never comes back to Python, and no Python handler runs in it; the signal wakes a thread.
+    """
+    ours, signals = os.pipe()
+    os.set_blocking(signals, False)
+    over = threading.Event()
+
+    def wait() -> None:
+        while (came := os.read(ours, 1)) and came[0] != signal.SIGTERM:
+            pass
+        os.close(ours)
+        if came and not over.wait(WORD_AFTER) and first_to_tell():
+            print(f"acpo: {word()}", file=sys.stderr, flush=True)
+
+    threading.Thread(target=wait, name="last word", daemon=True).start()
+    before = signal.set_wakeup_fd(signals, warn_on_full_buffer=False)
+
+    def call_off() -> None:
+        over.set()
+        signal.set_wakeup_fd(before)
+        os.close(signals)
+
+    return call_off
 
 
 class Ranks:

@@ -358,7 +358,7 @@ def test_the_sketches_for_other_loops_run():
     tensors = batch()
     prompts = torch.arange(8).unsqueeze(1) // 4
     wanted = credit_of(tree)(tensors["ids"], tensors["mask"], OUTCOME).advantages
-    experience = SimpleNamespace(sequences=torch.cat([prompts, tensors["ids"]], 1), action_mask=tensors["mask"], info={"reward": OUTCOME})
+    experience = SimpleNamespace(sequences=torch.cat([prompts, tensors["ids"]], 1), action_mask=tensors["mask"], rewards=OUTCOME)
     maker = "class Own(Maker):\n" + textwrap.indent(BLOCKS[1], "    ")
     names = {"Maker": type("Maker", (), {"compute_advantages_and_returns": lambda self, experiences: experiences})}
     exec(maker, names)
@@ -366,7 +366,11 @@ def test_the_sketches_for_other_loops_run():
     own.credit = credit_of(tree)
     (found,) = own.compute_advantages_and_returns([experience])
     assert torch.equal(found.advantages, wanted)
-    exec(BLOCKS[2], names)
-    estimator = names["StepAdvantages"]()
-    estimator.credit = credit_of(tree)
-    assert torch.equal(estimator.compute_advantage(prompts, OUTCOME, tensors["mask"], repeated_batch={"token_ids": tensors["ids"]}), wanted)
+    exec(BLOCKS[2], {"torch": torch}, names)
+    # A question and its response a conversation, padded behind both; of each the tokens of the response are masked in.
+    logs = [[{"role": "user", "token_ids": torch.tensor([7, 7])}, {"role": "assistant", "token_ids": torch.tensor(TOKENIZER(t)["input_ids"])}]
+            for t in TEXTS]  # fmt: skip
+    mask = torch.nn.functional.pad(tensors["mask"], (2, 3)).float()
+    estimator = names["StepAdvantages"](credit_of(tree))
+    found = estimator.compute_advantage(prompts, OUTCOME, mask, repeated_batch={"message_log": logs}, logprobs_policy=None)
+    assert torch.equal(found[:, 2:-3], wanted) and not found[:, :2].any() and not found[:, -3:].any()

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -284,8 +285,8 @@ def test_accelerate_launch_is_torchrun(tmp_path, launched):
     assert alone[0]["warmup/loss"] == found["torchrun"][0]["warmup/loss"] and alone[-1]["loss"] != found["torchrun"][-1]["loss"]
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_process_that_dies_ends_the_job_with_one_message(tmp_path, launched, launcher):
+@pytest.mark.parametrize(("launcher", "rank"), [("torchrun", 1), ("accelerate", 0)])
+def test_a_process_that_dies_ends_the_job_with_one_message(tmp_path, launched, launcher, rank):
     job = launched(
         tmp_path,
         "trainer.steps=400",
@@ -300,12 +301,74 @@ def test_a_process_that_dies_ends_the_job_with_one_message(tmp_path, launched, l
         assert job.poll() is None and time.monotonic() - begin < 1500
         time.sleep(0.2)
     for child in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split():
-        if b"RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes():
+        if f"\0RANK={rank}\0".encode() in Path(f"/proc/{child}/environ").read_bytes():
             os.kill(int(child), signal.SIGKILL)
     _, err = job.communicate(timeout=600)
     told = [line for line in err.splitlines() if line.startswith("acpo: ")]
     assert job.returncode != 0 and len(told) == 1, err[-3000:]
     assert re.search(r"another of the 2 processes ended .*; checkpoint step-\d+ stands: the same command continues from it", told[0])
+
+
+TOLD = """
+import os, signal, sys, time, types
+import torch.distributed as dist
+from pathlib import Path
+from acpo import ranks
+from acpo.cli import _said
+from acpo.commands.train import _ends_at_sigterm
+
+how, port, rank = sys.argv[1:]
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": rank}
+dist.init_process_group("gloo")
+dist.barrier()
+if rank == "1":  # alive, and never there
+    time.sleep(600)
+ranks.WORD_AFTER = 0.5
+trainer = types.SimpleNamespace(ranks=types.SimpleNamespace(size=2), run=types.SimpleNamespace(checkpoints=Path("none")), stopping=False)
+print("ready", flush=True)
+try:
+    with _ends_at_sigterm(trainer):
+        if how == "waits":
+            dist.barrier()
+        raise ranks.RankLost("another of the 2 processes ended")
+except ranks.RankLost as error:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+    os._exit(_said(error, 1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("noticed", r"acpo: another of the 2 processes ended\n"),
+        ("waits", r"acpo: ended by SIGTERM, .* one of the 2 processes has died, in the middle of a step; checkpoint none stands: .*\n"),
+    ],
+)
+def test_the_launchers_signal_takes_nobody_the_word(how, told):
+    """One that has noticed and is about to say so; and one that waits for the dead inside the library, as with nccl, whose handlers do not run."""
+    environment, port = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}, str(free_port())
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", TOLD, how, port, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        for rank in (0, 1)
+    )
+    late = threading.Timer(120, first.kill)
+    late.start()
+    try:
+        assert first.stdout.readline() == "ready\n"
+        if how == "waits":
+            time.sleep(1.0)  # until it does
+            first.terminate()
+        assert re.fullmatch(told, next((line for line in first.stderr if line.startswith("acpo:")), "nothing"))
+    finally:
+        late.cancel()
+        first.kill()
+        second.kill()
+        left = [line for line in first.communicate()[1].splitlines() if line.startswith("acpo:")]
+        second.communicate()
+    assert not left, "one message"
 
 
 @pytest.mark.parametrize(

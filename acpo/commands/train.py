@@ -35,7 +35,7 @@ def run(options) -> int:
         run_.facts(preflight.summary(trainer))
         with _ends_at_sigterm(trainer):
             last = trainer.train()
-        state.export(trainer)
+            state.export(trainer)
         trainer.ranks.close()
     except Stopped as stopped:
         run_.say(f"ended by SIGTERM at {stopped}, saved: the same command continues from there")
@@ -58,17 +58,41 @@ def run(options) -> int:
 
 @contextlib.contextmanager
 def _ends_at_sigterm(trainer):
-    """The first SIGTERM lets the step under way end; a second one ends the process as if there were no handler."""
+    """The first SIGTERM lets the step under way end; a second one ends the process as if there were no handler.
+
+    Several processes get theirs from the launcher when one of them has died. Who notices the death says so behind this block: there the handler
+    stays, or the signal would be faster. Who does not notice has a last word (`ranks.last_word`).
+    """
+    from .. import checkpoint
+    from ..ranks import last_word
+    from ..run import Stopped
 
     def note(*_) -> None:
         trainer.stopping = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    before = signal.signal(signal.SIGTERM, note)
+    def word() -> str:
+        stands = checkpoint.newest(trainer.run.checkpoints)
+        return (
+            f"ended by SIGTERM, as the launcher does it when one of the {trainer.ranks.size} processes has died, in the middle of a step; "
+            f"checkpoint {stands or 'none'} stands: the same command continues from it"
+        )
+
+    before, alone = signal.signal(signal.SIGTERM, note), trainer.ranks.size == 1
+    unneeded = None if alone else last_word(word)
+    stays = False
     try:
         yield
+    except Stopped:
+        raise
+    except BaseException:
+        stays = not alone
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if not stays:
+            signal.signal(signal.SIGTERM, before)
+            if unneeded is not None:
+                unneeded()
 
 
 def _dry(checks, run_, as_json: bool) -> int:
