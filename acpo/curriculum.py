@@ -1,4 +1,5 @@
-"""Which problems to train on: those whose success is open, by a Beta posterior a difficulty cell and Thompson sampling."""
+"""Which problems to train on: those whose success is open, by a Beta posterior a difficulty cell and Thompson sampling. Where the data names no
+cells problems are drawn uniformly, as without a curriculum: one visit to a problem is no posterior of it."""
 
 from __future__ import annotations
 
@@ -22,12 +23,14 @@ class Curriculum:
     config: CurriculumConfig
     a: np.ndarray = field(init=False)
     b: np.ndarray = field(init=False)
+    uniform: bool = field(init=False)
 
     def __post_init__(self):
         self.cells = sorted({self._name(p) for p in self.problems})
         index = {name: i for i, name in enumerate(self.cells)}
         self.cell = np.array([index[self._name(p)] for p in self.problems])
         self.a, self.b = np.ones(len(self.cells)), np.ones(len(self.cells))
+        self.uniform = self.config.sampler == "uniform" or (self.config.cells == "named" and not any(p.cell for p in self.problems))
 
     @staticmethod
     def _name(problem: Problem) -> str:
@@ -40,7 +43,7 @@ class Curriculum:
 
     def sample(self, count: int, stage: int, rng: np.random.Generator) -> np.ndarray:
         """Indices of `count` problems, without repetition while there are enough."""
-        if self.config.sampler == "uniform":
+        if self.uniform:
             return rng.choice(len(self.problems), count, replace=count > len(self.problems))
         kind = rng.random(count)
         anywhere = int((kind < self.config.uniform_share).sum())

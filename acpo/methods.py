@@ -49,7 +49,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "acpo-mask-alone": {**_ACPO, "credit.form": "none"},
     "acpo-no-entropy": {**_ACPO, "entropy.controller": "none"},
     "acpo-step-entropy": {**_ACPO, "entropy.controller": "step"},
-    "acpo-no-curriculum": {**_ACPO, "curriculum.sampler": "uniform"},
+    "acpo-no-curriculum": {**_ACPO, "curriculum.sampler": "uniform"},  # the method itself, where problems have no difficulty cells
+    "acpo-curriculum": {**_ACPO, "curriculum.cells": "problems"},
     "acpo-no-stage2": {**_ACPO, "stages.two": False},
     "acpo-no-confidence": {**_ACPO, "stages.confidence": 0.0},
     "acpo-naive-confidence": {**_ACPO, "stages.confidence_form": "product"},

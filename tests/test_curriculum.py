@@ -51,6 +51,17 @@ def test_problems_without_a_cell_are_their_own():
     assert curriculum.prior(np.array([0, 1])).tolist() == [0.9, 0.5]
 
 
+def test_without_named_cells_draws_are_those_without_a_curriculum():
+    """To the number: what the method adds is then compared on the same problems."""
+    bare = [Problem(str(i), "p", "1") for i in range(100)]
+    methods = {"named": CurriculumConfig(), "problems": CurriculumConfig(cells="problems"), "uniform": CurriculumConfig(sampler="uniform")}
+    drawn = {}
+    for name, config in methods.items():
+        curriculum, rng = Curriculum(bare, config), np.random.default_rng(3)
+        drawn[name] = [curriculum.sample(8, 1, rng).tolist() for _ in range(5)]
+    assert drawn["named"] == drawn["uniform"] != drawn["problems"]
+
+
 def test_old_visits_fade():
     curriculum = taught()
     for _ in range(60):

@@ -114,7 +114,7 @@ class ACPOTrainer(GRPOTrainer):
         column = args.acpo_difficulty_column
         if column is not None and column not in dataset.column_names:
             raise ValueError(_no_column("acpo_difficulty_column", column, dataset.column_names))
-        cells = [""] * len(dataset) if column is None else [str(cell) for cell in dataset[column]]
+        cells = [f"row {i}" for i in range(len(dataset))] if column is None else [str(cell) for cell in dataset[column]]
         self._acpo_curriculum = Curriculum([Problem(str(i), "", "", cell=cell) for i, cell in enumerate(cells)], args.method.curriculum)
         return dataset.add_column(ROW, list(range(len(dataset))))
 
