@@ -18,12 +18,12 @@ def results(name: str, low: float, iqm: float, entropy: float = 0.5, after: floa
 @pytest.mark.parametrize(
     ("found", "met"),
     [
-        (results("fixed_t2", 0.01, 0.06), [True, True, False, True]),
-        (results("fixed_t2", 0.01, 0.04), [False, True, False, True]),
-        (results("fixed_t2", -0.01, 0.06), [False, True, False, True]),
+        (results("t2", 0.01, 0.06), [True, True, False, True]),
+        (results("t2", 0.01, 0.04), [False, True, False, True]),
+        (results("t2", -0.01, 0.06), [False, True, False, True]),
         (results("t2", 0.01, -0.01), [False, False, False, True]),
-        (results("fixed_multiplication", 0.001, 0.03, entropy=0.76), [True, True, True, True]),
-        (results("fixed_multiplication", 0.001, 0.03, entropy=0.76, after=0.69), [True, True, False, True]),
+        (results("multiplication", 0.001, 0.03, entropy=0.76), [True, True, True, True]),
+        (results("multiplication", 0.001, 0.03, entropy=0.76, after=0.69), [True, True, False, True]),
         (results("no_attribution", -0.05, -0.01, pass8=0.84), [True, True, False, False]),
     ],
 )
