@@ -33,12 +33,9 @@ class Attributors(Panel):
         figures: dict[str, float] = {}
         self.extra_tokens = 0
         attribution, metrics = self.attribute(
-            lambda name, base: self._evidence(name, batch, outcome, base, keep, answers, figures), outcome, prior, batch.segments
-        )
-        if attribution is not None:
-            # A rollout that was cut off has no answer that its steps lead to, and what it failed in, its form, is in no value: its outcome is for all
-            # of it. With a mask that spared the filler of such rollouts nothing kept lines from growing longer.
-            attribution = replace(attribution, reliability=attribution.reliability * batch.sequence["finished"])
+            lambda name, base: self._evidence(name, batch, outcome, base, keep, answers, figures), outcome, prior, batch.segments,
+            batch.sequence["finished"],
+        )  # fmt: skip
         return attribution, {**metrics, **figures}
 
     def _evidence(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -46,10 +47,13 @@ class Panel:
         return acts | (more & ~outcome.isnan())
 
     def attribute(
-        self, evidence: Callable[[str, Tensor], Evidence], outcome: Tensor, prior: Tensor, segments: Segments
+        self, evidence: Callable[[str, Tensor], Evidence], outcome: Tensor, prior: Tensor, segments: Segments, finished: Tensor | None = None
     ) -> tuple[Attribution | None, dict[str, float]]:
-        """evidence(name, base) is asked of each source in turn; prior [B] is the probability of success known before the problem was tried again.
-        Also the reliabilities."""
+        """evidence(name, base) is asked of each source in turn; prior [B] is the probability of success known before the problem was tried again;
+        finished [B] says which rollouts ended by themselves (None: all). Also the reliabilities.
+
+        A rollout that was cut off has no answer that its steps lead to, and what it failed in, its form, is in no value: its reliability is 0, its
+        outcome is for all of it. With a mask that spared the filler of such rollouts nothing kept lines from growing longer."""
         found, metrics = [], {}
         for name, attributor in self.by_name.items():
             # In a group without variance the others' outcomes are this outcome: what is known before the steps is the prior.
@@ -58,7 +62,10 @@ class Panel:
             seen = evidence(name, base)
             metrics[f"attribution/reliability/{name}"] = attributor.reliability.value  # of earlier batches: what gates this one
             found.append(attributor(seen, outcome, base, segments, self.group_size))
-        return (pick(found, segments) if found else None), metrics
+        if not found:
+            return None, metrics
+        picked = pick(found, segments)
+        return picked if finished is None else replace(picked, reliability=picked.reliability * finished), metrics
 
     def state(self) -> dict:
         return {name: attributor.state() for name, attributor in self.by_name.items()}

@@ -148,13 +148,14 @@ class StepCredit:
         answers: Sequence[str] | None = None,
         prior: Tensor | None = None,
         answer_start: Tensor | None = None,
+        finished: Tensor | None = None,
         step: int | None = None,
     ) -> Credited:
         """Advantages of a batch, and what it teaches the calibrators and controllers.
 
         Shapes
-            ids, mask, written, entropy, log_ratio, kl, logp [B,T], left- or right-padded; outcome, advantages, prior, answer_start [B]; answers and
-            groups of length B.
+            ids, mask, written, entropy, log_ratio, kl, logp [B,T], left- or right-padded; outcome, advantages, prior, answer_start, finished [B];
+            answers and groups of length B.
         Units
             mask: the tokens of the responses, written: those of them that the policy wrote (tool output is not; default: all). outcome: the
             verifier's R in [0, 1], NaN where there is none. advantages: of the rollouts, default those of credit.advantage. groups: a name for each
@@ -162,7 +163,8 @@ class StepCredit:
             rule of the segmenter uses it where it is given). log_ratio, kl: of the hindsight stream (`acpo_kernels.hindsight_information`), and
             answers the reference answers, whose literal copies carry no credit. prior: probability of success known before. step: the training step
             that this batch is for, from 1 (default: counts the calls). answer_start: the response token at which the final answer begins, -1 for
-            none, where the loop knows it better than the segmenter. In stage 2 logp are the log-probs of the policy that sampled, and normalise
+            none, where the loop knows it better than the segmenter. finished: False where a rollout was cut off: its outcome advantage is for all
+            of it (default: none was). In stage 2 logp are the log-probs of the policy that sampled, and normalise
             makes advantages [B] of rewards [B] where the loop gives its own.
         Errors
             ValueError or TypeError that names the argument.
@@ -180,7 +182,8 @@ class StepCredit:
         known = torch.full_like(judged, 0.5 if self.success is None else self.success) if prior is None else _rows("prior", prior, order)
         if not bool(((known >= 0) & (known <= 1)).all()):
             raise ValueError(f"prior must lie in [0, 1], got {known.tolist()}")
-        attribution, reliabilities = self.panel.attribute(evidence, judged, known, segments)
+        ended = None if finished is None else _rows("finished", finished, order).bool()
+        attribution, reliabilities = self.panel.attribute(evidence, judged, known, segments, ended)
         own = credit.outcome_advantages(judged, size, config.credit.advantage) if advantages is None else _rows("advantages", advantages, order)
         if stage == 2 and config.stages.confidence > 0:
             own = self._confident(own, judged, tokens["logp"], segments, batch.written, normalise, order, metrics)
