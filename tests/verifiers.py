@@ -42,6 +42,7 @@ def moody(response, problem):
             raise OSError("as of an exec that failed")
         return True
     if word == "close":
+        sys.stdout.flush()  # what "print" left in the buffer of the same worker could not leave it later
         os.close(1)
         sys.stdout.close()
     if word == "close-all":
