@@ -10,6 +10,7 @@ processes, and calibrators and controllers are the same everywhere.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -114,8 +115,9 @@ class ACPOTrainer(GRPOTrainer):
         column = args.acpo_difficulty_column
         if column is not None and column not in dataset.column_names:
             raise ValueError(_no_column("acpo_difficulty_column", column, dataset.column_names))
-        cells = [f"row {i}" for i in range(len(dataset))] if column is None else [str(cell) for cell in dataset[column]]
-        self._acpo_curriculum = Curriculum([Problem(str(i), "", "", cell=cell) for i, cell in enumerate(cells)], args.method.curriculum)
+        cells = [""] * len(dataset) if column is None else [str(cell) for cell in dataset[column]]
+        settings = args.method.curriculum if column is not None else replace(args.method.curriculum, cells="problems")
+        self._acpo_curriculum = Curriculum([Problem(str(i), "", "", cell=cell) for i, cell in enumerate(cells)], settings)
         return dataset.add_column(ROW, list(range(len(dataset))))
 
     def _get_train_sampler(self, dataset=None):
