@@ -152,6 +152,7 @@ class LossConfig:
     clip_low: float = 0.2  # the ratio counts down to 1 - clip_low
     clip_high: float = 0.28  # and up to 1 + clip_high in stage 1
     denominator: Literal["tokens", "sequences", "constant"] = "tokens"  # of the loss: mean over tokens, of rollout means, or by max_new_tokens
+    kl_weight: float = 0.2  # of the KL to the reference, the policy that the run began with; 0: no reference
     rollout_cap: float = 2.0  # truncated importance weight of a rollout engine's tokens (`local` needs none); 0: no correction
     minibatches: int = 2  # optimiser steps a batch of rollouts
 
@@ -191,7 +192,6 @@ class StagesConfig:
     switch_slope: float = 0.01  # gain of success over switch_window steps below which it does
     switch_window: int = 50  # steps
     switch_share: float = 0.6  # of the steps, at the latest
-    kl_weight: float = 0.01  # of the KL to the policy at the switch, in stage 2
     clip_high: float = 0.2  # in stage 2
     confidence: float = 0.3  # omega of the confidence-weighted reward in stage 2
     confidence_form: Literal["brier", "product"] = "brier"  # product: the naive R c, an ablation

@@ -30,7 +30,7 @@ SHARES = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "warmup.steps", "trainer.steps", "trainer.threads", "eval.samples", "eval.max_problems", "verify.workers", "verify.memory_gb",
-    "attribution.kappa", "credit.gain", "loss.clip_high", "stages.kl_weight",
+    "attribution.kappa", "credit.gain", "loss.clip_high", "loss.kl_weight",
     "stages.clip_high", "entropy.weight", "entropy.rate", "entropy.dead_band", "optimizer.warmup_steps", "optimizer.weight_decay", "seed",
     "problems.seed", "problems.distractors", "problems.decoys", "attribution.slope", "credit.value_gain", "segmenter.fixed",
     "entropy.covariance_weight", "policy.lora_rank", "policy.lora_alpha", "loss.rollout_cap", "rollout.vllm.max_model_len", "rollout.server.retries",

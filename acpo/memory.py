@@ -4,7 +4,7 @@ Held from the first step to the last:
 
     weights       4 bytes a parameter (float32 always; `policy.dtype` is that of the computation)
     optimizer     8 a trained parameter (AdamW)
-    reference     4 a parameter, in stage 2 with stages.kl_weight > 0
+    reference     4 a parameter, with loss.kl_weight > 0
     libraries     on the host, what torch, pyarrow and matplotlib take at their first use, measured; the last two where they are not loaded yet
 
 While sampling (engine `local`):
@@ -65,7 +65,7 @@ def estimate(config: Config, policy: Policy, longest_prompt: int, held_out: int)
         Term("weights", 4 * parameters, HELD), Term("optimizer", 8 * sum(trained), HELD), Term("gradients", 4 * sum(trained), UPDATE),
         Term("activations", micro * kept, UPDATE), Term("workspace", 5 * 4 * max(trained, default=0), UPDATE),
     ]  # fmt: skip
-    if config.stages.two and config.stages.kl_weight > 0:
+    if config.loss.kl_weight > 0:
         terms.append(Term("reference", 4 * parameters, HELD))
     if policy.device.type == "cpu":
         terms.append(Term("libraries", TORCH + sum(size for name, size in LIBRARIES.items() if _to_come(name)), HELD))

@@ -7,13 +7,13 @@ from typing import Any
 # What makes a method: everything that is not named here (clip range, batch, learning rate) is the same for all of them.
 _OUTCOME_ONLY = {
     "attribution.source": "none", "credit.form": "none", "credit.mask": "none", "entropy.controller": "none", "curriculum.sampler": "uniform",
-    "curriculum.dynamic_sampling": False, "stages.two": False, "loss.ratio": "token", "loss.denominator": "tokens",
+    "curriculum.dynamic_sampling": False, "stages.two": False, "loss.kl_weight": 0.0, "loss.ratio": "token", "loss.denominator": "tokens",
 }  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     "acpo": {
         "attribution.source": "hindsight,tree", "credit.form": "additive", "credit.scope": "own", "credit.advantage": "grpo",
         "credit.mask": "unchanged", "entropy.controller": "target", "curriculum.sampler": "thompson", "curriculum.dynamic_sampling": False,
-        "stages.two": True, "loss.ratio": "token", "loss.denominator": "tokens",
+        "stages.two": True, "loss.kl_weight": 0.2, "loss.ratio": "token", "loss.denominator": "tokens",
     },
     "grpo": {**_OUTCOME_ONLY, "credit.advantage": "grpo"},
     "rloo": {**_OUTCOME_ONLY, "credit.advantage": "rloo"},
@@ -30,6 +30,7 @@ _ACPO: dict[str, Any] = {"method": "acpo"}
 _OUTCOME: dict[str, Any] = {"method": "grpo"}
 ARMS: dict[str, dict[str, Any]] = {
     "grpo": _OUTCOME,
+    "grpo-kl": {**_OUTCOME, "loss.kl_weight": 0.2},  # held near its start, as the method is
     "rloo": {"method": "rloo"},
     "dr_grpo": {"method": "dr_grpo"},
     "dapo": {"method": "dapo"},
@@ -51,6 +52,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "acpo-step-entropy": {**_ACPO, "entropy.controller": "step"},
     "acpo-no-curriculum": {**_ACPO, "curriculum.sampler": "uniform"},  # the method itself, where problems have no difficulty cells
     "acpo-curriculum": {**_ACPO, "curriculum.cells": "problems"},
+    "acpo-no-reference": {**_ACPO, "loss.kl_weight": 0.0},
     "acpo-no-stage2": {**_ACPO, "stages.two": False},
     "acpo-no-confidence": {**_ACPO, "stages.confidence": 0.0},
     "acpo-naive-confidence": {**_ACPO, "stages.confidence_form": "product"},

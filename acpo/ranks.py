@@ -276,8 +276,7 @@ def _check(config: Config) -> None:
         (config.rollout.engine == "vllm", "rollout.engine = 'vllm': vLLM would stand in every process; several share one with 'vllm_server'"),
         (config.rollout.engine == "vllm_server" and not config.rollout.server.url and _machines() > 1, "rollout.engine = 'vllm_server' on several "
          "machines needs rollout.server.url: a server that is started here listens on this machine alone"),
-        (full_ and config.stages.two and config.stages.kl_weight > 0, "trainer.sharding = 'full': stage 2 keeps a copy of the policy; set stages.two "
-         "= false or stages.kl_weight = 0"),
+        (full_ and config.loss.kl_weight > 0, "trainer.sharding = 'full' needs loss.kl_weight = 0: the reference is a whole copy of the policy"),
         (full_ and config.warmup.steps > 0, "trainer.sharding = 'full' needs warmup.steps = 0"),
         (full_ and config.entropy.controller != "none" and config.entropy.covariance != "never", "trainer.sharding = 'full' needs entropy.covariance "
          "= 'never': its passes differ from rank to rank"),

@@ -5,7 +5,7 @@
 Everything with a decision in it is a module of its own; here they are called in order.
 
 Simplifications, with their reasons: rollouts are scored by the training forward again although the engine returns log-probs, so that the first
-ratio is exactly 1; the reference of stage 2 is a second copy of the weights on the same device; of several processes (ranks.py) each does the
+ratio is exactly 1; the reference is a second copy of the weights on the same device; of several processes (ranks.py) each does the
 warm-up whole, and one alone the evaluations.
 """
 
@@ -293,7 +293,7 @@ class Trainer:
         return control(self.config.attribution.control, attribution, batch.segments, generator)
 
     def _credit(self, batch: Batch, outcome: Tensor, attribution: Attribution | None) -> tuple[Tensor, Tensor]:
-        """Token advantages, bonus weights and, in stage 2, the reference's log-probs, all into batch.token; returns the rollouts'
+        """Token advantages, bonus weights and the reference's log-probs, all into batch.token; returns the rollouts'
         advantages and the segments' weights."""
         config, size, segments = self.config, self.config.rollout.group_size, batch.segments
         advantages = plain = credit.outcome_advantages(outcome, size, config.credit.advantage)
@@ -311,12 +311,14 @@ class Trainer:
             batch.token["entropy_weight"] = bonus
         if self.entropy.covariance:
             batch.token["covariant"] = covariant_tokens(batch.token["advantages"], batch.token["old_logp"], config.entropy.covariance_share)
-        if self.reference is not None and config.stages.kl_weight > 0:
+        if config.loss.kl_weight > 0:
             self._reference_logp(batch)
         return advantages, weights
 
     @torch.no_grad()
     def _reference_logp(self, batch: Batch) -> None:
+        if self.reference is None:  # before the first update: the policy that the run began with, warm-up behind it
+            self.reference = self.policy.frozen_copy()
         own = self.ranks.share(range(len(batch)))
         for part in batch.micro_batches(own, self.config.trainer.micro_batch_tokens, self.policy.packed):
             hidden = self.reference.hidden([batch.prompts[b] for b in part], batch.responses(part))
@@ -339,8 +341,8 @@ class Trainer:
                 self.curriculum.update(np.array([group.problem]), np.array([known.sum()]), len(known))
         self.entropy.update(entropy, self.step_number / self.config.trainer.steps, self.stages.stage)
         success = outcome.nanmean()
-        if success == success and self.stages.update(self.step_number, float(success)):
-            self.reference = self.policy.frozen_copy()
+        if success == success:
+            self.stages.update(self.step_number, float(success))
 
     # --- evaluation, the rest -----------------------------------------------------------------------------------------------------
 

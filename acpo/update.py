@@ -92,7 +92,7 @@ def gradients(batch: Batch, rows: list[int], policy: Policy, config: Config, cli
             part.prompts, part.responses(), part.token["old_logp"], part.token["advantages"], part.segments,
             temperature=config.rollout.temperature, clip=clip, ratio=settings.ratio, denominator=denominator,
             entropy_weight=part.token.get("entropy_weight"), ref_logp=part.token.get("ref_logp"),
-            kl_weight=config.stages.kl_weight if "ref_logp" in part.token else 0.0,
+            kl_weight=settings.kl_weight if "ref_logp" in part.token else 0.0,
             rollout_logp=part.token["rollout_logp"] if corrected else None, rollout_cap=settings.rollout_cap or 1.0,
             mask=None if counts else torch.zeros_like(part.token["ids"], dtype=torch.bool),
         )  # fmt: skip
