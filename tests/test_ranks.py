@@ -37,7 +37,7 @@ METHOD = (
 )  # fmt: skip
 VARIANTS = {
     "acpo": METHOD,
-    "stage 2": (*METHOD, "stages.switch_share=0.1", "stages.kl_weight=0.1", "loss.denominator=sequences"),
+    "stage 2": (*METHOD, "stages.switch_share=0.1", "loss.kl_weight=0.1", "loss.denominator=sequences"),
     "penalty": (*METHOD, "entropy.covariance=always", "entropy.covariance_share=0.1", "curriculum.dynamic_sampling=true"),
 }
 
@@ -245,7 +245,7 @@ def launched():
         job.terminate()
 
 
-FULL = ("trainer.sharding=full", "warmup.steps=0", "stages.two=false", "entropy.covariance=never")
+FULL = ("trainer.sharding=full", "warmup.steps=0", "loss.kl_weight=0", "entropy.covariance=never")
 
 
 def test_sharded_parameters_train_and_their_checkpoint_goes_on_alone(tmp_path, finished_run, launched):
