@@ -140,7 +140,7 @@ class CreditConfig:
     gain: float = 0.5  # of hindsight's additive credit and of the weights
     value_gain: float = 1.0  # of value differences, in the additive form
     bound: float = 0.5  # of the weights and of the ratio form: within [1 - bound, 1 + bound]
-    # No advantage on segments that leave the state as it was (the tree says which; without it none); on known filler (an oracle).
+    # No advantage on what was chosen in segments that leave the state as it was (the tree says which; without it none); on known filler (an oracle).
     mask: Literal["none", "unchanged", "filler"] = "unchanged"
     token: Literal["none", "entropy"] = "none"  # inside a step: all tokens alike, or more where the policy had a choice
     advantage: Literal["grpo", "rloo", "centred"] = "grpo"  # (R - mean)/std, R - mean of the others, R - mean

@@ -50,13 +50,20 @@ def keep_side(advantages: Tensor, plain: Tensor) -> Tensor:
 
 
 def token_advantages(
-    advantages: Tensor, attribution: Attribution | None, segments: Segments, config: CreditConfig, mask: Tensor | None = None
+    advantages: Tensor,
+    attribution: Attribution | None,
+    segments: Segments,
+    config: CreditConfig,
+    mask: Tensor | None = None,
+    entropy: Tensor | None = None,
 ) -> SegmentCredit:
     """The credit form of the configuration, on the rollouts that the attribution looked at. Reliability 0 is the outcome advantage, bitwise. Tokens
     that the policy did not write (mask [N] False) get 0 and count in no length.
 
     additive: A_i + reliability score_k.  weights: A_i w_k, bounded conserving weights from phi.  Any other form: A_i. With mask="unchanged" a
-    segment that left the state as it was keeps (1 - reliability) of its advantage, and nothing takes its place: the others' stays as it is.
+    token of a segment that left the state as it was keeps 1 - reliability min(1, H_t / mean H) of its advantage (without entropy [N]: 1 -
+    reliability), and nothing takes its place. What the policy chose there is noise; where it was sure it chose nothing, the gradient is near 0 for
+    what it does and strong against what it never does, and that holds the form.
     """
     if attribution is None:
         zero = torch.zeros(segments.num_segments, device=advantages.device)
@@ -76,8 +83,11 @@ def token_advantages(
         out = segment_credit(scores, segments, advantages, mask=mask, form="additive", gain=1.0, reliability=strength, scale=1.0)
     if config.mask != "unchanged":
         return out
-    keep = 1.0 - reliability[sequence] * (~attribution.changed & ordinary)
-    return SegmentCredit(out.token_advantages * keep[segments.segment_ids()], out.weights * keep)
+    gone = (reliability[sequence] * (~attribution.changed & ordinary))[segments.segment_ids()]
+    if entropy is not None:
+        mean = (entropy if mask is None else entropy[mask]).mean()
+        gone = gone * (entropy / mean.clamp(min=1e-12)).clamp(max=1.0).to(gone.dtype)
+    return SegmentCredit(out.token_advantages * (1.0 - gone), out.weights * (1.0 - segment_reduce(gone, segments, reduce="mean", mask=mask)))
 
 
 def bounded_ratio(advantages: Tensor, log_ratio: Tensor, bound: float) -> Tensor:
@@ -111,10 +121,11 @@ def assign(
 ) -> SegmentCredit:
     """Token advantages [N] and segment weights [S] from the rollouts' advantages and outcomes [B], the whole credit form of the configuration.
 
-    ids [N] are the packed tokens, log_ratio [N] those of the hindsight stream (form "ratio"), entropy [N] the policy's (the token factor), filler
-    the ids of tokens that are known to mean nothing (synthetic tasks, the oracle mask), mask [N] the tokens that the policy wrote (None: all).
+    ids [N] are the packed tokens, log_ratio [N] those of the hindsight stream (form "ratio"), entropy [N] the policy's (the mask, the token
+    factor), filler the ids of tokens that are known to mean nothing (synthetic tasks, the oracle mask), mask [N] the tokens that the policy wrote
+    (None: all).
     """
-    tokens, weights = token_advantages(advantages, attribution, segments, config, mask)
+    tokens, weights = token_advantages(advantages, attribution, segments, config, mask, entropy)
     if config.form == "branch":  # TEMPO
         tokens = tokens + branch_differences(list(ids.split(segments.cu_seqlens.diff().tolist())), outcome, group_size)
     elif config.form == "ratio":

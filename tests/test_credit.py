@@ -168,6 +168,21 @@ def test_a_segment_without_change_loses_its_advantage_and_nothing_else_moves(for
     torch.testing.assert_close(masked[silent], (1 - reliability) * plain[silent])
 
 
+def test_where_the_policy_was_sure_a_segment_without_change_keeps_its_advantage():
+    """By hand: a share min(1, H_t / mean H) of the advantage goes, the mean over what the policy wrote."""
+    segments = segments_of(((2, 2, 1), (2, 2)))
+    entropy, advantages = torch.tensor([0.0, 0.5, 3.0, 0.0, 1.0, 2.0, 0.25, 1.0, 1.25]), torch.tensor([1.0, -2.0])
+    found = attribution_of(segments, 0.5)
+    found.changed[:] = torch.tensor([False, False, True, False, True])
+    tokens, weights = token_advantages(advantages, found, segments, CreditConfig(form="none"), None, entropy)
+    torch.testing.assert_close(tokens, torch.tensor([1.0, 0.75, 0.5, 1.0, 1.0, -1.0, -1.75, -2.0, -2.0]))
+    torch.testing.assert_close(weights, torch.tensor([0.875, 0.75, 1.0, 0.6875, 1.0]))
+    written = torch.tensor([True, True, False, True, True, True, True, True, True])  # mean 0.75
+    tokens, weights = token_advantages(advantages, found, segments, CreditConfig(form="none"), written, entropy)
+    torch.testing.assert_close(tokens[[1, 5, 6]], torch.tensor([1 - 0.5 * 2 / 3, -1.0, -2 * (1 - 0.5 / 3)]))
+    torch.testing.assert_close(weights[1], torch.tensor(1.0)), "of its two tokens the policy wrote one, and was sure"
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("reliability", [0.3, 1.0])
 def test_weights_conserve_and_keep_the_side(seed, reliability):
