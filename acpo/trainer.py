@@ -312,7 +312,8 @@ class Trainer:
         if self.entropy.covariance:
             batch.token["covariant"] = covariant_tokens(batch.token["advantages"], batch.token["old_logp"], config.entropy.covariance_share)
         if config.loss.kl_weight > 0:
-            self._reference_logp(batch)
+            with self.clock("reference"):
+                self._reference_logp(batch)
         return advantages, weights
 
     @torch.no_grad()

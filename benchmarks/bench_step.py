@@ -41,6 +41,7 @@ DATA = ROOT.parent / "shared" / "data"
 PARTS = {
     "rollout": "sampling and verifying", "score": "scoring forward: log-prob, entropy", "hindsight": "hindsight forward, the body (the extra one)",
     "information": "information kernel: both streams through the head, their log-prob and entropy", "segment": "segmentation",
+    "reference": "reference forward: log-prob",
     "attribute": "calibrator, tree, values, reliability", "credit": "token advantages, bonus weights", "update": "loss and backward",
     "optimizer": "clipping and AdamW", "rest": "metrics, controllers",
 }  # fmt: skip

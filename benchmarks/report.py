@@ -93,9 +93,11 @@ def step_table(parts: list[dict]) -> list[str]:
     forward = first["read"] * grpo["score"]
     information = sum(acpo[part] for part in ("score", "hindsight", "information")) - grpo["score"] - forward
     rest = information + sum(acpo[part] - grpo[part] for part in ("segment", "attribute", "credit", "rest"))
+    reference = acpo.get("reference", 0.0)  # rows of before it was a part have none
     lines += ["", (
         f"The extra forward, body and head, at the price of the scoring forward a token: {_signed(forward)}, {100 * forward / whole:.1f} % of the "
-        f"GRPO step, {100 * forward / updating:.1f} % without rollouts. All else that ACPO adds before the loss: {_signed(rest)}, "
+        f"GRPO step, {100 * forward / updating:.1f} % without rollouts; the reference's {time_text(reference)}, {100 * reference / whole:.1f} % and "
+        f"{100 * reference / updating:.1f} %. All else that ACPO adds before the loss: {_signed(rest)}, "
         f"{100 * rest / whole:.1f} % and {100 * rest / updating:.1f} %; of it the information kernel, beyond that forward, {_signed(information)}."
     )]  # fmt: skip
     if trl:

@@ -231,9 +231,9 @@ def test_products_alone_are_the_least_that_float32_products_bring():
 
 
 def step_rows(**changed: float) -> list[dict]:
-    acpo = {"rollout": 1.0, "score": 0.1, "hindsight": 0.05, "information": 0.17, "segment": 0.002, "attribute": 0.004, "credit": 0.0, "update": 0.5,
-            "optimizer": 0.3, "rest": 0.001}  # fmt: skip
-    grpo = {**acpo, "score": 0.2, "hindsight": 0.0, "information": 0.0, "attribute": 0.0} | changed
+    acpo = {"rollout": 1.0, "score": 0.1, "hindsight": 0.05, "information": 0.17, "segment": 0.002, "attribute": 0.004, "credit": 0.0,
+            "reference": 0.08, "update": 0.5, "optimizer": 0.3, "rest": 0.001}  # fmt: skip
+    grpo = {**acpo, "score": 0.2, "hindsight": 0.0, "information": 0.0, "attribute": 0.0, "reference": 0.0} | changed
     common = {"op": "step", "shape": {"B": 4, "N": 100}, "outcomes": "mixed", "dtype": "float32", "device": "cpu", "threads": 2, "rounds": 5,
               "read": 0.5, "correct": True, "kind": "part"}  # fmt: skip
     modes = {"acpo": acpo, "grpo": grpo, "trl": {"score": 1.0, "update": 2.0}}
@@ -244,10 +244,12 @@ def test_the_step_table_by_hand():
     """GRPO's step is 2.003 s; the extra forward is half of its scoring, 0.1 s; scoring in all took 0.02 s more than both, the rest 0.004."""
     text = report.table(step_rows())
     assert "| information | information |  | 170 ms |  | 8.49 % | 16.95 % |" in text
-    assert "| sum |  | 2 s | 2.13 s | 3 s | 6.19 % | 12.36 % |" in text
-    assert "at the price of the scoring forward a token: 100 ms, 5.0 % of the GRPO step, 10.0 % without rollouts." in text
+    assert "| sum |  | 2 s | 2.21 s | 3 s | 10.18 % | 20.34 % |" in text
+    assert (
+        "at the price of the scoring forward a token: 100 ms, 5.0 % of the GRPO step, 10.0 % without rollouts; the reference's 80 ms, 4.0 %" in text
+    )
     assert "All else that ACPO adds before the loss: 24 ms, 1.2 % and 2.4 %; of it the information kernel, beyond that forward, 20 ms." in text
-    assert "TRL on the same rollouts, without them: 3 s (5 measured), 4.29x GRPO's same parts, 2.66x the whole ACPO step." in text
+    assert "TRL on the same rollouts, without them: 3 s (5 measured), 4.29x GRPO's same parts, 2.49x the whole ACPO step." in text
 
 
 def test_parts_that_were_not_checked_are_refused(tmp_path):
