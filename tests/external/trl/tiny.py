@@ -18,7 +18,7 @@ CHAT = "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '\n' }}{% 
 # Steps of a few random bytes, so that a completion has several.
 STEPS = {"segmenter.min_tokens": 2, "segmenter.max_tokens": 8, "segmenter.target_tokens": 4}
 # What is left of the method is GRPO.
-OFF = {"acpo_reliability": 0.0, "acpo_entropy": "none", "acpo_two_stages": False, "use_acpo_kernels": False}
+OFF = {"acpo_reliability": 0.0, "acpo_entropy": "none", "acpo_two_stages": False, "use_acpo_kernels": False, "beta": 0.0}
 
 
 def tokenizer():
