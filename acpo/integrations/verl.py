@@ -42,7 +42,7 @@ def make_credit(tokenizer, settings: dict[str, Any] | None, group_size: int, tot
             "algorithm.acpo: attribution.source 'hindsight' needs a forward of its own in the workers, which verl does not offer; use 'tree'"
         )
     if credit.settings.stages.two:
-        raise ValueError("algorithm.acpo: stages.two needs a second reference policy, which verl does not offer")
+        raise ValueError("algorithm.acpo: stages.two changes the clip range in the middle of a run, which verl's workers do not offer")
     return credit
 
 

@@ -17,6 +17,7 @@ from verl.workers.config import ActorConfig, OptimizerConfig
 
 from acpo.integrations import verl as ours
 from acpo.integrations.functional import StepCredit
+from acpo.methods import METHODS
 from acpo.policy import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -66,7 +67,7 @@ def test_what_cannot_be():
     tensors["advantages"][0, 1] = 9.0
     with pytest.raises(ValueError, match=r"algorithm\.adv_estimator must give one advantage a rollout"):
         ours.assign(ours.make_credit(TOKENIZER, SETTINGS, 4, 10), **tensors, outcome=OUTCOME, uid=UID, entropy=None, step=1)
-    for settings, message in (({"attribution.source": "hindsight"}, "'hindsight' needs a forward"), ({"stages.two": True}, r"stages\.two needs"),
+    for settings, message in (({"attribution.source": "hindsight"}, "'hindsight' needs a forward"), ({"stages.two": True}, r"stages\.two changes"),
                               ({"credit.from": 1}, r"algorithm\.acpo: unknown setting")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             ours.make_credit(TOKENIZER, settings, 4, 10)
@@ -149,6 +150,21 @@ def test_the_loss_takes_the_bonus_token_by_token():
     torch.testing.assert_close(gradient[1:4], weight[0] / 5)
 
 
+def test_the_kl_that_the_page_names_has_the_gradient_of_ours():
+    from verl.trainer.ppo.core_algos import kl_penalty
+
+    generator = torch.Generator().manual_seed(0)
+    logp, ref = torch.randn(2, 6, generator=generator, dtype=torch.float64)
+    logp.requires_grad_()
+    d = ref - logp
+    ours = (logp - logp.detach()).exp() * (d.exp() - d - 1)  # the ratio of a first update times k3
+    wanted, named, default = (torch.autograd.grad(kl.sum(), logp)[0] for kl in (
+        ours, kl_penalty(logp, ref, "low_var_kl+"), kl_penalty(logp, ref, "low_var_kl")
+    ))  # fmt: skip
+    torch.testing.assert_close(named, wanted)
+    assert not torch.allclose(default, wanted), "that of the KL in the other direction"
+
+
 def test_the_command_fits_verls_settings():
     """examples/verl/gsm8k.sh: each setting is one that verl's schema has, and the method's are ours."""
     root = Path(__file__).resolve().parents[3]
@@ -158,6 +174,9 @@ def test_the_command_fits_verls_settings():
     assert len(overrides) > 15
     with initialize_config_dir(str(Path(verl.__file__).parent / "trainer/config"), version_base=None):
         config = compose("ppo_trainer", overrides)
+    actor = config.actor_rollout_ref.actor
+    assert actor.use_kl_loss and actor.kl_loss_coef == METHODS["acpo"]["loss.kl_weight"] and actor.kl_loss_type == "low_var_kl+"
+    assert config.actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu == 8, "verl refuses a reference without one"
     assert config.trainer.use_v1 and get_trainer_cls(config.trainer.v1.trainer_mode).__name__ == "ACPOTrainer"
     settings = OmegaConf.to_container(config.algorithm.acpo)
     credit = ours.make_credit(TOKENIZER, settings, config.actor_rollout_ref.rollout.n, config.trainer.total_training_steps)
