@@ -61,6 +61,21 @@ def test_padding_rows_and_broken_groups_keep_verls_advantages():
     assert torch.equal(advantages[:4], tensors["advantages"][:4]) and metrics["acpo/left_out"] == 0.5
 
 
+def test_a_rollout_that_was_cut_off_keeps_verls_advantage():
+    eos, (responses, lengths) = TOKENIZER.eos_token_id, (batch()["responses"], batch()["lengths"])
+    limit, cut = int(lengths[1]), torch.arange(8) == 1
+    assert int(lengths.max()) == limit and torch.equal(ours.not_cut_off(responses, lengths, limit + 1, eos), torch.ones(8, dtype=torch.bool))
+    assert torch.equal(ours.not_cut_off(responses, lengths, limit, eos), lengths < limit)
+    responses[0, lengths[0] - 1] = eos
+    finished = ours.not_cut_off(responses, lengths, limit, eos)
+    assert torch.equal(finished, ~cut), "the first ends at the limit by itself"
+    credited, kept = (
+        ours.assign(ours.make_credit(TOKENIZER, SETTINGS, 4, 10), **batch(), outcome=OUTCOME, uid=UID, entropy=None, step=1, finished=given)[0]
+        for given in (None, finished)
+    )
+    assert torch.equal(kept[~cut], credited[~cut]) and torch.equal(kept[1], batch()["advantages"][1]) and not torch.equal(kept[1], credited[1])
+
+
 def test_what_cannot_be():
     tensors = batch()
     tensors["advantages"] = tensors["advantages"].clone()
@@ -101,7 +116,7 @@ def test_the_trainer_reads_and_writes_the_queue(monkeypatch):
     trainer.config = OmegaConf.create({
         "algorithm": {"use_kl_in_reward": False, "adv_estimator": "grpo", "gamma": 1.0, "lam": 1.0,
                       "acpo": {"segmenter": SETTINGS["segmenter"], "attribution": {"reliability": 0.8}, "entropy": {"controller": "constant"}}},
-        "actor_rollout_ref": {"rollout": {"n": 4}, "actor": {"calculate_entropy": True}},
+        "actor_rollout_ref": {"rollout": {"n": 4, "response_length": 64}, "actor": {"calculate_entropy": True}},
     })  # fmt: skip
 
     class Meta:
