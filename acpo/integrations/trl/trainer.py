@@ -208,7 +208,8 @@ class ACPOTrainer(GRPOTrainer):
         found = credit(
             self._acpo_gather(output["completion_ids"]), self._acpo_gather(mask), outcome, advantages=own, written=self._acpo_gather(written),
             answers=None if answers is None else gather_object(answers), normalise=lambda outcome: self._acpo_normalise(outcome, own),
-            prior=self._acpo_prior(rows, outcome), step=self.state.global_step + 1,
+            prior=self._acpo_prior(rows, outcome), finished=self._acpo_gather(self._acpo_finished(output["completion_ids"], mask)),
+            step=self.state.global_step + 1,
             **{name: self._acpo_gather(value) for name, value in values.items()},
         )  # fmt: skip
         width = mask.shape[1]
@@ -222,6 +223,11 @@ class ACPOTrainer(GRPOTrainer):
             self._metrics["train"][name].append(value)
         if self.log_completions:
             self._logs["extra"]["acpo_segments"].extend((found.step.amax(1) + 1).tolist())
+
+    def _acpo_finished(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Which rollouts [B] were not cut off, as TRL decides it for its clipped_ratio."""
+        last = ids.gather(1, (mask.sum(1, keepdim=True) - 1).clamp(min=0)).squeeze(1)
+        return torch.isin(last, torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=ids.device))
 
     def _acpo_gather(self, value: Tensor) -> Tensor:
         """The rows of all processes, in their order."""

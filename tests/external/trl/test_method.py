@@ -62,7 +62,10 @@ def test_three_steps_of_the_method_with_everything_on(tmp_path):
         "zero_variance",
     )
     assert all(logged(own, f"acpo/{name}") for name in names)
-    assert 0 < logged(own, "acpo/entropy_bonus")[0] == pytest.approx(1e-3 * logged(own, "entropy")[0], rel=0.05)
+    bonus, entropy = (
+        sum(logged(own, name)[:2]) for name in ("acpo/entropy_bonus", "entropy")
+    )  # one generation batch, over whose tokens it is a mean
+    assert 0 < bonus == pytest.approx(1e-3 * entropy, rel=0.05)
     assert (tmp_path / "completions").is_dir()
 
 
@@ -76,6 +79,17 @@ def test_credit_is_one_value_a_step_and_moves_the_weights(tmp_path):
     assert max(logged(own, "acpo/shaping")) > 0
     plain, _ = trained(ACPOTrainer, tmp_path / "plain", **OFF, max_steps=2)
     assert not equal(weights(own), weights(plain))
+
+
+def test_a_rollout_that_was_cut_off_keeps_its_outcome_advantage(tmp_path):
+    own = trainer(ACPOTrainer, tmp_path, **{**OFF, **ON}, max_steps=2)
+    seen = spied(own)
+    own.train()
+    values = {True: [], False: []}  # how many different ones a rollout has, by whether it ended
+    for batch in seen:
+        for ids, mask, advantages in zip(batch["completion_ids"], batch["completion_mask"].bool(), batch["advantages"], strict=True):
+            values[int(ids[mask][-1]) in own.eos_token_ids].append(advantages[mask].unique().numel())
+    assert max(values[True]) > 1 and set(values[False]) == {1} and len(values[False]) > 3
 
 
 @pytest.mark.parametrize(("kernels", "kind"), [(True, "whole"), (False, "whole"), (True, "given adapter")])
@@ -239,7 +253,7 @@ def rollouts(prompts, own):
     for prompt in ids:
         nth = count[tuple(prompt)] = count.get(tuple(prompt), 0) + 1
         generator = torch.Generator().manual_seed(1000 * sum(prompt) + nth)
-        completions.append(torch.randint(2, 250, (5 + nth,), generator=generator).tolist())
+        completions.append([*torch.randint(2, 120, (4 + nth,), generator=generator).tolist(), own._tokenizer.eos_token_id])
     return {"prompt_ids": ids, "completion_ids": completions, "logprobs": [[0.0] * len(c) for c in completions],
             "env_mask": [[0 if 2 <= t < 4 else 1 for t in range(len(c))] for c in completions]}  # fmt: skip
 
