@@ -51,6 +51,7 @@ def rollout_data(rows=range(8)) -> dict:
         "loss_masks": [torch.ones(n, dtype=torch.int) for n in lengths],
         "rewards": [REWARDS[b] for b in rows],
         "sample_indices": [8 + b for b in rows],
+        "truncated": [0 for _ in rows],
         "log_probs": [torch.zeros(n) for n in lengths],
         "kl": [torch.zeros(n, dtype=torch.bfloat16) for n in lengths],
         "values": None,
@@ -89,6 +90,15 @@ def test_masked_tokens_get_nothing(folder):
     data["loss_masks"][0][3:6] = 0
     slime.step_credit(arguments(folder), data)
     assert (data["advantages"][0][3:6] == 0).all() and (data["advantages"][0][:3] != 0).all()
+
+
+def test_a_rollout_that_was_cut_off_keeps_its_outcome_advantage(folder):
+    data = rollout_data()
+    data["truncated"][1] = 1
+    slime.step_credit(arguments(folder), data)
+    for b, (got, value) in enumerate(zip(data["advantages"], expected(), strict=True)):
+        assert got.unique().numel() == 1 if b == 1 else torch.equal(got, value)
+    assert expected()[1].unique().numel() > 1 and float(data["advantages"][1][0]) < 0
 
 
 def test_calibrators_live_on_between_batches(folder):

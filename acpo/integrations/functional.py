@@ -94,7 +94,7 @@ class StepCredit:
 
     @property
     def stage(self) -> int:
-        """1, or 2 from the batch after the switch on: then the loop keeps near a snapshot of the policy taken at the switch."""
+        """1, or 2 from the batch after the switch on: then the loop clips at the lower stages.clip_high."""
         return self.stages.stage
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor
 from .functional import StepCredit
 
 SETTINGS = {"attribution.source": "tree"}
-NEEDED = ("tokens", "response_lengths", "loss_masks", "rewards", "sample_indices")
+NEEDED = ("tokens", "response_lengths", "loss_masks", "rewards", "sample_indices", "truncated")
 
 _credit: StepCredit | None = None  # one run a process: calibrators live as long as it does
 
@@ -34,14 +34,15 @@ def step_credit(args, rollout_data: dict[str, Any]) -> None:
     lengths = [int(n) for n in rollout_data["response_lengths"]]
     responses = [_tensor(tokens, torch.int64)[len(tokens) - n :] for tokens, n in zip(rollout_data["tokens"], lengths, strict=True)]
     written = [_tensor(mask, torch.bool) for mask in rollout_data["loss_masks"]]
-    own = list(zip(map(int, rollout_data["sample_indices"]), responses, written, map(float, rollout_data["rewards"]), strict=True))
+    finished = [not cut for cut in rollout_data["truncated"]]
+    own = list(zip(map(int, rollout_data["sample_indices"]), responses, written, map(float, rollout_data["rewards"]), finished, strict=True))
     everyone, first = _gathered(own)
-    index, ids, masks, rewards = zip(*everyone, strict=True)
+    index, ids, masks, rewards, ended = zip(*everyone, strict=True)
     padded = torch.nn.utils.rnn.pad_sequence(list(ids), batch_first=True)
     there = torch.arange(padded.shape[1]) < torch.tensor([len(row) for row in ids]).unsqueeze(1)
     result = _credit(
         padded, there, torch.tensor(rewards), groups=[i // args.n_samples_per_prompt for i in index],
-        written=torch.nn.utils.rnn.pad_sequence(list(masks), batch_first=True),
+        written=torch.nn.utils.rnn.pad_sequence(list(masks), batch_first=True), finished=torch.tensor(ended),
     )  # fmt: skip
     device = _device(rollout_data)
     advantages = [result.advantages[first + b, :n].to(device) for b, n in enumerate(lengths)]

@@ -42,15 +42,16 @@ def make_credit(tokenizer, settings: dict[str, Any] | None, group_size: int, tot
             "algorithm.acpo: attribution.source 'hindsight' needs a forward of its own in the workers, which verl does not offer; use 'tree'"
         )
     if credit.settings.stages.two:
-        raise ValueError("algorithm.acpo: stages.two needs a second reference policy, which verl does not offer")
+        raise ValueError("algorithm.acpo: stages.two changes the clip range in the middle of a run, which verl's workers do not offer")
     return credit
 
 
 def assign(credit: StepCredit, responses: Tensor, lengths: Tensor, response_mask: Tensor, advantages: Tensor, outcome: Tensor, uid: list,
-           entropy: Tensor | None, step: int, left_out: Tensor | None = None) -> tuple[Tensor, Tensor | None, dict[str, float]]:  # fmt: skip
+           entropy: Tensor | None, step: int, left_out: Tensor | None = None,
+           finished: Tensor | None = None) -> tuple[Tensor, Tensor | None, dict[str, float]]:  # fmt: skip
     """Token advantages and bonus weights [B,T] for verl's batch: responses, response_mask (the policy's own tokens), verl's advantages and entropy
-    [B,T], lengths and outcome [B], uid [B] names the prompts. Rows that are left out (padding), and prompts without group_size rollouts, keep verl's
-    advantages."""
+    [B,T], lengths and outcome [B], uid [B] names the prompts. Rows that are left out (padding) and prompts without group_size rollouts keep verl's
+    advantages, and so do rollouts that are not finished [B] (None: all are)."""
     written = response_mask.bool()
     first = written.int().argmax(1)
     own = advantages.gather(1, first.unsqueeze(1)).squeeze(1) * written.any(1)
@@ -64,6 +65,7 @@ def assign(credit: StepCredit, responses: Tensor, lengths: Tensor, response_mask
     found: Credited = credit(
         responses[rows], mask[rows], outcome[rows].float(), advantages=own[rows].float(), groups=[uid[b] for b in rows.tolist()],
         written=written[rows], entropy=None if entropy is None else entropy[rows], step=step,
+        finished=None if finished is None else finished[rows],
     )  # fmt: skip
     out = advantages.clone()
     out[rows] = found.advantages.to(out)
@@ -72,6 +74,12 @@ def assign(credit: StepCredit, responses: Tensor, lengths: Tensor, response_mask
         weight = torch.zeros(advantages.shape, dtype=torch.float32)
         weight[rows] = found.entropy_weight
     return out, weight, {**found.metrics, "acpo/left_out": 1.0 - float(use.float().mean())}
+
+
+def not_cut_off(responses: Tensor, lengths: Tensor, limit: int, eos: int) -> Tensor:
+    """Which rollouts [B] ended by themselves: with eos, or short of the limit."""
+    last = responses.gather(1, (lengths - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
+    return (lengths < limit) | (last == eos)
 
 
 def ppo_loss(config, model_output, data, dp_group=None):
@@ -140,10 +148,12 @@ def register() -> type:
             nested, lengths = data["response_mask"], data["responses"].offsets().diff().cpu()
             uid = [str(name) for name in data.pop("uid").tolist()]
             padded = data.to_padded_tensor()
+            responses, limit = padded["responses"].cpu(), self.config.actor_rollout_ref.rollout.response_length
             padding = torch.tensor([bool(tag.get("is_padding", False)) for tag in batch.tags])
             advantages, weight, figures = assign(
-                credit, padded["responses"].cpu(), lengths, padded["response_mask"].cpu(), padded["advantages"].cpu(),
+                credit, responses, lengths, padded["response_mask"].cpu(), padded["advantages"].cpu(),
                 padded["rm_scores"].sum(-1).cpu(), uid, padded["entropy"].cpu() if "entropy" in fields else None, self.global_steps, padding,
+                not_cut_off(responses, lengths, limit, self.tokenizer.eos_token_id),
             )  # fmt: skip
             metrics.update(figures)
             output = {"advantages": response_to_nested(advantages, nested)}

@@ -25,7 +25,10 @@ python -m verl.trainer.main_ppo \
     actor_rollout_ref.actor.ppo_mini_batch_size=64 \
     actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8 \
     actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8 \
-    actor_rollout_ref.actor.use_kl_loss=False \
+    actor_rollout_ref.actor.use_kl_loss=True \
+    actor_rollout_ref.actor.kl_loss_coef=0.2 \
+    actor_rollout_ref.actor.kl_loss_type=low_var_kl+ \
+    actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=8 \
     trainer.n_gpus_per_node=1 \
     trainer.nnodes=1 \
     trainer.total_training_steps=200 \

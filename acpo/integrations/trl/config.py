@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from trl import GRPOConfig
 
-from ...config import Config, flatten, method_settings, value_of
+from ...config import Config, LossConfig, flatten, method_settings
 from ...problems import HINT
 
 # Fields of ACPOConfig that are settings of the method under names of their own.
@@ -30,13 +30,20 @@ OWN_LOGP_LOSSES = ("cispo", "vespo")  # each token's own log-prob is in the loss
 
 @dataclass
 class ACPOConfig(GRPOConfig):
-    """Options of the method; those of GRPOConfig keep their meaning and their defaults.
+    """Options of the method; those of GRPOConfig keep their meaning and, but for `beta`, their defaults.
 
     What cannot be combined is refused here by name, with the reason.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "acpo_settings"]
 
+    beta: float = field(
+        default=LossConfig.kl_weight,
+        metadata={
+            "help": "Weight of the KL to the reference, the policy that the run began with. GRPOConfig's default is 0.0, no reference; the method "
+            "keeps near its start and was measured so. It costs the memory of a second model, beside a PEFT adapter none."
+        },
+    )
     use_acpo_kernels: bool = field(
         default=True,
         metadata={"help": "Log-probs and entropies of the loss from acpo_kernels instead of TRL's head."},
@@ -57,7 +64,7 @@ class ACPOConfig(GRPOConfig):
     acpo_hint: str = field(default=HINT, metadata={"help": "The hindsight prompt, with {prompt} (of messages: the last user message) and {answer}."})
     acpo_entropy: str = field(default="target", metadata={"help": "The entropy bonus's controller: 'target', 'constant', 'step' or 'none'."})
     acpo_two_stages: bool = field(
-        default=True, metadata={"help": "Switch once, late or when success is high and flat, to a KL to a snapshot and confidence-weighted rewards."}
+        default=True, metadata={"help": "Switch once, late or when success is high and flat, to a lower clip-high and confidence-weighted rewards."}
     )
     acpo_curriculum: bool = field(default=False, metadata={"help": "Choose prompts by difficulty instead of passing through the dataset in epochs."})
     acpo_difficulty_column: str | None = field(
@@ -86,8 +93,11 @@ class ACPOConfig(GRPOConfig):
                 raise ValueError("remove_unused_columns=True drops the answers that acpo_source='hindsight' needs; set it to False")
         if method.entropy.controller != "none" and (self.entropy_coef != 0 or self.use_adaptive_entropy):
             raise ValueError("entropy_coef and use_adaptive_entropy would be a second entropy bonus: leave them off, or set acpo_entropy='none'")
-        if method.stages.two:
-            self._check_stages(method)
+        if method.stages.two and method.stages.confidence > 0 and self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                f"multi_objective_aggregation={self.multi_objective_aggregation!r}: the confidence of stage 2 belongs to the sum of the rewards; use "
+                "'sum_then_normalize', acpo_settings={'stages.confidence': 0.0} or acpo_two_stages=False"
+            )
         if self.acpo_curriculum and self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True drops the row numbers that acpo_curriculum=True needs; set it to False")
         if self.acpo_difficulty_column is not None and not self.acpo_curriculum:
@@ -128,18 +138,3 @@ class ACPOConfig(GRPOConfig):
                     f"generation_kwargs[{name!r}] samples from another distribution than acpo_source='hindsight' scores; leave it out, or use "
                     "acpo_source='tree'"
                 )
-
-    def _check_stages(self, method: Config) -> None:
-        if value_of(method, "stages.kl_weight") > 0 and self.sync_ref_model:
-            raise ValueError("sync_ref_model=True would move the snapshot that stage 2 stays near; set it to False, or acpo_two_stages=False")
-        if value_of(method, "stages.confidence") > 0 and self.multi_objective_aggregation != "sum_then_normalize":
-            raise ValueError(
-                f"multi_objective_aggregation={self.multi_objective_aggregation!r}: the confidence of stage 2 belongs to the sum of the rewards; use "
-                "'sum_then_normalize', acpo_settings={'stages.confidence': 0.0} or acpo_two_stages=False"
-            )
-        zero3 = self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3
-        if value_of(method, "stages.kl_weight") > 0 and (self.fsdp or zero3):
-            raise ValueError(
-                f"{'fsdp' if self.fsdp else 'deepspeed (ZeRO-3)'}: stage 2 takes a snapshot of the whole model, which no process holds; set "
-                "acpo_two_stages=False"
-            )

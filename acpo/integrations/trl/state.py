@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides TRL's: controllers, calibrators, curriculum, the reference of stage 2, and the rest of a generation batch.
+"""What a checkpoint holds besides TRL's: controllers, calibrators, curriculum, and the rest of a generation batch.
 
 TRL itself saves no generation batch: a run resumed inside one generates anew there and parts from the unbroken run.
 """
@@ -15,10 +15,8 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from . import reference
-
 logger = get_logger(__name__)
-STATE, REFERENCE, BUFFER = "acpo_state.json", "acpo_reference.safetensors", "acpo_buffer_{}.safetensors"
+STATE, BUFFER = "acpo_state.json", "acpo_buffer_{}.safetensors"
 
 
 def save(trainer, folder: Path) -> None:
@@ -32,10 +30,9 @@ def save(trainer, folder: Path) -> None:
     others = gather_object([others])
     if not trainer.args.should_save:
         return
-    if trainer._acpo_in_stage_2 and trainer._acpo.settings.stages.kl_weight > 0:
-        save_file(reference.tensors(trainer), folder / REFERENCE)
-        # Of a checkpoint with adapters in folders transformers reads those alone, and the policy's own, beside them, would be lost.
-        shutil.rmtree(folder / reference.ADAPTER, ignore_errors=True)
+    # TRL's copy of a given adapter, which it makes anew: of a checkpoint with adapters in folders transformers reads those alone, and the policy's
+    # own, beside them, would be lost.
+    shutil.rmtree(folder / "ref", ignore_errors=True)
     curriculum, sampler = trainer._acpo_curriculum, trainer._acpo_sampler
     state = {
         "credit": trainer._acpo.state(), "stage_2": trainer._acpo_in_stage_2, "step": trainer._step, "buffer": others if inside else None,
@@ -60,8 +57,6 @@ def load(trainer, folder: Path) -> None:
         trainer._acpo_sampler.load(state["sampler"])
     if state["stage_2"]:
         trainer._acpo_enter_stage_2()
-        if trainer._acpo.settings.stages.kl_weight > 0:
-            reference.load(trainer, load_file(folder / REFERENCE))
     if state["buffer"] is not None:
         before, now = len(state["buffer"]), trainer.accelerator.num_processes
         if before != now:

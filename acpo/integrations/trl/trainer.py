@@ -26,7 +26,7 @@ from trl import GRPOTrainer
 from ...curriculum import Curriculum
 from ...problems import Problem
 from ..functional import StepCredit
-from . import reference, scoring, state
+from . import scoring, state
 from .config import ACPOConfig
 from .head import add_head, refuse_unsupported
 from .rewards import group_advantages
@@ -74,14 +74,14 @@ class ACPOTrainer(GRPOTrainer):
         if self.ref_model is not None:
             add_head(self.accelerator.unwrap_model(self.ref_model), self.temperature, args.cast_lm_head_to_fp32, args.use_acpo_kernels)
         self._acpo_outcome = self._acpo_outcome_column()
-        self._acpo_in_stage_2 = False  # it begins with a generation batch: the buffered ones have no reference log-probs
+        self._acpo_in_stage_2 = False  # it begins with a generation batch: the buffered ones are of stage 1
         self._acpo_rewards: Tensor | None = None
         self._acpo_entropies: Tensor | None = None
         self._acpo_scored: list[tuple[Tensor, Tensor]] | None = None
 
     def _acpo_check(self, base, train_dataset, options: dict[str, Any]) -> None:
         """What cannot be together, by name."""
-        args, stages = self.args, self._acpo.settings.stages
+        args = self.args
         if args.use_acpo_kernels:
             refuse_unsupported(base, "use_acpo_kernels=True")
             if self.aux_loss_enabled:
@@ -95,8 +95,6 @@ class ACPOTrainer(GRPOTrainer):
             columns = getattr(train_dataset, "column_names", None)
             if columns is not None and args.acpo_answer_column not in columns:
                 raise ValueError(_no_column("acpo_answer_column", args.acpo_answer_column, columns))
-        if stages.two and stages.kl_weight > 0 and self.is_fsdp_enabled:
-            raise ValueError("FSDP: stage 2 takes a snapshot of the whole model, which no process holds; set acpo_two_stages=False")
 
     def _acpo_outcome_column(self) -> int:
         names, wanted = self.reward_func_names, self.args.acpo_outcome
@@ -210,7 +208,8 @@ class ACPOTrainer(GRPOTrainer):
         found = credit(
             self._acpo_gather(output["completion_ids"]), self._acpo_gather(mask), outcome, advantages=own, written=self._acpo_gather(written),
             answers=None if answers is None else gather_object(answers), normalise=lambda outcome: self._acpo_normalise(outcome, own),
-            prior=self._acpo_prior(rows, outcome), step=self.state.global_step + 1,
+            prior=self._acpo_prior(rows, outcome), finished=self._acpo_gather(self._acpo_finished(output["completion_ids"], mask)),
+            step=self.state.global_step + 1,
             **{name: self._acpo_gather(value) for name, value in values.items()},
         )  # fmt: skip
         width = mask.shape[1]
@@ -224,6 +223,11 @@ class ACPOTrainer(GRPOTrainer):
             self._metrics["train"][name].append(value)
         if self.log_completions:
             self._logs["extra"]["acpo_segments"].extend((found.step.amax(1) + 1).tolist())
+
+    def _acpo_finished(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Which rollouts [B] were not cut off, as TRL decides it for its clipped_ratio."""
+        last = ids.gather(1, (mask.sum(1, keepdim=True) - 1).clamp(min=0)).squeeze(1)
+        return torch.isin(last, torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=ids.device))
 
     def _acpo_gather(self, value: Tensor) -> Tensor:
         """The rows of all processes, in their order."""
@@ -260,14 +264,11 @@ class ACPOTrainer(GRPOTrainer):
     # --- stage 2, state -------------------------------------------------------------------------------------------------------------
 
     def _acpo_enter_stage_2(self) -> None:
-        """From this generation batch on: a KL to the policy as it is now, and clip-high of the second stage."""
-        settings, self._acpo_in_stage_2 = self._acpo.settings.stages, True
+        """From this generation batch on: clip-high of the second stage."""
+        self._acpo_in_stage_2 = True
         logger.info(f"acpo: stage 2 from step {self.state.global_step + 1}: {self._acpo.stages.reason}")
         if self.loss_type != "cispo":  # whose epsilon_high bounds a weight
-            self.epsilon_high = min(self.epsilon_high, settings.clip_high)
-        if settings.kl_weight > 0:
-            self.beta = settings.kl_weight
-            reference.take(self)
+            self.epsilon_high = min(self.epsilon_high, self._acpo.settings.stages.clip_high)
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)

@@ -1,4 +1,5 @@
-"""Without attribution, bonus, curriculum and second stage ACPOTrainer is GRPOTrainer, to the bit; with our kernels, to rounding."""
+"""Without attribution, bonus, curriculum and second stage, and with the same beta, ACPOTrainer is GRPOTrainer, to the bit; with our kernels, to
+rounding."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ VARIANTS = {
     "num_iterations": {"num_iterations": 2},
     "steps_per_generation": {"steps_per_generation": 4},
     "old log-probs": {"steps_per_generation": 1},
-    "reference": {"beta": 0.04},
+    "reference": {"beta": 0.2},
     "batch scale": {"scale_rewards": "batch"},
     "no scale": {"scale_rewards": "none"},
     "entropy quantile": {"top_entropy_quantile": 0.2},

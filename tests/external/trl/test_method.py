@@ -28,6 +28,22 @@ def spied(own: GRPOTrainer) -> list[dict]:
     return seen
 
 
+KINDS = ("whole", "new adapter", "given adapter")  # whose reference is a second model, the model without its adapter, a copy of the adapter
+
+
+def of_kind(kind: str) -> dict:
+    if kind == "whole":
+        return {}
+    from peft import LoraConfig, get_peft_model
+
+    shape = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    if kind == "new adapter":
+        return {"options": {"peft_config": LoraConfig(**shape)}}
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32)
+    return {"model": get_peft_model(base, LoraConfig(**shape, init_lora_weights=False, task_type="CAUSAL_LM"))}
+
+
 def test_three_steps_of_the_method_with_everything_on(tmp_path):
     own = trainer(ACPOTrainer, tmp_path, num_iterations=2, steps_per_generation=4, max_steps=4, log_completions=True)
     start, seen = weights(own), spied(own)
@@ -46,7 +62,10 @@ def test_three_steps_of_the_method_with_everything_on(tmp_path):
         "zero_variance",
     )
     assert all(logged(own, f"acpo/{name}") for name in names)
-    assert 0 < logged(own, "acpo/entropy_bonus")[0] == pytest.approx(1e-3 * logged(own, "entropy")[0], rel=0.05)
+    bonus, entropy = (
+        sum(logged(own, name)[:2]) for name in ("acpo/entropy_bonus", "entropy")
+    )  # one generation batch, over whose tokens it is a mean
+    assert 0 < bonus == pytest.approx(1e-3 * entropy, rel=0.05)
     assert (tmp_path / "completions").is_dir()
 
 
@@ -62,10 +81,22 @@ def test_credit_is_one_value_a_step_and_moves_the_weights(tmp_path):
     assert not equal(weights(own), weights(plain))
 
 
-@pytest.mark.parametrize("kernels", [True, False])
-def test_the_hindsight_stream_is_that_of_separate_forwards(tmp_path, kernels):
-    """log_ratio and kl against logits of the plain and of the hinted prompt, each rollout alone and without padding."""
-    own = trainer(ACPOTrainer, tmp_path, **{**OFF, **ON, "use_acpo_kernels": kernels}, temperature=0.7, max_steps=1)
+def test_a_rollout_that_was_cut_off_keeps_its_outcome_advantage(tmp_path):
+    own = trainer(ACPOTrainer, tmp_path, **{**OFF, **ON}, max_steps=2)
+    seen = spied(own)
+    own.train()
+    values = {True: [], False: []}  # how many different ones a rollout has, by whether it ended
+    for batch in seen:
+        for ids, mask, advantages in zip(batch["completion_ids"], batch["completion_mask"].bool(), batch["advantages"], strict=True):
+            values[int(ids[mask][-1]) in own.eos_token_ids].append(advantages[mask].unique().numel())
+    assert max(values[True]) > 1 and set(values[False]) == {1} and len(values[False]) > 3
+
+
+@pytest.mark.parametrize(("kernels", "kind"), [(True, "whole"), (False, "whole"), (True, "given adapter")])
+def test_the_hindsight_stream_is_that_of_separate_forwards(tmp_path, kernels, kind):
+    """log_ratio and kl against logits of the plain and of the hinted prompt, each rollout alone and without padding; with a reference, whose adapter
+    was in place of the policy's just before."""
+    own = trainer(ACPOTrainer, tmp_path, **{**OFF, **ON, "use_acpo_kernels": kernels, "beta": 0.2}, **of_kind(kind), temperature=0.7, max_steps=1)
     kept = {}
     credit = own._acpo.__class__.__call__
 
@@ -74,8 +105,9 @@ def test_the_hindsight_stream_is_that_of_separate_forwards(tmp_path, kernels):
         return credit(self, ids, mask, outcome, **values)
 
     own._acpo.__class__ = type("Kept", (own._acpo.__class__,), {"__call__": call})
-    seen, model = spied(own), AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32).eval()
+    seen = spied(own)
     own.train()
+    model = of_kind(kind).get("model", AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32)).eval()
     words, batch = tokenizer(), seen[0]
     asked = {row["prompt"][0]["content"]: row["answer"] for row in problems()}
     for b in range(len(kept["ids"])):
@@ -145,35 +177,43 @@ def test_our_advantages_are_those_of_grpo(tmp_path, scale):
     assert compared == [True, True]
 
 
-@pytest.mark.parametrize("kind", ["whole", "lora"])
-def test_stage_2_stays_near_the_policy_of_the_switch(tmp_path, kind):
-    options = {}
-    if kind == "lora":
-        from peft import LoraConfig
+def of_reference(own: GRPOTrainer) -> dict[str, torch.Tensor]:
+    """Its weights, under the names of the policy's."""
+    if own.ref_model is not None:
+        return {name: value.clone() for name, value in own.accelerator.unwrap_model(own.ref_model).named_parameters()}
+    return {name.replace(".ref.", ".default."): value for name, value in weights(own).items() if ".ref." in name or "lora" not in name}
 
-        options = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)}
-    two = {"acpo_two_stages": True, "acpo_settings": {"stages.switch_share": 0.4, "stages.kl_weight": 0.05}}
-    own = trainer(ACPOTrainer, tmp_path, options=options, max_steps=5, epsilon_high=0.28, save_strategy="steps", save_steps=4, **two)
-    at_switch, original = {}, own._acpo_enter_stage_2
 
-    def enter():
-        at_switch.update(weights(own))
-        original()
-
-    own._acpo_enter_stage_2 = enter
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_is_the_policy_that_the_run_began_with(tmp_path, kind, bf16):
+    """And stays it through both stages, and in a run that goes on from a checkpoint."""
+    settings = {"acpo_settings": {"stages.switch_share": 0.4}, "max_steps": 5, "epsilon_high": 0.28, "bf16": bf16}
+    own = trainer(ACPOTrainer, tmp_path, **of_kind(kind), **settings, save_strategy="steps", save_steps=4)
+    assert own.beta == 0.2
+    start, reference = weights(own), of_reference(own)
+    assert reference and all(torch.equal(value, start[name]) for name, value in reference.items())
     own.train()
-    assert logged(own, "acpo/stage") == [1, 1, 2, 2, 2] and own.epsilon_high == 0.2 and own.beta == 0.05
     kl = logged(own, "kl")
-    assert len(kl) == 3 and abs(kl[0]) < 1e-6 and kl[2] > kl[0], "nothing at the switch, more with every step"
-    from acpo.integrations.trl import reference
-
-    saved = reference.tensors(own)
-    for name, value in saved.items():
-        assert torch.equal(value, at_switch[name.replace(".ref.", ".default.")]) and not value.requires_grad
-    assert any(not torch.equal(value, weights(own)[name.replace(".ref.", ".default.")]) for name, value in saved.items())
-    again = trainer(ACPOTrainer, tmp_path, options=options, max_steps=5, epsilon_high=0.28, **two)
+    assert len(kl) == 5 and abs(kl[0]) < 1e-6 < 1e-5 < kl[1] < kl[4], "nothing before the first update, more with the others"
+    assert equal(of_reference(own), reference) and not equal(start, weights(own))
+    again = trainer(ACPOTrainer, tmp_path, **of_kind(kind), **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert equal(weights(again), weights(own)), "resumed in stage 2"
+    assert equal(weights(again), weights(own)) and logged(again, "kl")[-1] == kl[-1], "resumed in stage 2"
+
+
+def test_stage_2_lowers_clip_high_and_weighs_by_confidence(tmp_path):
+    own = trainer(ACPOTrainer, tmp_path, acpo_settings={"stages.switch_share": 0.4}, max_steps=5, epsilon_high=0.28)
+    clips, original = [], own._compute_loss
+
+    def loss(model, inputs):
+        clips.append(own.epsilon_high)
+        return original(model, inputs)
+
+    own._compute_loss = loss
+    own.train()
+    assert logged(own, "acpo/stage") == [1, 1, 2, 2, 2] and clips == [0.28] * 4 + [0.2] * 6, "two micro-batches a step"
+    assert own.beta == 0.2 and len(logged(own, "acpo/confidence")) == 3
 
 
 # --- broken off and continued --------------------------------------------------------------------------------------------------------
@@ -213,7 +253,7 @@ def rollouts(prompts, own):
     for prompt in ids:
         nth = count[tuple(prompt)] = count.get(tuple(prompt), 0) + 1
         generator = torch.Generator().manual_seed(1000 * sum(prompt) + nth)
-        completions.append(torch.randint(2, 250, (5 + nth,), generator=generator).tolist())
+        completions.append([*torch.randint(2, 120, (4 + nth,), generator=generator).tolist(), own._tokenizer.eos_token_id])
     return {"prompt_ids": ids, "completion_ids": completions, "logprobs": [[0.0] * len(c) for c in completions],
             "env_mask": [[0 if 2 <= t < 4 else 1 for t in range(len(c))] for c in completions]}  # fmt: skip
 
@@ -267,8 +307,8 @@ def test_lora_and_evaluation(tmp_path):
     from peft import LoraConfig
 
     options = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1), "eval_dataset": problems(4)}
-    theirs, _ = trained(GRPOTrainer, tmp_path / "theirs", options=options, beta=0.04, **OFF)
-    ours = trainer(ACPOTrainer, tmp_path / "ours", options=options, beta=0.04, **OFF)
+    theirs, _ = trained(GRPOTrainer, tmp_path / "theirs", options=options, **{**OFF, "beta": 0.04})
+    ours = trainer(ACPOTrainer, tmp_path / "ours", options=options, **{**OFF, "beta": 0.04})
     start = weights(ours)
     ours.train()
     assert equal(weights(theirs), weights(ours)) and not equal(start, weights(ours))

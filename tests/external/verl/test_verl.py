@@ -17,6 +17,7 @@ from verl.workers.config import ActorConfig, OptimizerConfig
 
 from acpo.integrations import verl as ours
 from acpo.integrations.functional import StepCredit
+from acpo.methods import METHODS
 from acpo.policy import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -60,13 +61,28 @@ def test_padding_rows_and_broken_groups_keep_verls_advantages():
     assert torch.equal(advantages[:4], tensors["advantages"][:4]) and metrics["acpo/left_out"] == 0.5
 
 
+def test_a_rollout_that_was_cut_off_keeps_verls_advantage():
+    eos, (responses, lengths) = TOKENIZER.eos_token_id, (batch()["responses"], batch()["lengths"])
+    limit, cut = int(lengths[1]), torch.arange(8) == 1
+    assert int(lengths.max()) == limit and torch.equal(ours.not_cut_off(responses, lengths, limit + 1, eos), torch.ones(8, dtype=torch.bool))
+    assert torch.equal(ours.not_cut_off(responses, lengths, limit, eos), lengths < limit)
+    responses[0, lengths[0] - 1] = eos
+    finished = ours.not_cut_off(responses, lengths, limit, eos)
+    assert torch.equal(finished, ~cut), "the first ends at the limit by itself"
+    credited, kept = (
+        ours.assign(ours.make_credit(TOKENIZER, SETTINGS, 4, 10), **batch(), outcome=OUTCOME, uid=UID, entropy=None, step=1, finished=given)[0]
+        for given in (None, finished)
+    )
+    assert torch.equal(kept[~cut], credited[~cut]) and torch.equal(kept[1], batch()["advantages"][1]) and not torch.equal(kept[1], credited[1])
+
+
 def test_what_cannot_be():
     tensors = batch()
     tensors["advantages"] = tensors["advantages"].clone()
     tensors["advantages"][0, 1] = 9.0
     with pytest.raises(ValueError, match=r"algorithm\.adv_estimator must give one advantage a rollout"):
         ours.assign(ours.make_credit(TOKENIZER, SETTINGS, 4, 10), **tensors, outcome=OUTCOME, uid=UID, entropy=None, step=1)
-    for settings, message in (({"attribution.source": "hindsight"}, "'hindsight' needs a forward"), ({"stages.two": True}, r"stages\.two needs"),
+    for settings, message in (({"attribution.source": "hindsight"}, "'hindsight' needs a forward"), ({"stages.two": True}, r"stages\.two changes"),
                               ({"credit.from": 1}, r"algorithm\.acpo: unknown setting")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             ours.make_credit(TOKENIZER, settings, 4, 10)
@@ -100,7 +116,7 @@ def test_the_trainer_reads_and_writes_the_queue(monkeypatch):
     trainer.config = OmegaConf.create({
         "algorithm": {"use_kl_in_reward": False, "adv_estimator": "grpo", "gamma": 1.0, "lam": 1.0,
                       "acpo": {"segmenter": SETTINGS["segmenter"], "attribution": {"reliability": 0.8}, "entropy": {"controller": "constant"}}},
-        "actor_rollout_ref": {"rollout": {"n": 4}, "actor": {"calculate_entropy": True}},
+        "actor_rollout_ref": {"rollout": {"n": 4, "response_length": 64}, "actor": {"calculate_entropy": True}},
     })  # fmt: skip
 
     class Meta:
@@ -149,6 +165,21 @@ def test_the_loss_takes_the_bonus_token_by_token():
     torch.testing.assert_close(gradient[1:4], weight[0] / 5)
 
 
+def test_the_kl_that_the_page_names_has_the_gradient_of_ours():
+    from verl.trainer.ppo.core_algos import kl_penalty
+
+    generator = torch.Generator().manual_seed(0)
+    logp, ref = torch.randn(2, 6, generator=generator, dtype=torch.float64)
+    logp.requires_grad_()
+    d = ref - logp
+    ours = (logp - logp.detach()).exp() * (d.exp() - d - 1)  # the ratio of a first update times k3
+    wanted, named, default = (torch.autograd.grad(kl.sum(), logp)[0] for kl in (
+        ours, kl_penalty(logp, ref, "low_var_kl+"), kl_penalty(logp, ref, "low_var_kl")
+    ))  # fmt: skip
+    torch.testing.assert_close(named, wanted)
+    assert not torch.allclose(default, wanted), "that of the KL in the other direction"
+
+
 def test_the_command_fits_verls_settings():
     """examples/verl/gsm8k.sh: each setting is one that verl's schema has, and the method's are ours."""
     root = Path(__file__).resolve().parents[3]
@@ -158,6 +189,9 @@ def test_the_command_fits_verls_settings():
     assert len(overrides) > 15
     with initialize_config_dir(str(Path(verl.__file__).parent / "trainer/config"), version_base=None):
         config = compose("ppo_trainer", overrides)
+    actor = config.actor_rollout_ref.actor
+    assert actor.use_kl_loss and actor.kl_loss_coef == METHODS["acpo"]["loss.kl_weight"] and actor.kl_loss_type == "low_var_kl+"
+    assert config.actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu == 8, "verl refuses a reference without one"
     assert config.trainer.use_v1 and get_trainer_cls(config.trainer.v1.trainer_mode).__name__ == "ACPOTrainer"
     settings = OmegaConf.to_container(config.algorithm.acpo)
     credit = ours.make_credit(TOKENIZER, settings, config.actor_rollout_ref.rollout.n, config.trainer.total_training_steps)
