@@ -1,4 +1,4 @@
-"""The two stages: exploration, then convergence towards a reference snapshot. The switch happens once."""
+"""The two stages: exploration, then convergence: a narrower clip and confidence-weighted rewards. The switch happens once."""
 
 from __future__ import annotations
 
