@@ -66,7 +66,7 @@ def test_boundary_rows_have_read_their_segment():
 
 def test_the_head_in_the_loop_costs_no_forward_and_resumes(tmp_path, warmed):
     settings = "attribution.source=head", "credit.scope=all", "credit.mask=none", "trainer.checkpoint_every=1", "trainer.steps=4"
-    trainer = trainer_of(tmp_path, *settings, weights=warmed)
+    trainer = trainer_of(tmp_path, *settings, "loss.kl_weight=0", weights=warmed)
     batch, *_ = rolled_out(trainer)
     assert trainer.counters["tokens/forward_extra"] == 0 and "hidden" not in batch.token and len(trainer.attributors.head.batches) == 1
     whole = trainer_of(tmp_path / "whole", *settings, weights=warmed)

@@ -60,7 +60,7 @@ def test_posterior_by_hand():
 def test_the_probe_in_the_loop(tmp_path, warmed):
     """The answers of a group are its candidates; its price is counted; what it says is what separate forwards say."""
     settings = "attribution.source=probe", "credit.scope=all", "credit.mask=none", "attribution.probe_suffix=A", "rollout.group_size=8"
-    trainer = trainer_of(tmp_path, *settings, weights=warmed)
+    trainer = trainer_of(tmp_path, *settings, "loss.kl_weight=0", weights=warmed)
     batch, _, attribution, _, _ = rolled_out(trainer)
     assert attribution.rows.any() and trainer.counters["tokens/forward_extra"] == trainer.attributors.extra_tokens > 0
     problem = {tuple(trainer.prompts.prompt(p.prompt)): p for p in trainer.train_problems}
