@@ -85,8 +85,9 @@ def token_advantages(
         return out
     gone = (reliability[sequence] * (~attribution.changed & ordinary))[segments.segment_ids()]
     if entropy is not None:
-        mean = (entropy if mask is None else entropy[mask]).mean()
-        gone = gone * (entropy / mean.clamp(min=1e-12)).clamp(max=1.0).to(gone.dtype)
+        own = entropy if mask is None else torch.where(mask, entropy, 0.0)
+        mean = own.mean() if mask is None else own.sum() / mask.sum().clamp(min=1)
+        gone = gone * (own / mean.clamp(min=1e-12)).clamp(max=1.0).to(gone.dtype)
     return SegmentCredit(out.token_advantages * (1.0 - gone), out.weights * (1.0 - segment_reduce(gone, segments, reduce="mean", mask=mask)))
 
 

@@ -30,7 +30,7 @@ _ACPO: dict[str, Any] = {"method": "acpo"}
 _OUTCOME: dict[str, Any] = {"method": "grpo"}
 ARMS: dict[str, dict[str, Any]] = {
     "grpo": _OUTCOME,
-    "grpo-kl": {**_OUTCOME, "loss.kl_weight": 0.2},  # held near its start, as the method is
+    "grpo-kl": {**_OUTCOME, "loss.kl_weight": METHODS["acpo"]["loss.kl_weight"]},  # held near its start, as the method is
     "rloo": {"method": "rloo"},
     "dr_grpo": {"method": "dr_grpo"},
     "dapo": {"method": "dapo"},

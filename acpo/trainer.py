@@ -5,8 +5,8 @@
 Everything with a decision in it is a module of its own; here they are called in order.
 
 Simplifications, with their reasons: rollouts are scored by the training forward again although the engine returns log-probs, so that the first
-ratio is exactly 1; the reference is a second copy of the weights on the same device; of several processes (ranks.py) each does the
-warm-up whole, and one alone the evaluations.
+ratio is exactly 1; the reference is a second copy of the weights on the same device; of several processes (ranks.py) each does the warm-up whole,
+and one alone the evaluations.
 """
 
 from __future__ import annotations
@@ -293,8 +293,8 @@ class Trainer:
         return control(self.config.attribution.control, attribution, batch.segments, generator)
 
     def _credit(self, batch: Batch, outcome: Tensor, attribution: Attribution | None) -> tuple[Tensor, Tensor]:
-        """Token advantages, bonus weights and the reference's log-probs, all into batch.token; returns the rollouts'
-        advantages and the segments' weights."""
+        """Token advantages, bonus weights and the reference's log-probs, all into batch.token; returns the rollouts' advantages and the segments'
+        weights."""
         config, size, segments = self.config, self.config.rollout.group_size, batch.segments
         advantages = plain = credit.outcome_advantages(outcome, size, config.credit.advantage)
         if self.stages.stage == 2:

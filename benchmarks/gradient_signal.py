@@ -133,7 +133,8 @@ def main() -> None:
         trainer.close()
     chosen.out.mkdir(parents=True, exist_ok=True)
     path = chosen.out / f"{chosen.comparison.stem}.json"
-    path.write_text(json.dumps({"comparison": chosen.comparison.stem, "batches": chosen.batches, "forms": found}, indent=1), encoding="utf-8")
+    results = {"comparison": chosen.comparison.stem, "settings": more, "seed": chosen.seed, "batches": chosen.batches, "forms": found}
+    path.write_text(json.dumps(results, indent=1), encoding="utf-8")
     print(f"{path}\n\n| advantage | cosine | share |\n|---|---|---|")
     for name, row in found.items():
         print(f"| {name} | {row['cosine']:.3f} | {row['share']:.4f} |")

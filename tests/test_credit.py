@@ -180,7 +180,9 @@ def test_where_the_policy_was_sure_a_segment_without_change_keeps_its_advantage(
     written = torch.tensor([True, True, False, True, True, True, True, True, True])  # mean 0.75
     tokens, weights = token_advantages(advantages, found, segments, CreditConfig(form="none"), written, entropy)
     torch.testing.assert_close(tokens[[1, 5, 6]], torch.tensor([1 - 0.5 * 2 / 3, -1.0, -2 * (1 - 0.5 / 3)]))
-    torch.testing.assert_close(weights[1], torch.tensor(1.0)), "of its two tokens the policy wrote one, and was sure"
+    assert weights[1] == 1.0, "of its two tokens the policy wrote one, and was sure"
+    unknown = torch.where(written, entropy, torch.nan)  # what a loop holds where the policy wrote nothing
+    assert torch.equal(token_advantages(advantages, found, segments, CreditConfig(form="none"), written, unknown).token_advantages, tokens)
 
 
 @pytest.mark.parametrize("seed", range(5))
