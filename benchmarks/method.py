@@ -49,10 +49,14 @@ def bars(results: dict, default: str = "acpo") -> list[str]:
             continue
         met = found["iqm"] >= least and (found["low"] > 0 if least > 0 else True)
         lines.append(f"{verdict(met)}: {words}{' and its interval above 0' if least > 0 else ''}: {cell(found)}")
-    # Against the best baseline: it has the method's reference where that is what gains, and the question is what credit in the wrong places adds.
-    control = results["arms"].get(f"{default}-shuffled", {}).get("best_baseline_tokens")
+    shuffled = results["arms"].get(f"{default}-shuffled", {})
+    control, beside = shuffled.get("against_tokens"), shuffled.get("best_baseline_tokens")
     if control and control["low"] is not None:
-        lines.append(f"{verdict(control['low'] <= 0)}: the shuffled control does not gain over {best}: {cell(control)}")
+        lines.append(f"{verdict(control['low'] <= 0)}: the shuffled control does not gain: {cell(control)}")
+        if (
+            best != results["against"] and beside and beside["low"] is not None
+        ):  # what credit in the wrong places adds to a loop that is held near its start
+            lines.append(f"beside it: the shuffled control over {best}: {cell(beside)}")
     for name, words in (("entropy_stage1_end", "entropy"), ("decisions_stage1_end", "entropy without filler")):
         if ours[name] and theirs[name]:
             ratio = ours[name] / theirs[name]

@@ -24,6 +24,8 @@ def test_the_measures_by_hand():
     other = table({"true direction": truth, "GRPO": plain, "first": torch.tensor([[1.0, 0.0]], dtype=torch.float64).repeat(4, 1)})
     assert other["first"]["cosine"] == pytest.approx(3 / (3**2 + 8**2 / 4) ** 0.5)
     assert found["silent"]["batches"] == 0 and found["right"]["batches"] == 4
+    own = torch.eye(2, dtype=torch.float64)
+    assert table({"true direction": own, "GRPO": own, "own": own})["own"]["cosine"] == 0.0, "a batch is no witness of its own direction"
 
 
 def test_exact_differences_of_a_chain_go_to_its_lines_and_not_to_filler():
