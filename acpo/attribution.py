@@ -172,11 +172,10 @@ class Calibrator:
     def fit(self, base: Tensor, evidence: Tensor, outcome: Tensor, weight: Tensor, low: float) -> None:
         """Adds a batch of boundaries and fits again. weight says how much of an independent outcome each is: the boundaries of one rollout
         share its outcome. Evidence that points the wrong way gets coefficient 0."""
-        if len(outcome):
-            rows = torch.stack([torch.logit(base.double(), low), evidence.double(), outcome.double(), weight.double()])
-            self.batches.append(rows.cpu().numpy())
-        if not self.batches:
+        if not len(outcome):
             return
+        rows = torch.stack([torch.logit(base.double(), low), evidence.double(), outcome.double(), weight.double()])
+        self.batches.append(rows.cpu().numpy())
         logit, seen, y, independent = np.concatenate(self.batches, 1)
         features = np.stack([np.ones_like(logit), logit, seen])
         self.with_evidence = logistic_fit(features, y, independent, np.array([0.0, 1.0, 1.0]))
@@ -257,9 +256,11 @@ class Attributor:
     def __init__(self, reliability: float | None = None, shaping_gain: float = 0.5, value_gain: float = 1.0, slope: float = SLOPE):
         self.calibrator, self.reliability = Calibrator(), Reliability(reliability, slope)
         self.shaping_gain, self.value_gain = shaping_gain, value_gain
+        self.batches = 0  # attributed so far
 
     def __call__(self, evidence: Evidence, outcome: Tensor, base: Tensor, segments: Segments, group_size: int) -> Attribution:
         """base [B] is the probability of success known before the steps; outcome [B] the verifier's R in [0, 1]."""
+        self.batches += 1
         low = 0.5 / group_size
         same, spread = zero_variance(outcome, group_size), group_std(outcome.double(), group_size).clamp(min=0.25).repeat_interleave(group_size)
         outcome = outcome.nan_to_num()  # what the verifier left out is in no source's rows
@@ -311,11 +312,12 @@ class Attributor:
         return Attribution(phi, nothing, values, values, self.value_gain * phi, changed, evidence.rows, reliability)
 
     def state(self) -> dict:
-        return {"calibrator": self.calibrator.state(), "reliability": self.reliability.state()}
+        return {"calibrator": self.calibrator.state(), "reliability": self.reliability.state(), "batches": self.batches}
 
     def load(self, state: dict) -> None:
         self.calibrator.load(state["calibrator"])
         self.reliability.load(state["reliability"])
+        self.batches = state.get("batches", 0)  # a state of an earlier release has none
 
 
 def standardised(shaping: Tensor, use: Tensor, group: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -19,9 +20,10 @@ from .verify.answers import extract_answer
 
 
 class Attributors(Panel):
-    def __init__(self, config: Config, policy: Policy, tokenizer):
+    def __init__(self, config: Config, policy: Policy, tokenizer, tokens: Sequence[bytes]):
+        """tokens: the bytes of each id, as the segmenter has them."""
         super().__init__(config.attribution, config.credit, config.rollout.group_size)
-        self.config, self.policy, self.tokenizer = config, policy, tokenizer
+        self.config, self.policy, self.tokenizer, self.tokens = config, policy, tokenizer, tokens
         self.head = Head(policy.head()["weight"].shape[1], config.seed) if "head" in self.by_name else None
         self.extra_tokens = 0  # of the forward passes that a source made itself in the last call
 
@@ -44,14 +46,14 @@ class Attributors(Panel):
         settings, acts, segments = self.config.attribution, self.acts(name, outcome), batch.segments
         if name == "hindsight":
             rows = batch.sequence["hindsight"]
-            return replace(hindsight_evidence(batch.token["log_ratio"], batch.token["kl"], segments, keep, rows, settings.clamp), acts=acts)
+            return replace(hindsight_evidence(batch.token["log_ratio"], batch.token["kl"], segments, keep, rows, settings.clamp), acts=acts & rows)
         if name == "entropy":
             return entropy_evidence(batch.token["entropy"], outcome, self.group_size, segments, acts)
         if name == "head":
             return self._head(batch, outcome, base, acts)
         if name == "probe":
             return self._probe(batch, acts, answers)
-        prefixes = prefixes_of(batch.token["ids"], segments, settings.keys, self.tokenizer)
+        prefixes = prefixes_of(batch.token["ids"], segments, settings.keys, self.tokens)
         metrics["attribution/shared"] = sharing(prefixes, segments, self.group_size)
         by_state, before = settings.keys == "numbers", settings.drawn_to == "before"
         return tree_evidence(prefixes, outcome, self.group_size, segments, settings.kappa, by_state, acts, before)

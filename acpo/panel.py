@@ -13,6 +13,8 @@ from acpo_kernels import Segments
 from .attribution import MIN_BOUNDARIES, Attribution, Attributor, Evidence, leave_one_out, one_of_each, pick, zero_variance
 from .config import AttributionConfig, CreditConfig
 
+SHUT_EVERY = 4  # batches: how often a source that costs a forward of its own is measured while its gate is shut
+
 
 class Panel:
     """Rollouts of one problem stand side by side, group_size of them; outcome [B] is the verifier's R in [0, 1], NaN for
@@ -37,14 +39,19 @@ class Panel:
         return acts & ~outcome.isnan()
 
     def looks(self, name: str, outcome: Tensor) -> Tensor:
-        """Which rollouts the source looks at, [B]: those that its credit is for, and where groups with both outcomes are not among them enough of
-        those to measure its skill: all until there is a first measure, then one right and one wrong rollout of each."""
+        """Which rollouts the source looks at, [B]: all until there is a first measure of its skill, then those that its credit is for and, to go on
+        measuring, one right and one wrong rollout of each group with both outcomes. Nothing of a source whose gate is shut is used: it is
+        only measured, in one batch of SHUT_EVERY."""
         acts = self.acts(name, outcome)
-        if name not in self.by_name or self.by_name[name].reliability.fixed is not None:
+        if name not in self.by_name or self.by_name[name].reliability.fixed is not None or self.form == "ratio":  # RLSD has no gate
             return acts
-        first = self.by_name[name].reliability.boundaries < MIN_BOUNDARIES
-        more = torch.ones_like(acts) if first else one_of_each(outcome, self.group_size)
-        return acts | (more & ~outcome.isnan())
+        reliability, known = self.by_name[name].reliability, ~outcome.isnan()
+        if reliability.boundaries < MIN_BOUNDARIES:
+            return known
+        measured = one_of_each(outcome, self.group_size) & known
+        if reliability.value > 0:
+            return acts | measured
+        return measured if self.by_name[name].batches % SHUT_EVERY == 0 else torch.zeros_like(acts)
 
     def attribute(
         self, evidence: Callable[[str, Tensor], Evidence], outcome: Tensor, prior: Tensor, segments: Segments, finished: Tensor | None = None

@@ -72,7 +72,7 @@ class Trainer:
             max_segments=config.segmenter.max_segments, target_tokens=config.segmenter.target_tokens,
         )  # fmt: skip
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="segmenter")
-        self.attributors = Attributors(config, self.policy, self.tokenizer)
+        self.attributors = Attributors(config, self.policy, self.tokenizer, self.segmenter.tokens)
         filler = self.prompts.encode(getattr(self.task, "filler", ""))
         self.filler = torch.tensor(filler, device=self.policy.device) if filler else None
         self.entropy = EntropyController(config.entropy)
@@ -253,7 +253,8 @@ class Trainer:
                 logp, entropy = self.policy.score(torch.cat([plain[b] for b in others]), torch.cat(batch.responses(others)), temperature)
                 batch.put(others, old_logp=logp, entropy=entropy)
             if chosen:
-                prompts = [self.prompts.hinted(self.train_problems[indices[b // size]]) for b in chosen]
+                hinted_prompts = {group: self.prompts.hinted(self.train_problems[indices[group]]) for group in {b // size for b in chosen}}
+                prompts = [hinted_prompts[b // size] for b in chosen]
                 with self.clock("hindsight"):  # the one extra forward
                     hinted = self.policy.hidden(prompts, batch.responses(chosen))
                 with self.clock("information"):
@@ -277,13 +278,17 @@ class Trainer:
 
     def _attribute(self, batch: Batch, outcome: Tensor, indices: np.ndarray) -> Attribution | None:
         size, keep = self.config.rollout.group_size, None
-        if self.config.attribution.mask_answer_copies and bool(batch.sequence["hindsight"].any()):
+        looked_at = batch.sequence["hindsight"].nonzero().flatten().tolist()
+        if self.config.attribution.mask_answer_copies and looked_at:
             spellings = [self.prompts.spellings(self.train_problems[i].answer) for i in indices]
-            keep = answer_copies(batch.responses(), [own for own in spellings for _ in range(size)])
+            kept = answer_copies(batch.responses(looked_at), [spellings[b // size] for b in looked_at])
+            keep = torch.ones_like(batch.token["ids"], dtype=torch.bool)
+            keep[batch.tokens_of(looked_at)] = kept
         if "kl" not in batch.token:  # no rollout for the hindsight stream to look at in this step
             batch.put([], log_ratio=batch.token["old_logp"][:0], kl=batch.token["old_logp"][:0])
         prior = torch.tensor(self.curriculum.prior(indices), device=outcome.device).repeat_interleave(size)
-        answers = [ids for i in indices for ids in [self.prompts.encode(self.train_problems[i].answer)] * size]
+        probed = "probe" in self.attributors.by_name
+        answers = [ids for i in indices for ids in [self.prompts.encode(self.train_problems[i].answer)] * size] if probed else []
         attribution, self.source_metrics = self.attributors(batch, outcome, prior, keep, answers)
         self.counters["tokens/forward_extra"] += self.attributors.extra_tokens
         batch.token.pop("hidden", None)

@@ -6,11 +6,11 @@ canonical form `numbers` takes a step for the numbers that stand in it.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,17 +26,18 @@ class Prefixes:
     """What is recognised at each boundary [b][k]: the way there, the last step that changed the state (with its place among those that did), and
     whether this segment changed it."""
 
-    path: list[list[bytes]]
-    state: list[list[bytes]]
+    path: list[list[Hashable]]
+    state: list[list[Hashable]]
     changed: list[list[bool]]
 
 
-def prefixes_of(ids: Tensor, segments: Segments, keys: str, tokenizer) -> Prefixes:
-    """Prefixes of packed ids [N] by the kind of key that the configuration names: "tokens", or "numbers", read from each step's text."""
+def prefixes_of(ids: Tensor, segments: Segments, keys: str, tokens: Sequence[bytes]) -> Prefixes:
+    """Prefixes of packed ids [N] by the kind of key that the configuration names: "tokens", or "numbers", read from each step's text; tokens are the
+    bytes of each id (`Segmenter.tokens`), ids beyond them no text."""
     if keys == "tokens":
         return exact_prefixes(list(ids.split(segments.cu_seqlens.diff().tolist())), segments)
-    steps = ids.cpu().split(segments.lengths.tolist())
-    texts = tokenizer.batch_decode([step.tolist() for step in steps], skip_special_tokens=True)
+    pieces = [tokens[i] if i < len(tokens) else b"" for i in ids.tolist()]
+    texts = [b"".join(pieces[a:b]).decode(errors="replace") for a, b in itertools.pairwise(segments.token_offsets.tolist())]
     return canonical_prefixes([texts[a:b] for a, b in itertools.pairwise(segments.sequence_offsets.tolist())])
 
 
@@ -57,24 +58,22 @@ def canonical_prefixes(steps: list[list[str]]) -> Prefixes:
 
 
 def _accumulate(steps: list[list[bytes]]) -> Prefixes:
-    """A path is the digest of the path before it and the step: 16 bytes a boundary, however long the rollout."""
+    """A path is a number for the path before it and the step: the same number for the same two, however long the rollout."""
+    known: dict[tuple[int, bytes], int] = {}
     out = Prefixes([], [], [])
     for rollout in steps:
-        path, state, count = b"", b"", 0
-        for keys in (out.path, out.state, out.changed):
-            keys.append([])
+        path, state, count = 0, (0, b""), 0
+        paths, states = [], []
         for step in rollout:
             if step:
                 count += 1
-                path, state = _digest(path + step), _digest(b"%d:" % count + step)
-            out.path[-1].append(path)
-            out.state[-1].append(state)
-            out.changed[-1].append(bool(step))
+                path, state = known.setdefault((path, step), len(known) + 1), (count, step)
+            paths.append(path)
+            states.append(state)
+        out.path.append(paths)
+        out.state.append(states)
+        out.changed.append([bool(step) for step in rollout])
     return out
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def tree_values(prefixes: Prefixes, rewards: Tensor, group_size: int, kappa: float, by_state: bool = False, before: bool = False) -> Tensor:
@@ -109,9 +108,9 @@ def tree_values(prefixes: Prefixes, rewards: Tensor, group_size: int, kappa: flo
     return torch.tensor(values, dtype=torch.float64, device=rewards.device)
 
 
-def _through(keys: list[list[bytes]], group: range, outcome: list[float]) -> dict[bytes, tuple[float, int]]:
+def _through(keys: list[list[Hashable]], group: range, outcome: list[float]) -> dict[Hashable, tuple[float, int]]:
     """Sum of outcomes and number of the group's rollouts that pass through each key, each rollout once a key, none that was left out."""
-    table: dict[bytes, list[float]] = defaultdict(list)
+    table: dict[Hashable, list[float]] = defaultdict(list)
     for b in group:
         if math.isnan(outcome[b]):
             continue
@@ -127,11 +126,11 @@ def sharing(prefixes: Prefixes, segments: Segments, group_size: int) -> float:
     shared = total = 0
     for begin in range(0, len(prefixes.path), group_size):
         group = range(begin, begin + group_size)
-        table = _through(prefixes.path, group, [0.0] * len(prefixes.path))
+        passed = Counter(key for b in group for key in set(prefixes.path[b]))
         for b in group:
-            inside = [k for k in range(len(prefixes.path[b])) if not terminal[offsets[b] + k]]
+            inside = [passed[key] > 1 for key, ends in zip(prefixes.path[b], terminal[offsets[b] :], strict=False) if not ends]
             total += len(inside)
-            shared += sum(table[prefixes.path[b][k]][1] > 1 for k in inside)
+            shared += sum(inside)
     return shared / max(total, 1)
 
 

@@ -138,7 +138,7 @@ class Segmenter:
             check.choice("boundary_scores", name, tuple(BOUNDARY_SCORES))
             check.number(f"boundary_scores[{name!r}]", value, low=0, high=_MAX_SCORE)
             weights[name] = float(value)
-        self.vocab_size, self.threads = vocab_size, threads
+        self.tokens, self.vocab_size, self.threads = tokens, vocab_size, threads
         self.min_tokens, self.max_tokens, self.max_segments, self.target_tokens = min_tokens, max_tokens, max_segments, target_tokens
         lengths = torch.tensor([len(t) for t in tokens], dtype=torch.int64)
         self._native = _extension().Segmenter(

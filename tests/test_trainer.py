@@ -84,25 +84,36 @@ def trainer_batch(ids: torch.Tensor) -> Batch:
 
 
 def test_hindsight_acts_on_groups_without_variance_and_is_measured_on_the_others(tmp_path, warmed):
-    """All rollouts until there is a first measure, then one right and one wrong of each other group; the price is counted."""
+    """All rollouts until there is a first measure, then one right and one wrong of each other group; behind a shut gate these alone, in one batch of
+    four; the price is counted."""
     common = "attribution.source=hindsight", "credit.mask=none", "loss.kl_weight=0"
     trainer = trainer_of(tmp_path, *common, "rollout.prompts=16", weights=warmed)
-    for boundaries in (0, 1000):
-        trainer.attributors.by_name["hindsight"].reliability.boundaries = boundaries
+    source = trainer.attributors.by_name["hindsight"]
+    for state, batches, boundaries, m1 in (("first", 0, 0, 0.0), ("open", 1, 1000, 0.5), ("shut", 4, 1000, 1.0), ("shut", 5, 1000, 1.0)):
+        source.batches, source.reliability.boundaries, source.reliability.m0, source.reliability.m1 = batches, boundaries, 1.0, m1
         before = trainer.counters["tokens/forward_extra"]
         batch, outcome, attribution, _, _ = rolled_out(trainer)
+        assert source.batches == batches + 1
         same = torch.tensor([len(set(g)) == 1 for g in outcome.view(-1, 4).tolist()]).repeat_interleave(4)
         assert same.any() and not same.all()
-        assert torch.equal(attribution.rows, same) and not attribution.reliability[~same].any()
+        assert torch.equal(attribution.rows, same & (state != "shut")) and attribution.reliability[same].any() == (state == "open")
+        assert not attribution.reliability[~same].any()
         looks = batch.sequence["hindsight"]
-        assert looks[same].all() and (looks.all() if boundaries == 0 else int(looks[~same].sum()) == int((~same).sum()) // 2)
+        assert torch.equal(looks[same], torch.full_like(looks[same], state != "shut"))
+        measured = {"first": int((~same).sum()), "open": int((~same).sum()) // 2, "shut": int((~same).sum()) // 2 * (batches % 4 == 0)}[state]
+        assert int(looks[~same].sum()) == measured
         touched = (batch.token["kl"] != 0) & ~looks[batch.segments.sequence_ids()]
         assert not touched.any()
         extra = sum(batch.lengths[b] + len(trainer.prompts.hinted(problem_of(trainer, batch, b))) for b in looks.nonzero().flatten().tolist())
         assert trainer.counters["tokens/forward_extra"] - before == extra
-    fixed = trainer_of(tmp_path / "fixed", *common, "attribution.reliability=1", weights=warmed)
-    batch, outcome, attribution, _, _ = rolled_out(fixed)
-    assert torch.equal(batch.sequence["hindsight"], attribution.rows), "nothing to measure: nothing more to look at"
+    for own in (("attribution.reliability=1",), ("credit.form=ratio", "attribution.reliability=0")):
+        other = trainer_of(tmp_path / own[0], *common, *own, weights=warmed)
+        batch, outcome, attribution, _, _ = rolled_out(other)
+        assert torch.equal(batch.sequence["hindsight"], attribution.rows), "nothing to measure: nothing more to look at"
+    ungated = trainer_of(tmp_path / "ratio", *common, "credit.form=ratio", weights=warmed)
+    source = ungated.attributors.by_name["hindsight"]
+    source.batches, source.reliability.boundaries = 5, 1000
+    assert rolled_out(ungated)[0].sequence["hindsight"].all(), "RLSD's form takes every token's ratio, whatever the gate"
 
 
 def test_which_rollouts_hindsight_looks_at_changes_no_score(tmp_path, warmed):

@@ -268,8 +268,8 @@ class StepCredit:
                 metrics["acpo/not_finite"] = float((looked_at & ~torch.isfinite(log_ratio + kl)).sum())
                 metrics["acpo/hindsight_rows"] = float(rows.float().mean())
                 log_ratio, kl = (torch.where(looked_at, value, 0.0) for value in (log_ratio, kl))
-                return replace(hindsight_evidence(log_ratio, kl, segments, keep, rows, settings.clamp), acts=acts)
-            prefixes = prefixes_of(batch.ids, segments, settings.keys, self.tokenizer)
+                return replace(hindsight_evidence(log_ratio, kl, segments, keep, rows, settings.clamp), acts=acts & rows)
+            prefixes = prefixes_of(batch.ids, segments, settings.keys, self.segmenter.tokens)
             metrics["acpo/shared"] = sharing(prefixes, segments, size)
             return tree_evidence(prefixes, outcome, size, segments, settings.kappa, settings.keys == "numbers", acts, settings.drawn_to == "before")
 
