@@ -142,6 +142,7 @@ class CreditConfig:
     bound: float = 0.5  # of the weights and of the ratio form: within [1 - bound, 1 + bound]
     # No advantage on what was chosen in segments that leave the state as it was (the tree says which; without it none); on known filler (an oracle).
     mask: Literal["none", "unchanged", "filler"] = "unchanged"
+    difficulty: float = 0.25  # tilt towards groups that seldom succeed, by ((1 - p) / p)^(difficulty reliability); 1/2: the gradient of log p
     token: Literal["none", "entropy"] = "none"  # inside a step: all tokens alike, or more where the policy had a choice
     advantage: Literal["grpo", "rloo", "centred"] = "grpo"  # (R - mean)/std, R - mean of the others, R - mean
 

@@ -106,6 +106,20 @@ def token_factor(entropy: Tensor, segments: Segments, mask: Tensor | None = None
     return raw / whole if mask is None else torch.where(mask, raw / whole, 0.0)
 
 
+def difficulty_weights(outcome: Tensor, reliability: Tensor, group_size: int, power: float) -> Tensor:
+    """How much each rollout's group counts, [B] in float64: w = ((1 - p) / p)^(power r) over the mean w of the groups with both outcomes, exactly 1
+    in the others; p is the group's mean outcome, r its mean reliability.
+
+    GRPO's division by the std weighs the gradient of a group's success by (p (1 - p))^(-1/2). With r = 1 a power of 1/2 makes that 1/p, the
+    gradient of log p (MaxRL, arXiv 2602.02710), 0 leaves it, 1/4 lies half way. A rare success is worth more where one knows which steps made it.
+    """
+    p = outcome.double().view(-1, group_size).nanmean(1).nan_to_num(0.5).clamp(0.5 / group_size, 1.0 - 0.5 / group_size)
+    mixed = ~zero_variance(outcome, group_size).view(-1, group_size)[:, 0]
+    weight = ((1.0 - p) / p) ** (power * reliability.double().view(-1, group_size).mean(1))
+    mean = (weight * mixed).sum() / mixed.sum().clamp(min=1)
+    return torch.where(mixed, weight / mean, 1.0).repeat_interleave(group_size)
+
+
 def assign(
     advantages: Tensor,
     outcome: Tensor,
@@ -133,6 +147,9 @@ def assign(
         tokens = bounded_ratio(advantages[segments.sequence_ids()], log_ratio, config.bound)
     if config.token == "entropy":
         tokens = tokens * token_factor(entropy, segments, mask)
+    if config.difficulty > 0 and attribution is not None:
+        weight = difficulty_weights(outcome, attribution.reliability, group_size, config.difficulty)
+        tokens = tokens * weight.to(tokens.dtype)[segments.sequence_ids()]
     if config.mask == "filler" and filler is not None:
         tokens = torch.where(torch.isin(ids, filler), 0.0, tokens)
     return SegmentCredit(tokens if mask is None else torch.where(mask, tokens, 0.0), weights)

@@ -26,7 +26,7 @@ POSITIVE = (
 SHARES = (
     "warmup.hinted", "segmenter.forking_share", "curriculum.decay", "curriculum.uniform_share", "curriculum.mastered_share",
     "stages.switch_success", "stages.switch_share", "problems.hard", "problems.wrong_low", "problems.wrong_high", "problems.luck",
-    "loss.clip_low", "entropy.covariance_share", "warmup.probed", "rollout.vllm.gpu_memory_utilization",
+    "loss.clip_low", "credit.difficulty", "entropy.covariance_share", "warmup.probed", "rollout.vllm.gpu_memory_utilization",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "warmup.steps", "trainer.steps", "trainer.threads", "eval.samples", "eval.max_problems", "verify.workers", "verify.memory_gb",

@@ -6,14 +6,15 @@ from typing import Any
 
 # What makes a method: everything that is not named here (clip range, batch, learning rate) is the same for all of them.
 _OUTCOME_ONLY = {
-    "attribution.source": "none", "credit.form": "none", "credit.mask": "none", "entropy.controller": "none", "curriculum.sampler": "uniform",
-    "curriculum.dynamic_sampling": False, "stages.two": False, "loss.kl_weight": 0.0, "loss.ratio": "token", "loss.denominator": "tokens",
+    "attribution.source": "none", "credit.form": "none", "credit.mask": "none", "credit.difficulty": 0.0, "entropy.controller": "none",
+    "curriculum.sampler": "uniform", "curriculum.dynamic_sampling": False, "stages.two": False, "loss.kl_weight": 0.0,
+    "loss.ratio": "token", "loss.denominator": "tokens",
 }  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     "acpo": {
         "attribution.source": "hindsight,tree", "credit.form": "additive", "credit.scope": "own", "credit.advantage": "grpo",
-        "credit.mask": "unchanged", "entropy.controller": "target", "curriculum.sampler": "thompson", "curriculum.dynamic_sampling": False,
-        "stages.two": True, "loss.kl_weight": 0.2, "loss.ratio": "token", "loss.denominator": "tokens",
+        "credit.mask": "unchanged", "credit.difficulty": 0.25, "entropy.controller": "target", "curriculum.sampler": "thompson",
+        "curriculum.dynamic_sampling": False, "stages.two": True, "loss.kl_weight": 0.2, "loss.ratio": "token", "loss.denominator": "tokens",
     },
     "grpo": {**_OUTCOME_ONLY, "credit.advantage": "grpo"},
     "rloo": {**_OUTCOME_ONLY, "credit.advantage": "rloo"},
@@ -48,6 +49,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "acpo-no-attribution": {**_ACPO, "attribution.source": "none", "credit.form": "none", "credit.mask": "none"},
     "acpo-no-mask": {**_ACPO, "credit.mask": "none"},
     "acpo-mask-alone": {**_ACPO, "credit.form": "none"},
+    "acpo-no-difficulty": {**_ACPO, "credit.difficulty": 0.0},
     "acpo-no-entropy": {**_ACPO, "entropy.controller": "none"},
     "acpo-step-entropy": {**_ACPO, "entropy.controller": "step"},
     "acpo-no-curriculum": {**_ACPO, "curriculum.sampler": "uniform"},  # the method itself, where problems have no difficulty cells

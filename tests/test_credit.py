@@ -18,6 +18,7 @@ from acpo.credit import (
     assign,
     bounded_ratio,
     confident_rewards,
+    difficulty_weights,
     keep_side,
     outcome_advantages,
     token_advantages,
@@ -248,6 +249,47 @@ def test_the_token_factor_keeps_a_segments_credit_within_bounds(hierarchy):
 def test_the_token_factor_by_hand():
     found = token_factor(torch.tensor([0.1, 0.3, 2.0, 0.0]), segments_of(((2, 2),)))
     torch.testing.assert_close(found, torch.tensor([0.5, 1.5, 1.5, 0.5]))
+
+
+def test_difficulty_weights_by_hand():
+    """p = 1/4, 3/4 and 0: odds against success of 3, 1/3 and none; half as reliable, half the power."""
+    outcome = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0])
+    reliability = torch.tensor([1.0] * 4 + [0.5] * 4 + [1.0] * 4)
+    raw = torch.tensor([3.0**0.25, 3.0**-0.125], dtype=torch.float64)
+    found = difficulty_weights(outcome, reliability, 4, 0.25)
+    torch.testing.assert_close(found[::4], torch.tensor([*(raw / raw.mean()).tolist(), 1.0], dtype=torch.float64))
+    assert torch.equal(found, found[::4].repeat_interleave(4))
+
+
+def test_a_power_of_half_is_the_gradient_of_log_p():
+    """The std-normalised advantage times w is (R - p) / p, up to one factor for all groups."""
+    outcome = torch.tensor([1.0] + [0.0] * 7 + [1.0] * 3 + [0.0] * 5 + [1.0] * 6 + [0.0] * 2, dtype=torch.float64)
+    p = outcome.view(-1, 8).mean(1).repeat_interleave(8)
+    weighted = outcome_advantages(outcome, 8, "grpo") * difficulty_weights(outcome, torch.ones(24), 8, 0.5)
+    ratio = weighted / ((outcome - p) / p)
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("left_out", [False, True])
+def test_difficulty_without_reliability_is_exactly_one(left_out):
+    outcome = torch.tensor([math.nan if left_out else 1.0, 0, 0, 1, 1, 1, 1, 1])
+    assert (difficulty_weights(outcome, torch.zeros(8), 4, 0.25) == 1.0).all()
+    assert (difficulty_weights(outcome, torch.ones(8), 4, 0.0) == 1.0).all()
+
+
+def test_assign_tilts_towards_the_harder_group():
+    """Every token of a group by its weight, score and outcome alike; nothing without attribution."""
+    segments = segments_of(LENGTHS)
+    outcome = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 0])
+    attribution, ids = attribution_of(segments, 0.5), torch.zeros(segments.num_tokens, dtype=torch.int64)
+    advantages = outcome_advantages(outcome, SIZE, "grpo")
+    settings = [CreditConfig(mask="none", difficulty=d) for d in (0.0, 0.25)]
+    plain, tilted = (assign(advantages, outcome, attribution, segments, SIZE, own, ids=ids).token_advantages for own in settings)
+    weight = difficulty_weights(outcome, attribution.reliability, SIZE, 0.25).float()
+    assert weight[0] > 1 > weight[4]
+    torch.testing.assert_close(tilted, plain * weight[segments.sequence_ids()])
+    none = assign(advantages, outcome, None, segments, SIZE, CreditConfig(form="none", mask="none"), ids=ids).token_advantages
+    assert torch.equal(none, advantages[segments.sequence_ids()])
 
 
 def test_the_naive_confidence_pays_certainty_alone():

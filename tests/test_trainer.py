@@ -89,18 +89,18 @@ def test_hindsight_acts_on_groups_without_variance_and_is_measured_on_the_others
     common = "attribution.source=hindsight", "credit.mask=none", "loss.kl_weight=0"
     trainer = trainer_of(tmp_path, *common, "rollout.prompts=16", weights=warmed)
     source = trainer.attributors.by_name["hindsight"]
-    for state, batches, boundaries, m1 in (("first", 0, 0, 0.0), ("open", 1, 1000, 0.5), ("shut", 4, 1000, 1.0), ("shut", 5, 1000, 1.0)):
+    for gate, batches, boundaries, m1 in (("first", 0, 0, 0.0), ("open", 1, 1000, 0.5), ("shut", 4, 1000, 1.0), ("shut", 5, 1000, 1.0)):
         source.batches, source.reliability.boundaries, source.reliability.m0, source.reliability.m1 = batches, boundaries, 1.0, m1
         before = trainer.counters["tokens/forward_extra"]
         batch, outcome, attribution, _, _ = rolled_out(trainer)
         assert source.batches == batches + 1
         same = torch.tensor([len(set(g)) == 1 for g in outcome.view(-1, 4).tolist()]).repeat_interleave(4)
         assert same.any() and not same.all()
-        assert torch.equal(attribution.rows, same & (state != "shut")) and attribution.reliability[same].any() == (state == "open")
+        assert torch.equal(attribution.rows, same & (gate != "shut")) and attribution.reliability[same].any() == (gate == "open")
         assert not attribution.reliability[~same].any()
         looks = batch.sequence["hindsight"]
-        assert torch.equal(looks[same], torch.full_like(looks[same], state != "shut"))
-        measured = {"first": int((~same).sum()), "open": int((~same).sum()) // 2, "shut": int((~same).sum()) // 2 * (batches % 4 == 0)}[state]
+        assert torch.equal(looks[same], torch.full_like(looks[same], gate != "shut"))
+        measured = {"first": int((~same).sum()), "open": int((~same).sum()) // 2, "shut": int((~same).sum()) // 2 * (batches % 4 == 0)}[gate]
         assert int(looks[~same].sum()) == measured
         touched = (batch.token["kl"] != 0) & ~looks[batch.segments.sequence_ids()]
         assert not touched.any()

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ragged import segments_of
 
+from acpo import tree
 from acpo.attribution import leave_one_out, tree_evidence, zero_variance
 from acpo.tree import Prefixes, branch_differences, canonical_prefixes, exact_prefixes, sharing, tree_values
+from acpo_kernels import Segments
 
 
 def prefixes_of(path: list[list[bytes]]) -> Prefixes:
@@ -111,6 +113,21 @@ def test_canonical_keys_forget_words_and_filler():
     both = canonical_prefixes([["1\n", "7\n"], ["2\n", "7\n"], ["7\n"]])
     assert both.state[0][1] == both.state[1][1] != both.state[2][0] and both.path[0][1] != both.path[1][1], "one state, two ways, one place"
     assert found.path[1][0] != found.path[0][0], "the step's own number is a number"
+
+
+def test_numbers_are_read_across_tokens_from_their_bytes():
+    """A number of two tokens is one, one cut by a boundary is two; a character split between steps, a control token and ids beyond the table are no
+    numbers and no error."""
+    tokens = [b"", b"1", b"2", b" is ", "\u00e9".encode()[:1], "\u00e9".encode()[1:], "\uff17".encode()]
+    lengths = [3, 2, 3, 2], [2, 2]
+    ids = torch.tensor([1, 2, 3, 0, 4, 5, 2, 99, 6, 3, 1, 2, 2, 4])
+    ends = torch.tensor([0, *lengths[0], *lengths[1]]).cumsum(0)
+    segments = Segments(ends, torch.tensor([0, 4, 6]), num_tokens=14)
+    found = tree.prefixes_of(ids, segments, "numbers", tokens)
+    assert found.changed == [[True, False, True, True], [True, True]]
+    assert found.path[0][0] == found.path[1][0] == found.path[0][1], "12, whatever stands around it"
+    assert found.path[0][2] == found.path[1][1] and found.state[0][2] == found.state[1][1]
+    assert found.path[0][3] not in found.path[1]
 
 
 def test_branch_differences_by_hand():
