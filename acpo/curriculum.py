@@ -10,14 +10,13 @@ import numpy as np
 from .config import ConfigError, CurriculumConfig
 from .problems import Problem
 
-CENTRE = {1: 0.5, 2: 0.35}  # success probability that a stage looks for
 MASTERED = 0.9
 
 
 @dataclass
 class Curriculum:
     """Beta(a, b) a cell, decayed at each visit. Of the problems of a step a share is uniform over everything, a share comes from
-    mastered cells (guards against forgetting), and the rest are those whose sampled success is nearest to the stage's centre."""
+    mastered cells (guards against forgetting), and the rest are those whose sampled success is nearest to the centre."""
 
     problems: list[Problem]
     config: CurriculumConfig
@@ -41,14 +40,14 @@ class Curriculum:
         cells = self.cell[indices]
         return self.a[cells] / (self.a[cells] + self.b[cells])
 
-    def sample(self, count: int, stage: int, rng: np.random.Generator) -> np.ndarray:
+    def sample(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """Indices of `count` problems, without repetition while there are enough."""
         if self.uniform:
             return rng.choice(len(self.problems), count, replace=count > len(self.problems))
         kind = rng.random(count)
         anywhere = int((kind < self.config.uniform_share).sum())
         mastered = int((kind >= 1 - self.config.mastered_share).sum())
-        wanted = [(self._anywhere(rng), anywhere), (self._mastered(rng), mastered), (self._open(count, stage, rng), count)]
+        wanted = [(self._anywhere(rng), anywhere), (self._mastered(rng), mastered), (self._open(count, rng), count)]
         chosen: dict[int, None] = {}  # in order, each once
         for pool, most in wanted:
             fresh = [i for i in dict.fromkeys(pool.tolist()) if i not in chosen]
@@ -64,12 +63,12 @@ class Curriculum:
     def _mastered(self, rng: np.random.Generator) -> np.ndarray:
         return rng.permutation(np.flatnonzero((self.a / (self.a + self.b))[self.cell] > MASTERED))
 
-    def _open(self, count: int, stage: int, rng: np.random.Generator) -> np.ndarray:
-        """Of `candidates` times as many problems drawn at random those whose sampled success is nearest to the stage's centre. Taking them
+    def _open(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Of `candidates` times as many problems drawn at random those whose sampled success is nearest to the centre. Taking them
         from all problems instead would give one cell at a time, and a policy that sees one kind of problem forgets the others."""
         pool = rng.permutation(len(self.problems))[: self.config.candidates * count]
         drawn = rng.beta(self.a[self.cell[pool]], self.b[self.cell[pool]])
-        return pool[np.argsort(np.abs(drawn - CENTRE[stage]), kind="stable")]
+        return pool[np.argsort(np.abs(drawn - self.config.centre), kind="stable")]
 
     def update(self, indices: np.ndarray, successes: np.ndarray, trials: int) -> None:
         """Adds what was seen: successes[i] of `trials` rollouts of problem indices[i]."""

@@ -157,9 +157,10 @@ def summarise(runs: dict[str, dict[int, dict]], against: str, baselines: list[st
 
 
 def _timed(runs: dict[str, dict[int, dict]], reference: dict[int, dict]) -> dict[str, dict[int, dict]]:
-    """The runs of the code that made most of the reference's runs: a faster version of the loop is no property of an arm."""
-    code = Counter(r.get("code") for r in reference.values()).most_common(1)
-    own = {arm: {s: r for s, r in found.items() if not code or r.get("code") == code[0][0]} for arm, found in runs.items()}
+    """The runs of one code, of those that made runs of the reference the one that made most runs: a faster loop is no property of an arm."""
+    made = Counter(r.get("code") for found in runs.values() for r in found.values())
+    code = max({r.get("code") for r in reference.values()}, key=lambda code: (made[code], str(code)), default=None)
+    own = {arm: {s: r for s, r in found.items() if r.get("code") == code} for arm, found in runs.items()}
     return {arm: found for arm, found in own.items() if found}
 
 

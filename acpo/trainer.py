@@ -197,7 +197,7 @@ class Trainer:
         spare: list[Group] = []
         self.tried: list[Group] = []
         for round_ in range(rounds):
-            indices = self.curriculum.sample(wanted - len(kept), self.stages.stage, self.rng).tolist()
+            indices = self.curriculum.sample(wanted - len(kept), self.rng).tolist()
             chosen = [(index, self.prompts.prompt(self.train_problems[index].prompt)) for index in indices]
             problems = [self.train_problems[i] for i in indices for _ in range(size)]
             samples = self._generate(self.ranks.share([prompt for _, prompt in chosen for _ in range(size)]), round_)

@@ -296,10 +296,15 @@ def test_seconds_are_those_of_one_version_of_the_code():
         arm: {s: record([0.0, 0.5, 1.0], seconds=9.0 if s < 3 else 1.0, code="old" if s < 3 else "new") for s in range(8)}
         for arm in ("grpo", "other")
     }
-    runs["other"] = {s: r for s, r in runs["other"].items() if s in (0, 1, 2, 7)}
+    runs["other"] = {s: r for s, r in runs["other"].items() if s in (0, 5, 6, 7)}
     runs["early"] = {s: runs["grpo"][s] for s in range(3)}
     out = evidence.summarise(runs, "grpo", ["grpo"])["arms"]
     assert out["grpo"]["seconds"] == out["other"]["seconds"] == 2.0 and out["other"]["against_seconds"]["iqm"] == 0.0
+    again = {arm: {s: {**r, "code": "old"} if s else r for s, r in found.items()} for arm, found in runs.items() if arm == "grpo"}
+    again["other"] = {s: record([0.0, 0.5, 1.0], seconds=2.0, code="new") for s in range(8)}
+    again["grpo"][0] = record([0.0, 0.5, 1.0], seconds=1.0, code="new")
+    timed = evidence.summarise(again, "grpo", ["grpo"])["arms"]
+    assert timed["grpo"]["seconds"] == 2.0 and timed["other"]["seconds"] == 4.0, "one run of the newer code gives the reference its clock"
     assert out["early"]["seconds"] is None and out["early"]["against_seconds"] is None and out["early"]["against_tokens"]["seeds"] == 3
 
 

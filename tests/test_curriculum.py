@@ -28,9 +28,9 @@ def taught(config: CurriculumConfig | None = None, visits: int = 60) -> Curricul
     return curriculum
 
 
-def shares(curriculum: Curriculum, stage: int, draws: int = 200) -> dict[str, float]:
+def shares(curriculum: Curriculum, draws: int = 200) -> dict[str, float]:
     rng = np.random.default_rng(0)
-    chosen = [CELLS[i % 4] for _ in range(draws) for i in curriculum.sample(8, stage, rng)]
+    chosen = [CELLS[i % 4] for _ in range(draws) for i in curriculum.sample(8, rng)]
     return {cell: chosen.count(cell) / len(chosen) for cell in CELLS}
 
 
@@ -58,7 +58,7 @@ def test_without_named_cells_draws_are_those_without_a_curriculum():
     drawn = {}
     for name, config in methods.items():
         curriculum, rng = Curriculum(bare, config), np.random.default_rng(3)
-        drawn[name] = [curriculum.sample(8, 1, rng).tolist() for _ in range(5)]
+        drawn[name] = [curriculum.sample(8, rng).tolist() for _ in range(5)]
     assert drawn["named"] == drawn["uniform"] != drawn["problems"]
 
 
@@ -69,11 +69,12 @@ def test_old_visits_fade():
     assert curriculum.prior(np.array([0]))[0] < 0.02
 
 
-def test_stages_choose_the_open_problems():
-    curriculum = taught(CurriculumConfig(candidates=25))
-    plain = CurriculumConfig(uniform_share=0.0, mastered_share=0.0, candidates=25)  # all two hundred problems are looked at
-    assert shares(taught(plain), 1)["half"] > 0.9 and shares(taught(plain), 2)["third"] > 0.8
-    mixed = shares(curriculum, 1)
+def test_the_centre_chooses_the_open_problems():
+    curriculum = taught(CurriculumConfig(candidates=25, centre=0.5))
+    plain = {"uniform_share": 0.0, "mastered_share": 0.0, "candidates": 25}  # all two hundred problems are looked at
+    for centre, cell in ((0.5, "half"), (0.35, "third"), (0.0, "never")):
+        assert shares(taught(CurriculumConfig(centre=centre, **plain)))[cell] > 0.8
+    mixed = shares(curriculum)
     # a tenth uniform over all four, a tenth from the mastered cell
     assert mixed["easy"] == pytest.approx(0.125, abs=0.03) and mixed["never"] == pytest.approx(0.025, abs=0.02)
     assert mixed["half"] == pytest.approx(0.82, abs=0.05)
@@ -81,18 +82,18 @@ def test_stages_choose_the_open_problems():
 
 def test_few_candidates_keep_the_mixture():
     """Of twice as many problems drawn from everything the nearer half: all of the open ones, and nothing that is far while they last."""
-    found = shares(taught(CurriculumConfig(uniform_share=0.0, mastered_share=0.0, candidates=2)), 1)
+    found = shares(taught(CurriculumConfig(uniform_share=0.0, mastered_share=0.0, candidates=2, centre=0.5)))
     assert found["half"] > 0.35 and found["third"] > 0.35 and found["easy"] + found["never"] < 0.12
-    assert all(0.2 < share < 0.3 for share in shares(taught(CurriculumConfig(candidates=1, mastered_share=0.0)), 1).values())
+    assert all(0.2 < share < 0.3 for share in shares(taught(CurriculumConfig(candidates=1, mastered_share=0.0, centre=0.5))).values())
 
 
 def test_nothing_mastered_yet():
-    fresh = shares(Curriculum(problems(), CurriculumConfig(mastered_share=0.9, uniform_share=0.0)), 1)
+    fresh = shares(Curriculum(problems(), CurriculumConfig(mastered_share=0.9, uniform_share=0.0)))
     assert all(0.15 < share < 0.35 for share in fresh.values())
 
 
 def test_uniform_sampler_does_not_look():
-    found = shares(taught(CurriculumConfig(sampler="uniform")), 1)
+    found = shares(taught(CurriculumConfig(sampler="uniform")))
     assert all(0.2 < share < 0.3 for share in found.values())
 
 
@@ -101,7 +102,7 @@ def test_no_problem_twice_while_there_are_enough(sampler):
     curriculum = taught(CurriculumConfig(sampler=sampler))
     rng = np.random.default_rng(0)
     for _ in range(50):
-        chosen = curriculum.sample(12, 1, rng)
+        chosen = curriculum.sample(12, rng)
         assert len(set(chosen.tolist())) == len(chosen) == 12
         assert chosen.dtype.kind == "i"
 
@@ -113,18 +114,18 @@ def test_small_cells_and_small_sets(sampler):
     for _ in range(20):
         curriculum.update(np.array([0]), np.array([4.0]), 8)  # x is at one half, y unknown
     rng = np.random.default_rng(0)
-    complete = sum(sorted(curriculum.sample(3, 1, rng).tolist()) == [0, 1, 2] for _ in range(50))
+    complete = sum(sorted(curriculum.sample(3, rng).tolist()) == [0, 1, 2] for _ in range(50))
     assert complete == 50 if sampler == "uniform" else complete > 40
-    assert len(curriculum.sample(8, 1, rng)) == 8, "more than there are: some stand twice"
-    assert len(Curriculum(few[:1], CurriculumConfig(sampler=sampler)).sample(2, 1, rng)) == 2
+    assert len(curriculum.sample(8, rng)) == 8, "more than there are: some stand twice"
+    assert len(Curriculum(few[:1], CurriculumConfig(sampler=sampler)).sample(2, rng)) == 2
 
 
 def test_same_seed_same_problems_and_state_round_trip():
     one, other = taught(), Curriculum(problems(), CurriculumConfig())
     other.load(json.loads(json.dumps(one.state())))
-    draws = [[c.sample(6, 1, rng).tolist() for _ in range(5)] for c, rng in ((one, np.random.default_rng(4)), (other, np.random.default_rng(4)))]
+    draws = [[c.sample(6, rng).tolist() for _ in range(5)] for c, rng in ((one, np.random.default_rng(4)), (other, np.random.default_rng(4)))]
     assert draws[0] == draws[1]
-    assert one.sample(6, 1, np.random.default_rng(5)).tolist() != draws[0][0]
+    assert one.sample(6, np.random.default_rng(5)).tolist() != draws[0][0]
 
 
 def test_state_of_other_problems_is_refused():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -17,9 +17,8 @@ class CurriculumSampler(Sampler):
     A resumed run repeats the choices of the broken-off epoch instead of making them again.
     """
 
-    def __init__(self, curriculum: Curriculum, stage: Callable[[], int], *, prompts: int, copies: int, repeats: int, seed: int):
-        self.curriculum, self.stage = curriculum, stage
-        self.prompts, self.copies, self.repeats = prompts, copies, repeats
+    def __init__(self, curriculum: Curriculum, *, prompts: int, copies: int, repeats: int, seed: int):
+        self.curriculum, self.prompts, self.copies, self.repeats = curriculum, prompts, copies, repeats
         self.batches = len(curriculum.problems) // prompts
         self.rng = np.random.default_rng(seed)
         self.chosen: list[list[int]] = []  # in this epoch
@@ -31,7 +30,7 @@ class CurriculumSampler(Sampler):
     def __iter__(self) -> Iterator[int]:
         replay, self.replay, self.chosen = self.replay, [], []
         for i in range(self.batches):
-            batch = replay[i] if i < len(replay) else self.curriculum.sample(self.prompts, self.stage(), self.rng).tolist()
+            batch = replay[i] if i < len(replay) else self.curriculum.sample(self.prompts, self.rng).tolist()
             self.chosen.append(batch)
             for _ in range(self.repeats):
                 for index in batch:

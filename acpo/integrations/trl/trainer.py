@@ -123,7 +123,7 @@ class ACPOTrainer(GRPOTrainer):
             return super()._get_train_sampler(dataset)
         if self._acpo_sampler is None:
             self._acpo_sampler = CurriculumSampler(
-                self._acpo_curriculum, lambda: self._acpo.stage, prompts=self.args.generation_batch_size // self.num_generations,
+                self._acpo_curriculum, prompts=self.args.generation_batch_size // self.num_generations,
                 copies=self.num_generations, repeats=self.num_iterations * self.args.steps_per_generation, seed=self.args.seed,
             )  # fmt: skip
         return self._acpo_sampler
