@@ -1,11 +1,11 @@
 """Does the method help? The table of comparisons that were run, and what it says about the bars that were fixed before.
 
-    python -m benchmarks.method [benchmarks/results/method/*.json]
+    python -m benchmarks.method [--summary] [benchmarks/results/method/*.json]
 
 The files are the results.json of `acpo compare`, one a task. Every arm that was run is in the table. Areas are interquartile means over seeds of
 the mean held-out greedy accuracy over GRPO's budget; a difference is paired by seed, with its 95 % bootstrap interval where there are 8 seeds or
 more (none where there are fewer), and the seeds that it wins. Seconds are CPU seconds of the process: wall seconds of a shared machine would be
-the doing of others.
+the doing of others. --summary: one row a task.
 """
 
 from __future__ import annotations
@@ -68,6 +68,30 @@ def bars(results: dict, default: str = "acpo") -> list[str]:
     return lines
 
 
+SUMMARY = (("grpo", "GRPO"), ("grpo-kl", "GRPO with the KL"), ("acpo", "ACPO"))  # whose areas stand in a task's row
+
+
+def summary(found: list[dict]) -> str:
+    """One row a task: areas of SUMMARY, gains over GRPO and the best baseline, and what is left with the credit shuffled."""
+    head = ["task", *(title for _, title in SUMMARY), "ACPO over GRPO", "over the best baseline", "in equal seconds", "shuffled over GRPO"]
+    body = []
+    for results in found:
+        arms, best = results["arms"], results["best_baseline"]
+        ours, control = arms.get("acpo", {}), arms.get("acpo-shuffled", {})
+        areas = [f"{arms[arm]['area_tokens']:.3f}" if arm in arms else "" for arm, _ in SUMMARY]
+        over = [ours.get("against_tokens"), ours.get("best_baseline_tokens"), ours.get("best_baseline_seconds"), control.get("against_tokens")]
+        told = [short(x) for x in over]
+        told[1] = f"{best}: {told[1]}" if told[1] else ""
+        body.append([results["name"], *areas, *told])
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
+
+
+def short(found: dict | None) -> str:
+    if not found or found["low"] is None:
+        return ""
+    return f"{found['iqm']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}] {found['wins']}/{found['seeds']}"
+
+
 def verdict(met: bool) -> str:
     return "met" if met else "NOT met"
 
@@ -79,8 +103,13 @@ def cell(found: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, default=sorted(RESULTS.glob("*.json")))
-    for path in parser.parse_args().files:
-        results = json.loads(path.read_text(encoding="utf-8"))
+    parser.add_argument("--summary", action="store_true")
+    options = parser.parse_args()
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in options.files]
+    if options.summary:
+        print(summary(found))
+        return
+    for results in found:
         print(f"**{results['name']}** (code {', '.join(results['code'])})\n\n{markdown(results)}\n")
         print("\n".join(f"* {line}" for line in bars(results)), end="\n\n")
 

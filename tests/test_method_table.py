@@ -34,6 +34,19 @@ def test_bars(found, met):
     assert all(line.startswith(("met: ", "NOT met: ")) for line in lines)
 
 
+def test_the_summary_has_a_row_a_task_and_says_nothing_of_what_was_not_run():
+    whole, part = results("t2", 0.01, 0.06), results("t3", 0.01, 0.06)
+    for found in (whole, part):
+        for arm in found["arms"].values():
+            arm["area_tokens"] = 0.5
+    whole["arms"]["acpo-shuffled"] = whole["arms"]["acpo"]
+    part["arms"]["acpo"] |= {"best_baseline_seconds": None}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in method.summary([whole, part]).splitlines()]
+    gain = "+0.060 [+0.010, +0.160] 12/16"
+    assert rows[2] == ["t2", "0.500", "", "0.500", gain, f"grpo: {gain}", gain, gain]
+    assert rows[3] == ["t3", "0.500", "", "0.500", gain, f"grpo: {gain}", "", ""]
+
+
 def test_few_seeds_decide_nothing_and_a_control_that_gains_is_seen():
     found = results("t2", 0.1, 0.2)
     found["arms"]["acpo-shuffled"] = {**found["arms"]["acpo"]}
