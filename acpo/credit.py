@@ -120,6 +120,13 @@ def difficulty_weights(outcome: Tensor, reliability: Tensor, group_size: int, po
     return torch.where(mixed, weight / mean, 1.0).repeat_interleave(group_size)
 
 
+def group_weights(outcome: Tensor, attribution: Attribution | None, group_size: int, config: CreditConfig) -> Tensor:
+    """The difficulty weights of the configuration, [B] in float64: what `assign` multiplies every token of a rollout by."""
+    if attribution is None or config.difficulty == 0:
+        return torch.ones(len(outcome), dtype=torch.float64, device=outcome.device)
+    return difficulty_weights(outcome, attribution.reliability, group_size, config.difficulty)
+
+
 def assign(
     advantages: Tensor,
     outcome: Tensor,
@@ -147,9 +154,7 @@ def assign(
         tokens = bounded_ratio(advantages[segments.sequence_ids()], log_ratio, config.bound)
     if config.token == "entropy":
         tokens = tokens * token_factor(entropy, segments, mask)
-    if config.difficulty > 0 and attribution is not None:
-        weight = difficulty_weights(outcome, attribution.reliability, group_size, config.difficulty)
-        tokens = tokens * weight.to(tokens.dtype)[segments.sequence_ids()]
+    tokens = tokens * group_weights(outcome, attribution, group_size, config).to(tokens.dtype)[segments.sequence_ids()]
     if config.mask == "filler" and filler is not None:
         tokens = torch.where(torch.isin(ids, filler), 0.0, tokens)
     return SegmentCredit(tokens if mask is None else torch.where(mask, tokens, 0.0), weights)

@@ -298,8 +298,8 @@ class Trainer:
         return control(self.config.attribution.control, attribution, batch.segments, generator)
 
     def _credit(self, batch: Batch, outcome: Tensor, attribution: Attribution | None) -> tuple[Tensor, Tensor]:
-        """Token advantages, bonus weights and the reference's log-probs, all into batch.token; returns the rollouts' advantages and the segments'
-        weights."""
+        """Token advantages, bonus weights and the reference's log-probs, all into batch.token; returns the rollouts' advantages, as their groups
+        count, and the segments' weights."""
         config, size, segments = self.config, self.config.rollout.group_size, batch.segments
         advantages = plain = credit.outcome_advantages(outcome, size, config.credit.advantage)
         if self.stages.stage == 2:
@@ -319,7 +319,7 @@ class Trainer:
         if config.loss.kl_weight > 0:
             with self.clock("reference"):
                 self._reference_logp(batch)
-        return advantages, weights
+        return advantages * credit.group_weights(outcome, attribution, size, config.credit).to(advantages.dtype), weights
 
     @torch.no_grad()
     def _reference_logp(self, batch: Batch) -> None:

@@ -19,6 +19,7 @@ from acpo.credit import (
     bounded_ratio,
     confident_rewards,
     difficulty_weights,
+    group_weights,
     keep_side,
     outcome_advantages,
     token_advantages,
@@ -285,7 +286,8 @@ def test_assign_tilts_towards_the_harder_group():
     advantages = outcome_advantages(outcome, SIZE, "grpo")
     settings = [CreditConfig(mask="none", difficulty=d) for d in (0.0, 0.25)]
     plain, tilted = (assign(advantages, outcome, attribution, segments, SIZE, own, ids=ids).token_advantages for own in settings)
-    weight = difficulty_weights(outcome, attribution.reliability, SIZE, 0.25).float()
+    weight = group_weights(outcome, attribution, SIZE, CreditConfig(difficulty=0.25)).float()
+    assert (group_weights(outcome, None, SIZE, CreditConfig()) == 1).all() and (group_weights(outcome, attribution, SIZE, settings[0]) == 1).all()
     assert weight[0] > 1 > weight[4]
     torch.testing.assert_close(tilted, plain * weight[segments.sequence_ids()])
     none = assign(advantages, outcome, None, segments, SIZE, CreditConfig(form="none", mask="none"), ids=ids).token_advantages

@@ -191,6 +191,7 @@ class StepCredit:
             own, judged, attribution, segments, size, config.credit, ids=batch.ids, log_ratio=tokens.get("log_ratio"), entropy=tokens.get("entropy"),
             mask=batch.written,
         )  # fmt: skip
+        own = own * credit.group_weights(judged, attribution, size, config.credit).to(own.dtype)
         bonus = self.entropy.token_weights(segments, attribution, batch.written)
         metrics |= {f"acpo/{name.removeprefix('attribution/')}": value for name, value in reliabilities.items()}
         metrics |= self._figures(batch, segments, attribution, judged, assigned - own[segments.sequence_ids()], weights)
