@@ -51,8 +51,8 @@ def forms_of(trainer: Trainer, batch: Batch, outcome: Tensor, indices) -> dict[s
     plain = credit.outcome_advantages(outcome, size, "grpo")
     attribution = trainer._attribute(batch, outcome, indices)
 
-    def assigned(form: str, mask: str) -> Tensor:
-        settings = credit.CreditConfig(form=form, mask=mask, scope=config.credit.scope)
+    def assigned(form: str, mask: str, difficulty: float = 0.0) -> Tensor:
+        settings = credit.CreditConfig(form=form, mask=mask, scope=config.credit.scope, difficulty=difficulty)
         return credit.assign(
             plain, outcome, attribution, segments, size, settings, ids=batch.token["ids"], entropy=batch.token["entropy"], filler=trainer.filler
         ).token_advantages
@@ -60,11 +60,14 @@ def forms_of(trainer: Trainer, batch: Batch, outcome: Tensor, indices) -> dict[s
     exact = exact_differences(trainer, batch, indices)
     spread = group_std(outcome.double(), size).clamp(min=0.25).repeat_interleave(size)[sequence]
     mixed = ~zero_variance(outcome, size)[sequence]
-    out = {"GRPO": plain[sequence], "GRPO, mask": assigned("none", "unchanged")}
+    out = {
+        "GRPO": plain[sequence], "GRPO, difficulty": assigned("none", "none", config.credit.difficulty), "GRPO, mask": assigned("none", "unchanged"),
+    }  # fmt: skip
     if trainer.filler is not None:
         out["GRPO, filler known"] = assigned("none", "filler")
     out |= {
         "credit": assigned("additive", "none"), "credit, mask": assigned("additive", "unchanged"),
+        "credit, mask, difficulty": assigned("additive", "unchanged", config.credit.difficulty),
         "exact V, groups with both outcomes": exact / spread * mixed, "exact V": exact / spread, "GRPO + exact V": plain[sequence] + exact / spread,
     }  # fmt: skip
     return {"true direction": exact, **{name: value.float() for name, value in out.items()}}
@@ -122,7 +125,7 @@ def main() -> None:
     common = yaml.safe_load(chosen.comparison.read_text(encoding="utf-8"))["settings"]
     own = {
         "attribution.source": "hindsight,tree", "attribution.reliability": 1.0, "credit.scope": "own", "credit.mask": "unchanged",
-        "rollout.prompts": common["rollout"]["prompts"], "entropy.controller": "none", "loss.kl_weight": 0.0,
+        "rollout.prompts": common["rollout"]["prompts"], "entropy.controller": "none", "loss.kl_weight": 0.0, "credit.difficulty": 0.25,
         **{f"segmenter.{key}": value for key, value in common.get("segmenter", {}).items()},
     }  # fmt: skip
     more = {key: yaml.safe_load(value) for key, value in (text.split("=", 1) for text in chosen.settings)}
