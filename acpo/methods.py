@@ -50,6 +50,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "acpo-no-mask": {**_ACPO, "credit.mask": "none"},
     "acpo-mask-alone": {**_ACPO, "credit.form": "none"},
     "acpo-no-difficulty": {**_ACPO, "credit.difficulty": 0.0},
+    "acpo-difficulty-alone": {**_ACPO, "credit.form": "none", "credit.mask": "none"},
     "acpo-no-entropy": {**_ACPO, "entropy.controller": "none"},
     "acpo-step-entropy": {**_ACPO, "entropy.controller": "step"},
     "acpo-no-curriculum": {**_ACPO, "curriculum.sampler": "uniform"},  # the method itself, where problems have no difficulty cells
