@@ -26,8 +26,8 @@ class Prefixes:
     """What is recognised at each boundary [b][k]: the way there, the last step that changed the state (with its place among those that did), and
     whether this segment changed it."""
 
-    path: list[list[Hashable]]
-    state: list[list[Hashable]]
+    path: list[Sequence[Hashable]]
+    state: list[Sequence[Hashable]]
     changed: list[list[bool]]
 
 
@@ -108,7 +108,7 @@ def tree_values(prefixes: Prefixes, rewards: Tensor, group_size: int, kappa: flo
     return torch.tensor(values, dtype=torch.float64, device=rewards.device)
 
 
-def _through(keys: list[list[Hashable]], group: range, outcome: list[float]) -> dict[Hashable, tuple[float, int]]:
+def _through(keys: list[Sequence[Hashable]], group: range, outcome: list[float]) -> dict[Hashable, tuple[float, int]]:
     """Sum of outcomes and number of the group's rollouts that pass through each key, each rollout once a key, none that was left out."""
     table: dict[Hashable, list[float]] = defaultdict(list)
     for b in group:
