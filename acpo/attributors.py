@@ -31,7 +31,7 @@ class Attributors(Panel):
         self, batch: Batch, outcome: Tensor, prior: Tensor, keep: Tensor | None, answers: list[list[int]]
     ) -> tuple[Attribution | None, dict[str, float]]:
         """prior [B] is the curriculum's probability of success; keep [N] leaves out tokens that spell the answer; answers[b] are the right answer's
-        tokens. Also the figures of each source."""
+        tokens (empty without the source `probe`, which alone asks for them). Also the figures of each source."""
         figures: dict[str, float] = {}
         self.extra_tokens = 0
         attribution, metrics = self.attribute(

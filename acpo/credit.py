@@ -122,7 +122,7 @@ def difficulty_weights(outcome: Tensor, reliability: Tensor, group_size: int, po
 
 def group_weights(outcome: Tensor, attribution: Attribution | None, group_size: int, config: CreditConfig) -> Tensor:
     """The difficulty weights of the configuration, [B] in float64: what `assign` multiplies every token of a rollout by."""
-    if attribution is None or config.difficulty == 0:
+    if attribution is None:
         return torch.ones(len(outcome), dtype=torch.float64, device=outcome.device)
     return difficulty_weights(outcome, attribution.reliability, group_size, config.difficulty)
 

@@ -220,7 +220,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     if isinstance(value, dict):
         between = "[too few seeds]" if value["low"] is None else f"[{value['low']:+.3f}, {value['high']:+.3f}]"
         return f"{value['iqm']:+.3f} {between} {value['wins']}/{value['seeds']}"
@@ -235,7 +235,7 @@ def rows(results: dict) -> tuple[list[str], list[list[str]]]:
     body = []
     for arm, found in results["arms"].items():
         found = {**found, "arm": arm, "n": len(found["seeds"]), "rate": f"{found['rate']:g}" if "rate" in found else ""}
-        body.append([_cell(found.get(key)) for _, key in COLUMNS])
+        body.append([cell(found.get(key)) for _, key in COLUMNS])
     return head, body
 
 

@@ -13,7 +13,7 @@ from acpo_kernels import Segments
 from .attribution import MIN_BOUNDARIES, Attribution, Attributor, Evidence, leave_one_out, one_of_each, pick, zero_variance
 from .config import AttributionConfig, CreditConfig
 
-SHUT_EVERY = 4  # batches: how often a source that costs a forward of its own is measured while its gate is shut
+SHUT_EVERY = 4  # batches: how often what costs a forward of its own is measured while its gate is shut
 
 
 class Panel:

@@ -120,7 +120,7 @@ class Segmenter:
         aloud: Sequence[str] = ALOUD,
         boundary_scores: Mapping[str, float] | None = None,
     ):
-        """tokens: the bytes of each id, empty for one that is no text. See `from_tokenizer` for the rest."""
+        """tokens: the bytes of each id, empty for one that is no text; they stay readable as `.tokens`. See `from_tokenizer` for the rest."""
         if isinstance(tokens, (str, bytes)) or not isinstance(tokens, Sequence) or not all(isinstance(t, bytes) for t in tokens):
             raise TypeError("tokens must be a sequence with the bytes of each id, got something else")
         vocab_size = len(tokens) if vocab_size is None else vocab_size

@@ -125,7 +125,7 @@ def main() -> None:
     common = yaml.safe_load(chosen.comparison.read_text(encoding="utf-8"))["settings"]
     own = {
         "attribution.source": "hindsight,tree", "attribution.reliability": 1.0, "credit.scope": "own", "credit.mask": "unchanged",
-        "rollout.prompts": common["rollout"]["prompts"], "entropy.controller": "none", "loss.kl_weight": 0.0, "credit.difficulty": 0.25,
+        "rollout.prompts": common["rollout"]["prompts"], "entropy.controller": "none", "loss.kl_weight": 0.0,
         **{f"segmenter.{key}": value for key, value in common.get("segmenter", {}).items()},
     }  # fmt: skip
     more = {key: yaml.safe_load(value) for key, value in (text.split("=", 1) for text in chosen.settings)}

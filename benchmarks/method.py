@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from acpo.evidence import rows
+from acpo import evidence
 
 RESULTS = Path(__file__).parent / "results" / "method"
 LEAST = {"t2": 0.05, "multiplication": 0.02, "no_attribution": -0.02}  # area over the best baseline, in equal tokens
@@ -25,7 +25,7 @@ LEFT_OUT = ("area, seconds", "reliability", "zero-variance groups")  # of the RE
 
 
 def markdown(results: dict) -> str:
-    head, body = rows(results)
+    head, body = evidence.rows(results)
     keep = [i for i, title in enumerate(head) if title not in LEFT_OUT and any(row[i] for row in body)]
     head, body = [head[i] for i in keep], [[row[i].replace(" [too few seeds]", "") for i in keep] for row in body]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
@@ -53,9 +53,8 @@ def bars(results: dict, default: str = "acpo") -> list[str]:
     control, beside = shuffled.get("against_tokens"), shuffled.get("best_baseline_tokens")
     if control and control["low"] is not None:
         lines.append(f"{verdict(control['low'] <= 0)}: the shuffled control does not gain: {cell(control)}")
-        if (
-            best != results["against"] and beside and beside["low"] is not None
-        ):  # what credit in the wrong places adds to a loop that is held near its start
+        if best != results["against"] and beside and beside["low"] is not None:
+            # What credit in the wrong places adds to a loop that is held near its start.
             lines.append(f"beside it: the shuffled control over {best}: {cell(beside)}")
     for name, words in (("entropy_stage1_end", "entropy"), ("decisions_stage1_end", "entropy without filler")):
         if ours[name] and theirs[name]:
@@ -80,16 +79,10 @@ def summary(found: list[dict]) -> str:
         ours, control = arms.get("acpo", {}), arms.get("acpo-shuffled", {})
         areas = [f"{arms[arm]['area_tokens']:.3f}" if arm in arms else "" for arm, _ in SUMMARY]
         over = [ours.get("against_tokens"), ours.get("best_baseline_tokens"), ours.get("best_baseline_seconds"), control.get("against_tokens")]
-        told = [short(x) for x in over]
+        told = [evidence.cell(x) for x in over]
         told[1] = f"{best}: {told[1]}" if told[1] else ""
         body.append([results["name"], *areas, *told])
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
-
-
-def short(found: dict | None) -> str:
-    if not found or found["low"] is None:
-        return ""
-    return f"{found['iqm']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}] {found['wins']}/{found['seeds']}"
 
 
 def verdict(met: bool) -> str:

@@ -28,6 +28,9 @@ trainer: {steps: 8, threads: 1, checkpoint_every: 2, eval_every: 4, keep_checkpo
 eval: {samples: 2}
 """
 
+TREE = "attribution.source=tree", "credit.scope=all"
+MANY = "rollout.prompts=8", "rollout.group_size=8"  # so many that some groups have both outcomes and rollouts that share their first line
+
 
 def write_config(folder: Path, text: str = MINI) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
