@@ -59,6 +59,19 @@ def assigned(credit: StepCredit, tensors: dict | None = None, outcome: torch.Ten
 # --- the same numbers as our own loop ---------------------------------------------------------------------------------------------------
 
 
+def test_the_weight_of_a_group_is_no_shaping():
+    """Without a credit form and a mask only the weights of groups are left: they move advantages, and no step adds anything of its own."""
+    outcome = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 0])
+    own = {**FIXED, "attribution.source": "tree", "credit.form": "none", "credit.mask": "none"}
+    plain, weighed = (assigned(credit_of({**own, "credit.difficulty": d}, total_steps=9), outcome=outcome) for d in (0.0, 0.25))
+    assert plain.metrics["acpo/shaping"] == weighed.metrics["acpo/shaping"] == 0.0
+    rare, often = (
+        weighed.advantages[:4].abs().sum() / plain.advantages[:4].abs().sum(),
+        weighed.advantages[4:].abs().sum() / plain.advantages[4:].abs().sum(),
+    )
+    assert rare > 1 > often
+
+
 @pytest.mark.parametrize("form", ["additive", "weights"])
 def test_it_is_the_credit_of_our_own_loop(tmp_path, warmed, form):
     overrides = ["credit.scope=all", "segmenter.entropy=true", "attribution.mask_answer_copies=false", "entropy.weight=1e-2", f"credit.form={form}"]
