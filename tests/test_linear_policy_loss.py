@@ -102,12 +102,17 @@ def test_against_the_reference(ratio, dtype, device):
     mask = torch.rand(segments.num_tokens, device=device) < 0.8
     settings = dict(mask=mask, ratio=ratio, kl_weight=0.2, upstream=0.37, **head)
 
-    def run(kind, impl):
-        return forward_backward({name: x.to(kind) if x.is_floating_point() else x for name, x in values.items()}, segments, impl, **settings)
+    def run(kind, impl, roll=0):
+        given = {name: x.to(kind) if x.is_floating_point() else x for name, x in values.items()}
+        given |= {"weight": given["weight"].roll(roll, 0), "bias": given["bias"].roll(roll, 0), "ids": (given["ids"] + roll) % 101}
+        return forward_backward(given, segments, impl, **settings)
 
     actual, metrics = run(dtype, None)
     exact, exact_metrics = run(torch.float64, "reference")
     single, single_metrics = (exact, exact_metrics) if dtype == torch.float64 else run(torch.float32, "reference")
+    # The loss is one number, in which terms cancel: how far float32 is off is chance, so of four orders of the vocabulary the worst counts.
+    draws = [single[0], *(run(single[0].dtype, "reference", roll)[0][0] for roll in (17, 50, 80))]
+    single = (max(draws, key=lambda x: (x.double() - exact[0]).abs().item()), *single[1:])
     for i, (name, x, y, z) in enumerate(zip(NAMES, actual, single, exact, strict=True)):
         assert x.dtype == (dtype if i >= 3 or dtype == torch.float64 else torch.float32), name
         assert_right(name, x, y, z, factor=4.0, gradient_dtype=dtype if i >= 3 else None)

@@ -66,10 +66,11 @@ def test_logprob_entropy(which, element, aligned, architecture, recorded):
     compiled = logprob_entropy(which, element, aligned, architecture)
     bits = 128 if aligned else 8 * ELEMENTS[element]
     if which == "fwd":
-        loop, again = compiled.loops()  # the row, and of a confident one the words of one thread
+        loop, end, again = compiled.loops()  # the row two tiles a turn, what is left of it, and of a confident one the words of one thread
         assert set(compiled.accesses(loop, "ld")) == set(compiled.accesses(again, "ld")) == {bits}
         assert not re.search(r"shfl|bar\.|\bmembar|ld\.shared|st\.shared|\bdiv\.|\brcp\.|\bst\.", loop)
-        assert loop.count("ex2.approx") == EACH + 1  # one a logit, and one a step for what the maximum was
+        assert loop.count("ex2.approx") == 2 * end.count("ex2.approx") == 2 * (EACH + 1)  # one a logit, and one a tile for what the maximum was
+        assert loop.rindex("ld.global") < loop.index("ex2.approx")
     else:
         # The row's scalars are narrow; every other access is wide. Divisions: one of the row number, one of a row constant.
         loads, stores = compiled.accesses(compiled.ptx, "ld"), compiled.accesses(compiled.ptx, "st")
@@ -87,7 +88,7 @@ def test_logprob_entropy(which, element, aligned, architecture, recorded):
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_a_temperature_a_token_costs_one_division_a_row(element, architecture):
     compiled = logprob_entropy("fwd", element, True, architecture, HAS_TEMPERATURES=True)
-    loop, _ = compiled.loops()
+    loop, *_ = compiled.loops()
     assert set(compiled.accesses(loop, "ld")) == {128} and not re.search(r"\bdiv\.|\brcp\.|shfl|bar\.", loop)
 
 
@@ -110,7 +111,7 @@ def test_a_logit_of_the_forward_fits_its_issue_slots(element):
     """Machine instructions of the streaming loop for each logit on sm_90, loads and loop control included."""
     compiled = logprob_entropy("fwd", element, True, 90)
     loops = [loop for loop in compiled.machine_loops() if any(i.startswith("LDG") or " LDG" in i for i in loop)]
-    a_logit = len(loops[0]) / EACH  # the second reads a confident row's top thread again
+    a_logit = len(loops[0]) / (2 * EACH)  # two tiles a turn; the last loop reads a confident row's top thread again
     assert 5 < a_logit <= SLOTS[ELEMENTS[element]], a_logit
 
 

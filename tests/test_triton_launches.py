@@ -35,10 +35,11 @@ def reduce(reduce, *, n=N, dtype=torch.float32, mask=True, level="segment"):
 
 
 def reduce_backward(reduce, *, n=N, mask=True):
-    values, mask = torch.zeros(2, n), torch.ones(n, dtype=torch.bool) if mask else None
+    mask = torch.ones(n, dtype=torch.bool) if mask else None
     units = torch.zeros(2, 3)
+    kept = (torch.zeros(2, n), units) if reduce == "max" else (None, None)  # what the operation keeps for its backward
     operation = MODULES["segment_reduce"].segment_reduce_backward
-    return operation(units, OFFSETS, SEQUENCES, reduce, "segment", mask, n, torch.float32, values, units)
+    return operation(units, OFFSETS, SEQUENCES, reduce, "segment", mask, n, torch.float32, *kept)
 
 
 def credit(form, scale, *, mask=True, segments=3):
@@ -99,7 +100,13 @@ LARGE = ("segment_credit weights, the batch's scale", "policy_loss segment, one 
 EVERY_RUN = [(name, a) for name in LARGE for a in ARCHITECTURES]
 EVERY_RUN += [
     (name, 90)
-    for name in ("segment_reduce mean", "segment_reduce_backward max", "hindsight_information fp32", "policy_loss token, no mask, on-policy")
+    for name in (
+        "segment_reduce mean",
+        "segment_reduce_backward mean",
+        "segment_reduce_backward max",
+        "hindsight_information fp32",
+        "policy_loss token, no mask, on-policy",
+    )
 ]
 RESOURCE_CASES = [
     pytest.param(name, a, marks=() if (name, a) in EVERY_RUN else pytest.mark.every_target, id=f"{name} sm_{a}")

@@ -65,11 +65,11 @@ def _exp_parts(d):
 
 
 @triton.jit
-def _probability(log_p):
-    """exp(log_p), log_p <= 0. What the product with log2(e) loses (58 rounded to float32: 1e-6 of the result) is kept by a fused
+def _probability(log_p, shift):
+    """2^shift exp(log_p), log_p <= 0. What the product with log2(e) loses (58 rounded to float32: 1e-6 of the result) is kept by a fused
     multiply and put back; the exponential of a far smaller number is 0."""
-    product = log_p * LOG2E
-    lost = tl.fma(log_p, LOG2E_LOW, tl.fma(log_p, LOG2E, -product))
+    product = tl.fma(log_p, LOG2E, shift)
+    lost = tl.fma(log_p, LOG2E_LOW, tl.fma(log_p, LOG2E, shift - product))
     p = tl.exp2(product)
     return tl.fma(p * lost, LN2, p)
 
@@ -247,12 +247,17 @@ def _step(x, m, r, w, k, lowest):
 
 @triton.jit
 def _sweep(x_ptr, size, k, lowest, ALIGNED: tl.constexpr):
-    """One reading of a row: (m, r, w) of each thread."""
+    """One reading of a row: (m, r, w) of each thread. Two tiles a turn: the second is on its way while the first is summed."""
     m, r, w = _empty()
-    whole = size // STEP * STEP
-    for start in range(0, whole, STEP):
-        m, r, w = _step(_tile(x_ptr, start, size, False, ALIGNED), m, r, w, k, lowest)
-    return _step(_tile(x_ptr, whole, size, True, ALIGNED), m, r, w, k, lowest)
+    whole = size // (2 * STEP) * (2 * STEP)
+    for start in range(0, whole, 2 * STEP):
+        x = _tile(x_ptr, start, size, False, ALIGNED)
+        y = _tile(x_ptr, start + STEP, size, False, ALIGNED)
+        m, r, w = _step(x, m, r, w, k, lowest)
+        m, r, w = _step(y, m, r, w, k, lowest)
+    for start in range(whole, size, STEP):
+        m, r, w = _step(_tile(x_ptr, start, size, True, ALIGNED), m, r, w, k, lowest)
+    return m, r, w
 
 
 @triton.jit

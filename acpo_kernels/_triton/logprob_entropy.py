@@ -49,6 +49,7 @@ from .logits_rows import (
 BLOCK = 1024  # of the backward: 16 bytes of bf16 for each of 128 threads
 CHUNK = 4096  # four blocks a program: the scalar work of a row is spread over 32 logits a thread
 ROUNDING = tl.constexpr("rtne")
+CERTAIN = tl.constexpr(2.0**-60)  # what all others of a row have beside its maximum, below which their probabilities may underflow
 
 
 @triton.jit(do_not_specialize=["inner", "stride_outer", "stride_inner", "inverse_temperature"])
@@ -111,6 +112,10 @@ def _logprob_entropy_bwd_kernel(
     b = -per_t * p_top * g_entropy  # of d = (x - top) / T: 1/T^2 overflows below 1e-19
     a = tl.where(active, tl.where(bad, float("nan"), a), 0.0)
     b = tl.where(active, b, 0.0)
+    # A confident row's other entries lie below 2^-60, some where exp2 gives 0 while a + b d, of the size of d, would bring them back: they are taken
+    # in units of 2^-24, unless a and b are too small for that.
+    shift = tl.where((l < CERTAIN) & (tl.abs(a) + tl.abs(b) > CERTAIN), 24.0, 0.0)
+    a, b = a * tl.exp2(-shift), b * tl.exp2(-shift)
     limit = -200.0 / (per_t * LOG2E)
     # The chosen token: g_logp (1 - p) + g_entropy p (l - d - entropy). Only the program of its chunk reads it.
     begin = tl.program_id(1) * CHUNK
@@ -125,7 +130,7 @@ def _logprob_entropy_bwd_kernel(
         offs = begin + start + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + offs, mask=offs < readable, other=-INF).to(tl.float32)
         d = tl.maximum(x - top, limit) * per_t
-        g = _probability(d) * (a + b * d)
+        g = _probability(d, shift) * (a + b * d)
         g = tl.where(offs == target, own, g)
         tl.store(out_ptr + offs, g.to(gradient_ptr.dtype.element_ty, fp_downcast_rounding=ROUNDING), mask=offs < size)
 

@@ -115,7 +115,7 @@ def _segment_reduce_bwd_kernel(
     own = (slot < num_slots) & (slot - first < chunks)
     begin = start - (slot - first) * CHUNK
     at = tl.arange(0, CHUNK)[None, :]
-    row = values_ptr + channel * stride_channel
+    row = values_ptr + channel * stride_channel if MODE == MAX else grad_ptr  # values are given to max alone
     grad = tl.load(grad_ptr + channel * num_units + unit)  # [ROWS]
     attained = tl.load(maxima_ptr + channel * num_units + unit)[:, None] if MODE == MAX else 0.0
     if MODE != SUM:
