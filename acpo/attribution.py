@@ -31,6 +31,7 @@ from torch import Tensor
 
 from acpo_kernels import Segments, segment_reduce
 
+from .batch import on_host
 from .tree import Prefixes, tree_values
 
 MIN_BOUNDARIES = 200  # a reliability from fewer is noise
@@ -347,12 +348,12 @@ def pick(found: list[Attribution], segments: Segments) -> Attribution:
 def answer_copies(responses: list[Tensor], spellings: list[list[list[int]]]) -> Tensor:
     """False at tokens of literal copies of the answer: spellings[b] holds the token sequences that spell rollout b's answer."""
     masks = []
-    for response, forms in zip(responses, spellings, strict=True):
+    for response, forms in zip(on_host(responses), spellings, strict=True):
         mask = torch.ones(len(response), dtype=torch.bool)
         for form in forms:
             n = len(form)
             if 0 < n <= len(response):
-                hits = (response.unfold(0, n, 1) == torch.tensor(form, device=response.device)).all(1).nonzero().flatten().tolist()
+                hits = (response.unfold(0, n, 1) == torch.tensor(form)).all(1).nonzero().flatten().tolist()
                 for at in hits:
                     mask[at : at + n] = False
         masks.append(mask)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .attribution import Attribution, Evidence, entropy_evidence, hindsight_evidence, tree_evidence
-from .batch import Batch
+from .batch import Batch, on_host
 from .config import Config
 from .head import Head, boundary_rows
 from .panel import Panel
@@ -73,13 +73,14 @@ class Attributors(Panel):
         """Candidates are the right answer and the other answers of the group; a boundary that is not probed takes the value of the one before."""
         size, segments = self.group_size, batch.segments
         suffix = self.tokenizer(suffix_of(self.config), add_special_tokens=False)["input_ids"]
-        texts = self.tokenizer.batch_decode(batch.responses(), skip_special_tokens=True)
+        responses = on_host(batch.responses())
+        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
         given = [extract_answer(text, self.config.verify.extract) or "" for text in texts]
         own = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in given]
         ends, offsets = segments.token_offsets.tolist(), segments.sequence_offsets.tolist()
         evidence, rows = torch.zeros(segments.num_segments, dtype=torch.float64, device=acts.device), torch.zeros_like(acts)
         jobs: list[tuple[int, list[int], list[list[int]], Packed]] = []
-        for b, response in enumerate(batch.responses()):
+        for b, response in enumerate(responses):
             begin = b // size * size
             candidates = group_candidates(answers[b], own[begin : begin + size])
             if acts[b] and len(candidates) > 1:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,5 +100,12 @@ class Batch:
 
 
 def _ranges(ranges: list[tuple[int, int]], device) -> Tensor:
-    parts = [torch.arange(begin, end, device=device) for begin, end in ranges]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=device)
+    parts = [np.arange(begin, end) for begin, end in ranges]
+    return torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0, np.int64)).to(device)
+
+
+def on_host(values: list[Tensor]) -> list[Tensor]:
+    """The same on the host, in one transfer: a loop over rollouts that lie on a GPU would wait for it once each."""
+    if not values or values[0].device.type == "cpu":
+        return values
+    return list(torch.cat(values).cpu().split([len(value) for value in values]))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from .batch import on_host
 from .problems import Problem
 from .rollout import Engine
 from .verify import Pending, Verifier
@@ -91,7 +92,7 @@ def evaluate(
         for begin in range(0, len(asked), CHUNK):
             chunk = asked[begin : begin + CHUNK]
             rollouts = engine.generate([prompts[i] for i in chunk], max_new_tokens=max_new_tokens, temperature=temperature, generator=generator)
-            texts = tokenizer.batch_decode([r.ids for r in rollouts], skip_special_tokens=True)
+            texts = tokenizer.batch_decode(on_host([r.ids for r in rollouts]), skip_special_tokens=True)
             pending.append(verifier.submit([problems[i] for i in chunk], texts))
             answers += [verifier.answer(text) for text in texts] if each > 1 else [None] * len(chunk)
             advance(len(chunk))

@@ -12,7 +12,7 @@ from torch import Tensor
 from acpo_kernels import segment_reduce
 
 from .attribution import Attribution, binary_entropy, group_std, zero_variance
-from .batch import Batch
+from .batch import Batch, on_host
 from .problems import Problem
 from .segmentation import answered, character_ends
 from .verify import STATUSES
@@ -109,7 +109,8 @@ def rollout_rows(
         columns |= dict(zip(("hindsight", "centred"), segment_reduce(seen, segments), strict=True))
         where |= dict.fromkeys(("hindsight", "centred"), batch.sequence.get("hindsight", everywhere))
     counts = segments.sequence_offsets.diff().tolist()
-    texts = tokenizer.batch_decode(batch.responses(), skip_special_tokens=True)
+    responses = on_host(batch.responses())
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     names = iter(rules or ["fixed"] * segments.num_segments)
     return {
         "group": [b // group_size for b in range(len(batch))],
@@ -124,7 +125,7 @@ def rollout_rows(
         "reliability": [0.0] * len(batch) if attribution is None else attribution.reliability.tolist(),
         "source": _spoke(attribution, sources, len(batch)),
         "answered": answered(segments),
-        "segment_ends": character_ends(batch.responses(), segments, texts, tokenizer),
+        "segment_ends": character_ends(responses, segments, texts, tokenizer),
         "segment_tokens": [part.tolist() for part in segments.lengths.split(counts)],
         "segment_rule": [list(itertools.islice(names, count)) for count in counts],
         **{

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,12 +103,14 @@ class Policy(nn.Module):
 
     def hidden(self, prompts: list[list[int]], responses: list[Tensor]) -> Tensor:
         """The hidden states [N,H] that predict the response tokens."""
-        rows = [torch.cat([torch.tensor(p, device=r.device, dtype=r.dtype), r]) for p, r in zip(prompts, responses, strict=True)]
+        lengths = [len(p) for p in prompts]
+        given = torch.tensor([*itertools.chain.from_iterable(prompts)], device=responses[0].device, dtype=responses[0].dtype).split(lengths)
+        rows = [torch.cat(both) for both in zip(given, responses, strict=True)]
         if self.packed:
             with self.precision():
-                return packing.hidden_states(self.model, rows, [len(p) for p in prompts])
+                return packing.hidden_states(self.model, rows, lengths)
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id).to(self.device)
-        start = torch.tensor([len(p) - 1 for p in prompts], device=self.device).unsqueeze(1)
+        start = torch.tensor(lengths, device=self.device).unsqueeze(1) - 1
         end = start + torch.tensor([len(r) for r in responses], device=self.device).unsqueeze(1)
         at = torch.arange(ids.shape[1], device=self.device)
         with self.precision():

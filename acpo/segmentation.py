@@ -11,6 +11,8 @@ from torch import Tensor
 
 from acpo_kernels import Segments
 
+from .batch import on_host
+
 DECAY = 0.9
 MOST = 1 << 24  # torch.quantile takes no more
 
@@ -34,10 +36,11 @@ class ForkThreshold:
 def answer_starts(responses: list[Tensor], tokenizer) -> Tensor:
     """The token at which the last line that opens with A begins, -1 without one, [B]. For tokenizers with one character a token: tokens without
     text (a policy may sample the padding token) are skipped in the count."""
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    special = torch.tensor(tokenizer.all_special_ids, device=responses[0].device)
+    read = on_host(responses)
+    texts = tokenizer.batch_decode(read, skip_special_tokens=True)
+    special = torch.tensor(tokenizer.all_special_ids)
     starts = []
-    for ids, text in zip(responses, texts, strict=True):
+    for ids, text in zip(read, texts, strict=True):
         at = ("\n" + text).rfind("\nA")
         starts.append(int((~torch.isin(ids, special)).nonzero()[at]) if at >= 0 else -1)
     return torch.tensor(starts, device=responses[0].device)

@@ -27,7 +27,7 @@ from acpo_kernels.segmenter import Reading
 from . import checkpoint, credit, effective, state, trackers, verify
 from .attribution import Attribution, answer_copies
 from .attributors import Attributors
-from .batch import Batch
+from .batch import Batch, on_host
 from .clock import Clock, peak_memory
 from .config import Config
 from .controls import control
@@ -201,7 +201,7 @@ class Trainer:
             chosen = [(index, self.prompts.prompt(self.train_problems[index].prompt)) for index in indices]
             problems = [self.train_problems[i] for i in indices for _ in range(size)]
             samples = self._generate(self.ranks.share([prompt for _, prompt in chosen for _ in range(size)]), round_)
-            texts = self.tokenizer.batch_decode([s.ids for s in samples], skip_special_tokens=True)
+            texts = self.tokenizer.batch_decode(on_host([s.ids for s in samples]), skip_special_tokens=True)
             pending = self.verifier.submit(self.ranks.share(problems), texts)
             with self.clock("verify"):
                 verdicts = self.ranks.concat(pending.result())

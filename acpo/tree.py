@@ -18,6 +18,8 @@ from torch import Tensor
 
 from acpo_kernels import Segments
 
+from .batch import on_host
+
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
@@ -45,8 +47,8 @@ def exact_prefixes(responses: list[Tensor], segments: Segments) -> Prefixes:
     """Keys from token ids: the same prefix is the same tokens."""
     ends, offsets = segments.token_offsets.tolist(), segments.sequence_offsets.tolist()
     steps = []
-    for b, ids in enumerate(responses):
-        data, width = ids.cpu().numpy().tobytes(), ids.element_size()
+    for b, ids in enumerate(on_host(responses)):
+        data, width = ids.numpy().tobytes(), ids.element_size()
         start = ends[offsets[b]]
         steps.append([data[width * (ends[s] - start) : width * (ends[s + 1] - start)] for s in range(offsets[b], offsets[b + 1])])
     return _accumulate(steps)
@@ -137,7 +139,7 @@ def sharing(prefixes: Prefixes, segments: Segments, group_size: int) -> float:
 def branch_differences(responses: list[Tensor], rewards: Tensor, group_size: int) -> Tensor:
     """The TEMPO form (arXiv 2509.18314): V(prefix) = mean outcome of ALL the group's rollouts through it, token by token, and each token gets
     V behind it minus V before it: not 0 where rollouts part alone. [N], summing to R_i - mean R over a rollout that ends alone or with its like."""
-    outcome, parts = rewards.tolist(), []
+    outcome, responses, parts = rewards.tolist(), on_host(responses), []
     for begin in range(0, len(responses), group_size):
         group = range(begin, begin + group_size)
         ids = [responses[b].tolist() for b in group]

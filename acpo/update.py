@@ -102,12 +102,12 @@ def gradients(batch: Batch, rows: list[int], policy: Policy, config: Config, cli
         sums["loss"] += float(result.loss.detach())
         if "covariant" in part.token:
             covariance_penalty(part, policy, config, denominator)
-        share = float(result.metrics["tokens"])
+        names = ("tokens", "ratio/max", "ratio/min", *MEANS)
+        share, largest, smallest, *means = torch.stack([result.metrics[name].double() for name in names]).tolist()  # one wait for the device
         sums["tokens"] += share
-        for name in MEANS:
-            sums[name] += share * float(result.metrics[name])
-        for name, best in (("ratio/max", max), ("ratio/min", min)):
-            sums[name] = best(sums[name], float(result.metrics[name]))
+        for name, value in zip(MEANS, means, strict=True):
+            sums[name] += share * value
+        sums["ratio/max"], sums["ratio/min"] = max(sums["ratio/max"], largest), min(sums["ratio/min"], smallest)
     sums = ranks.added(sums)
     finite("loss", torch.tensor(sums["loss"]))
     ranks.sum_gradients(policy.trained().values())

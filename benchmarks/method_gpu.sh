@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The method on a policy of 19 million parameters, on one GPU and without network, in under nine minutes.
 #
-#   benchmarks/method_gpu.sh --out FOLDER [--seconds 510] [--jobs 4] [--config configs/compare/medium.yaml] [--dry-run]
+#   benchmarks/method_gpu.sh --out FOLDER [--seconds 510] [--jobs 10] [--config configs/compare/medium.yaml] [--dry-run]
 #
 # --out      the runs and results.json, .png, .html of what is finished by then: seed by seed all arms, so that whole pairs remain. The same command
 #            with the same folder goes on where it was cut off.
@@ -10,7 +10,7 @@
 # Environment: PYTHON (python3).
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out= seconds=510 jobs=4 config=configs/compare/medium.yaml dry=
+out= seconds=510 jobs=10 config=configs/compare/medium.yaml dry=
 while [ $# -gt 0 ]; do
   case "$1" in
     --out) out=$2; shift 2 ;;
@@ -28,7 +28,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 begin=$SECONDS
 if [ -n "$dry" ]; then
   sed -e 's/from_config: medium, device: cuda/from_config: tiny, device: cpu/' -e 's/steps: 700, batch: 64/steps: 20, batch: 16/' \
-    -e 's/prompts: 8,/prompts: 2,/' -e 's/steps: 60, eval_every: 10/steps: 3, eval_every: 2/' -e 's/^seeds: .*/seeds: 0-0/' \
+    -e 's/prompts: 8,/prompts: 2,/' -e 's/steps: 40, eval_every: 10/steps: 3, eval_every: 2/' -e 's/^seeds: .*/seeds: 0-0/' \
     -e 's/^settings:/settings:\n  eval: {max_problems: 8, samples: 2}/' "$config" >"$out/dry.yaml"
   config=$out/dry.yaml
 elif ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

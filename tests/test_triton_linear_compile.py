@@ -46,7 +46,7 @@ def linear(which: str, element: str, architecture: int, extras: bool = False) ->
     if which == "forward":
         tile = linear_logprob_entropy.logits_tiles(tile, extras or bool(held))
     elif which == "gradient":
-        tile = linear_gradients.gradient_tiles(tile, architecture, extras)
+        tile = linear_gradients.gradient_tiles(tile, architecture, extras, bool(held))
     elif which in ("hidden", "weight"):
         tile = linear_gradients.product_tiles(tile, architecture)
         if which == "weight":
@@ -86,13 +86,15 @@ def linear(which: str, element: str, architecture: int, extras: bool = False) ->
         "HAS_BIAS": extras, "HAS_TEMPERATURES": extras, "HAS_SOFTCAP": extras, "NEEDS_BIAS": extras, "HAS_LOGP": True, "HAS_ENTROPY": True,
         "RESIDUE": size == 2, "SCALED": scaled, "TMA": tile.tma, "PRECISION": tile.precision, f"BLOCK_{rows}": tile.m, f"BLOCK_{columns}": tile.n,
         f"BLOCK_{inner}": tile.k, "SPLIT": linear_logprob_entropy.SPLIT, "WIDTH": linear_gradients.SLICE, "CHUNK": 128,
-        "HOLD": bool(held), "HELD": bool(held), "ADD": bool(held),
+        "HOLD": bool(held), "HELD": bool(held), "ADD": bool(held), "PART": min(tile.n, linear_gradients.PART),
     }  # fmt: skip
     constants = {name: constants.get(name) for name in kernel.arg_names if name not in types}
     divisible = {name for name in types if name.endswith("_ptr") or (name.endswith("_ref") and not tile.tma)}
     divisible |= {"V", "H", "stride_weight", "stride_held", "width_out"} & set(types)
     compiled = compile_kernel(kernel, types, constants, divisible, architecture, tile.warps, tile.stages)
-    assert compiled.stack == 0 and compiled.local == 0, (which, held, element, architecture)  # nothing spilled
+    # Nothing spilled; but for 32 registers, once a tile, of the gradient of 256 columns, which was faster on an H100 than 128 without.
+    spilled = 128 if (which, held, architecture, extras) == ("gradient", "", 90, False) and tile.n == 256 else 0
+    assert compiled.stack == spilled and compiled.local == 0, (which, held, element, architecture)
     return compiled
 
 

@@ -66,12 +66,12 @@ def _exp_parts(d):
 
 @triton.jit
 def _probability(log_p, shift):
-    """2^shift exp(log_p), log_p <= 0. What the product with log2(e) loses (58 rounded to float32: 1e-6 of the result) is kept by a fused
-    multiply and put back; the exponential of a far smaller number is 0."""
-    product = tl.fma(log_p, LOG2E, shift)
-    lost = tl.fma(log_p, LOG2E_LOW, tl.fma(log_p, LOG2E, shift - product))
-    p = tl.exp2(product)
-    return tl.fma(p * lost, LN2, p)
+    """2^shift exp(log_p), log_p <= 0. What the product with log2(e) gains by rounding (58 rounded to float32: 1e-6 of the result) is kept by a
+    fused multiply and put back; the exponential of a far smaller number is 0."""
+    product = tl.fma(log_p, LOG2E, 0.0)  # a plain product would be fused with the shift, and what it gained would be another number
+    gained = tl.fma(log_p, -LOG2E_LOW, tl.fma(log_p, -LOG2E, product))
+    p = tl.exp2(product + shift)
+    return tl.fma(p * gained, -LN2, p)
 
 
 @triton.jit
