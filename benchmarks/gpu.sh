@@ -68,10 +68,10 @@ fi
 if [ -z "$only" ]; then
   if [ "$device" = cuda ]; then
     files=() many=()
-    for name in logprob_entropy linear_logprob_entropy linear_policy_loss hindsight_information policy_loss segment_credit segment_reduce chunks segments; do
+    for name in logprob_entropy linear_logprob_entropy linear_policy_loss hindsight_information policy_loss segment_credit segment_reduce chunks segments policy; do
       files+=("tests/test_$name.py")
     done
-    "$python" -c 'import xdist' 2>/dev/null && many=(-n 6 --dist load)
+    "$python" -c 'import xdist' 2>/dev/null && many=(-n "$(( $(nproc) > 3 ? $(nproc) - 1 : 2 ))" --dist worksteal)
     timeout -k 5 170 "$python" -m pytest "${files[@]}" -q -p no:cacheprovider ${many[@]+"${many[@]}"} -k cuda >"$out/tests.log" 2>&1
   else
     timeout -k 5 60 "$python" -m pytest tests/test_segment_reduce.py -q -p no:cacheprovider -k "by_hand or reference" >"$out/tests.log" 2>&1

@@ -45,7 +45,7 @@ def table(rows: list[dict]) -> str:
         lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
         lines += ["| " + " | ".join(_cells(row)) + " |" for row in timed]
     absent = dict.fromkeys((row["provider"], row["why"]) for row in rows if row["kind"] == "absent")
-    lines += [""] + [f"absent: {name}: {why}" for name, why in absent]
+    lines += [""] + [f"absent: {provider}: {why}" for provider, why in absent]
     lines += [f"refused: {name(row)}: {row.get('why') or 'its result was not checked'}" for row in bad]
     lines += sorted({f"{row['provider']}: {row['note']}" for row in rows if row.get("note") and row not in bad})
     loads = [load for row in rows for load in row.get("load", ())]

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from acpo_kernels import Segmenter, Segments, logprob_entropy, reference
-from benchmarks import accuracy, bench_segmenter, clocks, common, peers, report
+from benchmarks import accuracy, bench_segmenter, clocks, common, peers, report, variants
 from benchmarks.peers import fetch
 
 ROOT = Path(__file__).parents[1]
@@ -284,6 +284,28 @@ def test_the_gpu_script_measures_a_case_and_names_a_wrong_option(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     assert "| segment_credit weights forward |" in result.stdout
     assert {"benchmarks.json", "benchmarks.log", "table.md", "ratios.png", "roofline.png"} <= {p.name for p in (tmp_path / "out").iterdir()}
+
+
+def test_why_a_peer_is_refused_is_short(tmp_path):
+    """A result that is NaN everywhere names every place: a file of 16 MB, on the one occasion."""
+    peer = lambda logits, ids: tuple(torch.full((len(ids),), torch.nan) for _ in range(2))  # noqa: E731
+    rows, _ = common.measure(case_of({"ours": logprob_entropy, "peer": peer}, n=3000, v=20))
+    (refused,) = report.refused(rows)
+    assert refused["provider"] == "peer" and "NaN at" in refused["why"] and len(refused["why"]) < 500
+    absent = {**rows[0], "provider": "nobody", "kind": "absent", "correct": True, "why": "not here"}
+    assert "refused: " in report.table([*rows, absent]) and "absent: nobody: not here" in report.table([*rows, absent])
+
+
+def test_variants_refuse_what_they_cannot_set(capsys):
+    for case in ("X:", "F", "B:tile=", "F:tile"):
+        with pytest.raises(SystemExit, match="wanted LF"):
+            variants.main([os.devnull, case])
+    for settings in ({"tile": "128x64"}, {"speed": "3"}):
+        with pytest.raises(SystemExit, match="no such setting"):
+            variants.change(settings)
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="no CUDA device"):
+            variants.main([os.devnull, "F:group=8"])
 
 
 def test_plots_leave_out_what_was_refused(tmp_path, monkeypatch):

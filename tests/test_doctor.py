@@ -30,7 +30,7 @@ def test_broken_kernels_are_found(monkeypatch, capsys):
     monkeypatch.setattr(acpo_kernels, "segment_reduce", lambda *a, **k: right(*a, **k) * (1 + 1e-6))
     monkeypatch.setattr(acpo_kernels, "segment_credit", lambda *a, **k: 1 / 0)
     monkeypatch.setattr(acpo_kernels, "logprob_entropy", lambda x, ids: [x.sum(-1) * torch.nan, x.sum(-1)])
-    monkeypatch.setattr(selfcheck, "SECONDS", 600.0)
+    monkeypatch.setattr(selfcheck, "SECONDS", {"cpu": 600.0, "cuda": 600.0})
     assert main(["doctor", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     failed = {c["operation"]: c for c in found["checks"] if c["ok"] is False}
