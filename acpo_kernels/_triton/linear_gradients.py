@@ -1,8 +1,8 @@
 """The backward of `linear_logprob_entropy`: 6 a N V H operations for a share a of rows whose gradient is not exactly zero (2 less for a
 frozen weight, 2 less for frozen hidden states).
 
-The vocabulary goes by in slices of SLICE columns. For each, one kernel recomputes the logits (each summed over H in the same steps as the forward's, on which the chosen token's
-expm1 relies) and writes the slice's gradient G [rows, SLICE],
+The vocabulary goes by in slices of SLICE columns. For each, one kernel recomputes the logits (each summed over H in the same steps as the
+forward's, on which the chosen token's expm1 relies) and writes the slice's gradient G [rows, SLICE],
 one adds G W to the hidden states' gradient, one writes the slice of G^T hidden to the
 weight's. A weight row is summed inside one tile's float32 accumulators and rounded once, without a float32 copy of the weight. The float32
 sums of the hidden states' gradient are read and written once a slice: 8 N H bytes for 6 N H SLICE operations, at SLICE = 8,192 3 % of the

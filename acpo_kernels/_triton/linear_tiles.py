@@ -13,7 +13,8 @@ the next product: about 11 instructions a logit, 3,500 clocks beside 14,300 for 
 to fill, some 1,500. That leaves an estimated 75 % of the product's rate at H = 896 and 93 % at H = 4096. Three ways to hide it did not
 compile in Triton 3.7.1: warp specialisation (sm_100: no end), tl.range(flatten=True) (its pass fails), both loops as one by hand (spills).
 Two 128 x 128 programs a multiprocessor overlap by themselves, at the L2 rate above, and lose on an H100: 12 to 16 % at H = 896, 4 to 20 %
-at 4,096. As built: 591 TF/s at H = 896 and 657 at 4,096 there, which as a line in H is 680 for the product and 0.5 ms for the rest. GROUP from 4 to 64, three or four stages and SPLIT up to 2,048 are within 3 %.
+at 4,096. As built, 591 TF/s at H = 896 and 657 at 4,096 there, which as a line in H is 680 for the product and 0.5 ms for the rest. GROUP
+from 4 to 64, three or four stages and SPLIT up to 2,048 are within 3 %.
 
 Order. Programs stay, one a multiprocessor, and take tile after tile: GROUP row tiles (2,048 rows, 16 MiB at H = 4096: they stay in L2)
 against all of the vocabulary, rows fastest, so that a weight tile is fetched from HBM once a group.
