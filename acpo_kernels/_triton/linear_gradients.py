@@ -2,12 +2,12 @@
 frozen weight, 2 less for frozen hidden states).
 
 The vocabulary goes by in slices of SLICE columns. For each, one kernel recomputes the logits (each summed over H in the same steps as the
-forward's, on which the chosen token's expm1 relies) and writes the slice's gradient G [rows, SLICE],
-one adds G W to the hidden states' gradient, one writes the slice of G^T hidden to the
-weight's. A weight row is summed inside one tile's float32 accumulators and rounded once, without a float32 copy of the weight. The float32
-sums of the hidden states' gradient are read and written once a slice: 8 N H bytes for 6 N H SLICE operations, at SLICE = 8,192 3 % of the
-time on an H200 (4 TB/s, 700 TF/s) were nothing overlapped. G goes through HBM or L2, 2 bytes a logit written and twice read, under
-products that leave most of that bandwidth idle. The host launches three kernels a slice, 57 in all at V = 151,936.
+forward's, on which the chosen token's expm1 relies) and writes the slice's gradient G [rows, SLICE], one adds G W to the hidden states'
+gradient, one writes the slice of G^T hidden to the weight's. A weight row is summed inside one tile's float32 accumulators and rounded once,
+without a float32 copy of the weight. The float32 sums of the hidden states' gradient are read and written once a slice: 8 N H bytes for
+6 N H SLICE operations, at SLICE = 8,192 3 % of the time on an H200 (4 TB/s, 700 TF/s) were nothing overlapped. G goes through HBM or L2,
+2 bytes a logit written and twice read, under products that leave most of that bandwidth idle. The host launches three kernels a slice, 57
+in all at V = 151,936.
 
 Precision of G. Tensor cores multiply bfloat16 by bfloat16. G rounded to it (all peers do) errs by up to 2^-9 of its largest entries, the
 chosen token's above all: as much as the rounding of the result itself, which the contract allows once. G's residue G - bfloat16(G) as a second
