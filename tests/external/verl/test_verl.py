@@ -62,6 +62,8 @@ def test_padding_rows_and_broken_groups_keep_verls_advantages():
 
 
 def test_a_rollout_that_was_cut_off_keeps_verls_advantage():
+    """As its group counts: here every group alike."""
+    settings = {**SETTINGS, "credit.difficulty": 0.0}
     eos, (responses, lengths) = TOKENIZER.eos_token_id, (batch()["responses"], batch()["lengths"])
     limit, cut = int(lengths[1]), torch.arange(8) == 1
     assert int(lengths.max()) == limit and torch.equal(ours.not_cut_off(responses, lengths, limit + 1, eos), torch.ones(8, dtype=torch.bool))
@@ -70,7 +72,7 @@ def test_a_rollout_that_was_cut_off_keeps_verls_advantage():
     finished = ours.not_cut_off(responses, lengths, limit, eos)
     assert torch.equal(finished, ~cut), "the first ends at the limit by itself"
     credited, kept = (
-        ours.assign(ours.make_credit(TOKENIZER, SETTINGS, 4, 10), **batch(), outcome=OUTCOME, uid=UID, entropy=None, step=1, finished=given)[0]
+        ours.assign(ours.make_credit(TOKENIZER, settings, 4, 10), **batch(), outcome=OUTCOME, uid=UID, entropy=None, step=1, finished=given)[0]
         for given in (None, finished)
     )
     assert torch.equal(kept[~cut], credited[~cut]) and torch.equal(kept[1], batch()["advantages"][1]) and not torch.equal(kept[1], credited[1])
