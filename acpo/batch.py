@@ -106,6 +106,4 @@ def _ranges(ranges: list[tuple[int, int]], device) -> Tensor:
 
 def on_host(values: list[Tensor]) -> list[Tensor]:
     """The same on the host, in one transfer: a loop over rollouts that lie on a GPU would wait for it once each."""
-    if not values or values[0].device.type == "cpu":
-        return values
-    return list(torch.cat(values).cpu().split([len(value) for value in values]))
+    return list(torch.cat(values).cpu().split([len(value) for value in values])) if values else []

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from acpo.batch import Batch
+from acpo.batch import Batch, on_host
 from acpo_kernels import Segments
 
 LENGTHS = (4, 1, 6, 3)
@@ -100,3 +100,9 @@ def test_micro_batches_hold_the_budget_and_every_rollout_once(sizes, budget, dat
     for one, following in itertools.pairwise(parts):
         assert max(size[b] for b in one) * (len(one) + 1) > budget, "no micro-batch closes while the next rollout fits"
         assert min(size[b] for b in one) >= max(size[b] for b in following)
+
+
+def test_on_the_host_everybody_has_what_he_had():
+    values = [torch.tensor([3, 1]), torch.empty(0, dtype=torch.int64), torch.tensor([4])]
+    moved = on_host(values)
+    assert [v.tolist() for v in moved] == [[3, 1], [], [4]] and moved[0].dtype == torch.int64 and on_host([]) == []
