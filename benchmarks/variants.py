@@ -8,8 +8,8 @@ kernel (H = 896 and 4,096). Settings:
     g=COLUMNSxWARPSxSTAGES    of the head's gradient    p=...      tile of the products with it
     warps, chunk, block=SIZE  of rows of logits         dtype=float32
 
-Each case is a process of its own (constants are read when a kernel compiles); several compile at a time, one at a time is timed: CUDA events, the
-GPU waiting a millisecond before the first, median, warm. Nothing is checked here: tests/ and the benchmarks are.
+Each case is a process of its own (constants are read when a kernel compiles); several compile at a time, one at a time is timed, by the
+benchmarks' own clock: median, cold. Nothing is checked here: tests/ and the benchmarks are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-N, V = 8192, 151_936
+from .common import V
+
+N = 8192
 OPERATIONS = ("LF", "LB", "F", "B")
 
 
@@ -83,17 +85,21 @@ def measure(case: str, lock: Path) -> dict:
 
     from acpo_kernels import linear_logprob_entropy, logprob_entropy
 
+    from .bench_linear_logprob_entropy import inputs
+    from .clocks import DeviceClock, quartile
+
     operation, settings = read(case)
     change(settings)
     dtype, head = getattr(torch, settings.get("dtype", "bfloat16")), operation in ("F", "B")
     backward = operation in ("B", "LB")
 
     def call(n: int, v: int, h: int):
-        generator = torch.Generator("cuda").manual_seed(0)
-        new = lambda *shape: torch.randn(*shape, device="cuda", generator=generator)  # noqa: E731
-        leaves = [new(n, h), new(v, h) * (2 / h**0.5)] if head else [new(n, v) * 2]
-        leaves = [x.to(dtype).requires_grad_(backward) for x in leaves]
-        ids = torch.randint(v, (n,), device="cuda", generator=generator)
+        torch.manual_seed(0)
+        if head:
+            *leaves, ids = inputs(n, h, v, dtype, torch.device("cuda"))
+        else:
+            leaves, ids = [(torch.randn(n, v, device="cuda") * 2).to(dtype)], torch.randint(v, (n,), device="cuda")
+        leaves = [x.requires_grad_(backward) for x in leaves]
         function = linear_logprob_entropy if head else logprob_entropy
         if not backward:
             return lambda: function(*leaves, ids)
@@ -104,17 +110,8 @@ def measure(case: str, lock: Path) -> dict:
         return lambda: torch.autograd.grad(results, leaves, upstream, retain_graph=True)
 
     def seconds(run, rounds: int) -> float:
-        run()
-        found = []
-        for _ in range(rounds):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(3_000_000)
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            found.append(begin.elapsed_time(end) * 1e-3)
-        return sorted(found)[rounds // 2]
+        clock = DeviceClock(run, cold=True)
+        return quartile([clock.measure() for _ in range(rounds)], 0.5)
 
     row: dict = {"name": case}
     call(256, 32_768 if head else V, 896)()

@@ -213,8 +213,10 @@ def test_masked_rows_that_hold_nan_reach_nothing(impl, device):
     ids[3], ids[5] = -100, 10**9  # out of range under the mask
     active = mask & (ids != -100)
     dirty = torch.where(active.unsqueeze(-1), hidden, math.nan)
-    temperature = torch.where(active, 0.5, math.nan)  # float32 holds it exactly, and its reciprocal, by which torch multiplies on CUDA
-    wanted = forward_backward(hidden, weight, ids, bias, mask=mask, temperature=0.5, impl=impl)
+    temperature = torch.where(active, 0.75, math.nan)  # a number that float32 holds exactly
+    by_reciprocal = impl == "reference" and device.type == "cuda"  # torch there, where it divides by one number
+    number = torch.full_like(temperature, 0.75) if by_reciprocal else 0.75
+    wanted = forward_backward(hidden, weight, ids, bias, mask=mask, temperature=number, impl=impl)
     leaves = [x.clone().requires_grad_() for x in (dirty, weight, bias)]
     outs = linear_logprob_entropy(*leaves[:2], ids, bias=leaves[2], mask=mask, temperature=temperature, impl=impl)
     upstream = torch.where(active, 1.0, math.nan)  # an incoming gradient is not read there either

@@ -110,8 +110,9 @@ def test_against_the_reference(ratio, dtype, device):
     actual, metrics = run(dtype, None)
     exact, exact_metrics = run(torch.float64, "reference")
     single, single_metrics = (exact, exact_metrics) if dtype == torch.float64 else run(torch.float32, "reference")
-    # The loss is one number, in which terms cancel: how far float32 is off is chance, so of four orders of the vocabulary the worst counts.
-    draws = [single[0], *(run(single[0].dtype, "reference", roll)[0][0] for roll in (17, 50, 80))]
+    # The loss is one number, in which terms cancel: how far float32 is off is chance (1e-9 to 5e-8 here). On CUDA the worst of four orders of
+    # the vocabulary counts; on an H100 one order gave 3e-10, and the kernels 3e-8.
+    draws = [single[0], *(run(single[0].dtype, "reference", roll)[0][0] for roll in ((17, 50, 80) if device.type == "cuda" else ()))]
     single = (max(draws, key=lambda x: (x.double() - exact[0]).abs().item()), *single[1:])
     for i, (name, x, y, z) in enumerate(zip(NAMES, actual, single, exact, strict=True)):
         assert x.dtype == (dtype if i >= 3 or dtype == torch.float64 else torch.float32), name
