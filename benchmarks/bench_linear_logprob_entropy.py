@@ -185,7 +185,8 @@ def expected(hidden, weight, ids, incoming, temperature, backward) -> dict[str, 
         if not every:
             one = {name: x[rows] for name, x in one.items()}
         out[dtype] = one | ({"d_hidden": d_hidden[rows]} if backward else {}) | ({"d_weight": d_weight} if backward and every else {})
-    # Products on matrix units may sum in another order than the reference: the contract's factor of 4.
+    # Products on matrix units may sum in another order than the reference: the contract's factor of 4
+    which = dict.fromkeys(incoming, None if every else rows) | {"d_hidden": rows, "d_weight": entries}
     return {
         name: Expected(exact, out[torch.float32][name], which[name], 4.0, hidden.dtype if name.startswith("d_") else None)
         for name, exact in out[torch.float64].items()
