@@ -58,7 +58,8 @@ class Evidence:
 @dataclass
 class Attribution:
     """phi, iota, values (Vhat_k), previous (Vhat_{k-1}), score and changed a segment [S]; rows [B]; reliability [B] in [0, 1], 0 outside of rows;
-    source [B], the place of the source that speaks among those picked from, where rows hold."""
+    source [B], the place of the source that speaks among those picked from, where rows hold; counts_as [B], the rollout whose group weight it takes
+    (None: its own)."""
 
     phi: Tensor
     iota: Tensor
@@ -69,6 +70,7 @@ class Attribution:
     rows: Tensor
     reliability: Tensor
     source: Tensor | None = None
+    counts_as: Tensor | None = None
 
 
 def hindsight_evidence(log_ratio: Tensor, kl: Tensor, segments: Segments, mask: Tensor | None, rows: Tensor, clamp: float) -> Evidence:

@@ -124,7 +124,7 @@ class AttributionConfig:
     keys: Literal["tokens", "numbers"] = "tokens"  # tree: what a step is recognised by, its tokens or the numbers in it
     probe_suffix: str = ""  # probe: what stands between a step and an answer given at once; empty: a default
     slope: float = 3.0  # reliability = slope times the measured skill, at most 1
-    control: Literal["none", "shuffled", "position", "random"] = "none"  # put an attribution without information in its place
+    control: Literal["none", "shuffled", "everywhere", "position", "random"] = "none"  # put an attribution without information in its place
     clamp: float = 5.0  # nats: bound of a segment's centred information before it becomes credit
     kappa: float = 2.0  # tree: pseudo-counts of what a prefix is drawn to
     drawn_to: Literal["mean", "before"] = "mean"  # tree: the leave-one-out group mean, or the value one step before: nothing where nobody shares

@@ -124,7 +124,8 @@ def group_weights(outcome: Tensor, attribution: Attribution | None, group_size: 
     """The difficulty weights of the configuration, [B] in float64: what `assign` multiplies every token of a rollout by."""
     if attribution is None:
         return torch.ones(len(outcome), dtype=torch.float64, device=outcome.device)
-    return difficulty_weights(outcome, attribution.reliability, group_size, config.difficulty)
+    weights = difficulty_weights(outcome, attribution.reliability, group_size, config.difficulty)
+    return weights if attribution.counts_as is None else weights[attribution.counts_as]
 
 
 def assign(

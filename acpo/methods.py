@@ -29,9 +29,11 @@ METHODS: dict[str, dict[str, Any]] = {
 # The outcome-level baselines are METHODS of the configuration. The forms of others are written in our loop from their published formulas.
 _ACPO: dict[str, Any] = {"method": "acpo"}
 _OUTCOME: dict[str, Any] = {"method": "grpo"}
+_NEAR: dict[str, Any] = {"loss.kl_weight": METHODS["acpo"]["loss.kl_weight"]}  # held near its start, as the method is
+_RATIO: dict[str, Any] = {"credit.form": "ratio", "credit.bound": 0.2, "attribution.source": "hindsight", "credit.scope": "all"}
 ARMS: dict[str, dict[str, Any]] = {
     "grpo": _OUTCOME,
-    "grpo-kl": {**_OUTCOME, "loss.kl_weight": METHODS["acpo"]["loss.kl_weight"]},  # held near its start, as the method is
+    "grpo-kl": {**_OUTCOME, **_NEAR},
     "rloo": {"method": "rloo"},
     "dr_grpo": {"method": "dr_grpo"},
     "dapo": {"method": "dapo"},
@@ -41,7 +43,12 @@ ARMS: dict[str, dict[str, Any]] = {
     # the value differences of the group's token prefix tree added to the outcome advantage (TEMPO, arXiv 2509.18314)
     "tempo": {**_OUTCOME, "credit.form": "branch"},
     # the answer-conditioned ratio as a bounded weight of every token (RLSD, arXiv 2604.03128; without its schedule towards uniform weights)
-    "rlsd": {**_OUTCOME, "credit.form": "ratio", "credit.bound": 0.2, "attribution.source": "hindsight", "credit.scope": "all"},
+    "rlsd": {**_OUTCOME, **_RATIO},
+    # those that were best without it, and the nearest to step credit, held near their start as well
+    "rloo-kl": {"method": "rloo", **_NEAR},
+    "dapo-kl": {"method": "dapo", **_NEAR},
+    "tempo-kl": {**_OUTCOME, **_NEAR, "credit.form": "branch"},
+    "rlsd-kl": {**_OUTCOME, **_NEAR, **_RATIO},
     "acpo": _ACPO,
     # what each part does: the method without it, or with a plain one in its place
     "acpo-before": {**_ACPO, "attribution.drawn_to": "before"},
@@ -62,6 +69,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "acpo-token-factor": {**_ACPO, "credit.token": "entropy"},
     # controls: the same with an attribution that says nothing
     "acpo-shuffled": {**_ACPO, "attribution.control": "shuffled"},
+    "acpo-everywhere": {**_ACPO, "attribution.control": "everywhere"},  # shuffled over rollouts as well, and the weights of groups over groups
     "acpo-position": {**_ACPO, "attribution.control": "position"},
     "acpo-random": {**_ACPO, "attribution.control": "random"},
 }

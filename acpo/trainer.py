@@ -295,7 +295,7 @@ class Trainer:
         if attribution is None or self.config.attribution.control == "none":
             return attribution
         generator = torch.Generator(self.policy.device).manual_seed(self.config.seed * 1_000_003 + self.step_number)
-        return control(self.config.attribution.control, attribution, batch.segments, generator)
+        return control(self.config.attribution.control, attribution, batch.segments, outcome, size, generator)
 
     def _credit(self, batch: Batch, outcome: Tensor, attribution: Attribution | None) -> tuple[Tensor, Tensor]:
         """Token advantages, bonus weights and the reference's log-probs, all into batch.token; returns the rollouts' advantages, as their groups

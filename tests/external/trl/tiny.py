@@ -21,6 +21,8 @@ ENDS = range(128, 140)  # these end a completion too: with them two in three are
 # What is left of the method is GRPO.
 OFF = {"acpo_reliability": 0.0, "acpo_entropy": "none", "acpo_two_stages": False, "use_acpo_kernels": False, "beta": 0.0}
 
+_KEPT: list[tempfile.TemporaryDirectory] = []  # models, removed as the process ends
+
 
 def tokenizer():
     own = byte_tokenizer()
@@ -38,7 +40,9 @@ def model_path(**changes) -> str:
         "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True, "bos_token_id": None,
         "pad_token_id": own.pad_token_id, "eos_token_id": own.eos_token_id, "initializer_range": 0.1, **changes,
     }  # fmt: skip
-    folder = tempfile.mkdtemp(prefix="acpo-tiny-")
+    kept = tempfile.TemporaryDirectory(prefix="acpo-tiny-")
+    _KEPT.append(kept)
+    folder = kept.name
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Qwen2ForCausalLM(Qwen2Config(**shape))
