@@ -39,7 +39,7 @@ def interpreted(files: list[str], selection: str) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 class TestKernelsInTheInterpreter:
     def test_logprob_entropy(self):
-        interpreted(["test_logprob_entropy.py"], "interpreter")
+        interpreted(["test_logprob_entropy.py", "test_logprob_entropy_edges.py", "test_logprob_entropy_backward.py"], "interpreter")
 
     def test_hindsight_information(self):
         interpreted(["interpreter_hindsight.py"], "test")
