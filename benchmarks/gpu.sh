@@ -69,7 +69,7 @@ if [ -z "$only" ]; then
   if [ "$device" = cuda ]; then
     files=() many=()
     for name in logprob_entropy{,_edges,_backward} linear_logprob_entropy linear_policy_loss hindsight_information \
-      policy_loss segment_credit segment_reduce chunks segments policy; do
+      policy_loss{,_edges,_properties} segment_credit segment_reduce chunks segments policy; do
       files+=("tests/test_$name.py")
     done
     "$python" -c 'import xdist' 2>/dev/null && many=(-n "$(( $(nproc) > 3 ? $(nproc) - 1 : 2 ))" --dist worksteal)

@@ -101,8 +101,8 @@ def warmed(finished_run) -> dict[str, torch.Tensor]:
     return latest(finished_run / "checkpoints")[0]["policy"]
 
 
-# Test files in which the Triton kernels stand in for the dispatcher's CPU implementation under TRITON_INTERPRET=1, so that the tests are
-# the same ones (`logprob_entropy` has a fixture of its own in implementations.py).
+# Operations in whose test files (test_NAME.py, test_NAME_*.py) the Triton kernels stand in for the dispatcher's CPU implementation under
+# TRITON_INTERPRET=1, so that the tests are the same ones (`logprob_entropy` has a fixture of its own in implementations.py).
 KERNELS = {
     "segment_reduce": ("segment_reduce", "segment_reduce_backward"),
     "segment_credit": ("segment_credit",),
@@ -114,11 +114,12 @@ KERNELS = {
 
 @pytest.fixture(autouse=True, scope="module")
 def kernels_in_the_interpreter(request):
-    operation = request.module.__name__.removeprefix("test_")
+    module = request.module.__name__
+    operation = next((name for name in KERNELS if f"{module}_".startswith(f"test_{name}_")), None)
     if INTERPRETED:
         round_as_a_gpu_does()
         patch_the_language_once()
-    if not INTERPRETED or operation not in KERNELS:
+    if not INTERPRETED or operation is None:
         yield
         return
     from acpo_kernels._library import NAMESPACE, triton
@@ -136,7 +137,7 @@ def kernels_in_the_interpreter(request):
     with torch.overrides.BaseTorchFunctionMode():  # somebody watches: a call without gradient does not go around the dispatcher to C++
         yield
     library._destroy()
-    assert KERNELS[operation][0] in reached, f"the tests of {operation} never reached its Triton kernel"
+    assert KERNELS[operation][0] in reached, f"{module} never reached the Triton kernel of {operation}"
 
 
 def round_as_a_gpu_does() -> None:

@@ -1,4 +1,4 @@
-"""policy_loss: clipped surrogate, KL to a reference, entropy bonus."""
+"""policy_loss: clipped surrogate, KL to a reference, entropy bonus. Its properties (3) and edges (4) have files of their own."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from policy_loss_cases import DENOMINATORS, IMPLS, PER_TOKEN, RATIOS, denominator_of, forward_backward, inputs
 from ragged import LENGTHS, assert_right, hierarchies, segments_of, sequences, tokens
 
-from acpo_kernels import Segments, policy_loss, segment_credit, segment_reduce
-
-RATIOS = ("token", "segment", "sequence")
-IMPLS = (None, "reference")
-PER_TOKEN = ("old_logp", "entropy", "ref_logp", "rollout_logp")
+from acpo_kernels import policy_loss
 
 
 def plain(logp, old_logp, advantages, segments, *, mask=None, clip=(0.2, 0.28), ratio="token", entropy=None, entropy_weight=None,
@@ -63,31 +60,6 @@ def plain(logp, old_logp, advantages, segments, *, mask=None, clip=(0.2, 0.28), 
             over = denominator
         loss, grad[t], grad_entropy[t] = loss + l_t / over, g_t / over, e_t / over
     return loss, grad, grad_entropy, ratios
-
-
-def inputs(segments, dtype=torch.float64, device="cpu", drift=0.3):
-    n = segments.num_tokens
-    logp = -torch.rand(n, device=device) * 3
-    values = dict(
-        logp=logp,
-        old_logp=logp + drift * torch.randn(n, device=device),
-        advantages=torch.randn(n, device=device),
-        entropy=torch.rand(n, device=device) * 2,
-        ref_logp=logp + torch.randn(n, device=device),
-        rollout_logp=logp + drift * torch.randn(n, device=device),
-        entropy_weight=torch.rand(n, device=device) * 0.1,
-    )
-    return {name: x.to(dtype) for name, x in values.items()}
-
-
-def forward_backward(values, segments, impl, upstream=1.0, **settings):
-    """Loss, gradients of logp and of entropy, metrics."""
-    values = dict(values)
-    leaves = {name: values[name].clone().requires_grad_() for name in ("logp", "entropy") if values.get(name) is not None}
-    values |= leaves
-    loss, metrics = policy_loss(values.pop("logp"), values.pop("old_logp"), values.pop("advantages"), segments, **values, **settings, impl=impl)
-    grads = torch.autograd.grad(loss * upstream, list(leaves.values()), allow_unused=True)
-    return loss.detach(), dict(zip(leaves, grads, strict=True)), metrics
 
 
 # 1. Oracle
@@ -144,14 +116,6 @@ def test_the_other_terms_by_hand(impl):
     torch.testing.assert_close(grads["logp"], torch.tensor([-2.0 - 0.1 * 0.5, 1.5], dtype=torch.float64), rtol=1e-14, atol=0)
     assert float(metrics["kl/ref"]) == pytest.approx(k3 / 2, rel=1e-14)
     assert float(metrics["entropy"]) == pytest.approx(0.375, rel=1e-14)
-
-
-DENOMINATORS = ("none", "float", "0-d", "[B]", "[N]")
-
-
-def denominator_of(kind, segments):
-    sizes = {"0-d": (), "[B]": (segments.num_sequences,), "[N]": (segments.num_tokens,)}
-    return {"none": None, "float": 7.5}[kind] if kind in ("none", "float") else torch.rand(sizes[kind], dtype=torch.float64) * 5 + 1
 
 
 @given(
@@ -308,246 +272,6 @@ def test_a_loss_scale_reaches_half_precision_gradients_before_they_are_rounded()
     loss, _ = policy_loss(logp, None, torch.ones(4), segments, denominator=1e8)
     (loss * 2.0**16).backward()
     torch.testing.assert_close(logp.grad, torch.full((4,), -(2.0**16) / 1e8).half(), rtol=1e-3, atol=0)
-
-
-# 3. Properties
-
-
-@given(hierarchies(), st.sampled_from(RATIOS), st.sampled_from(DENOMINATORS[1:]), st.integers(0, 5))
-def test_micro_batches_change_nothing(case, ratio, kind, cut):
-    segments, mask = case
-    values = inputs(segments)
-    denominator = denominator_of(kind, segments)
-    settings = dict(ratio=ratio, kl_weight=0.2)
-    whole, grads, _ = forward_backward(values, segments, None, mask=mask, denominator=denominator, **settings)
-    cut = min(cut, segments.num_sequences)
-    total, parts = 0.0, {"logp": [], "entropy": []}
-    cu_seqlens = segments.cu_seqlens.tolist()
-    for first, last in ((0, cut), (cut, segments.num_sequences)):
-        here = slice(cu_seqlens[first], cu_seqlens[last])
-        borders = segments.sequence_offsets[first : last + 1]
-        part = Segments(segments.token_offsets[borders[0] : borders[-1] + 1] - here.start, borders - borders[0])
-        over = {"[B]": slice(first, last), "[N]": here}.get(kind)
-        over = denominator if over is None else denominator[over]
-        if kind == "[B]" and part.num_sequences == part.num_tokens:
-            over = over[part.sequence_ids()]  # [B] and [N] have one shape here, which is read as [N]
-        rows = {name: x[here] for name, x in values.items()}
-        loss, part_grads, _ = forward_backward(rows, part, None, mask=mask[here], denominator=over, **settings)
-        total += float(loss)
-        for name, grad in part_grads.items():
-            parts[name].append(grad)
-    if kind == "[B]" and segments.num_sequences == segments.num_tokens:
-        return
-    assert total == pytest.approx(float(whole), rel=1e-12, abs=1e-12)
-    for name, grad in grads.items():
-        torch.testing.assert_close(torch.cat(parts[name]), grad, rtol=1e-12, atol=0)
-
-
-def test_weights_act_in_the_token_form_and_cancel_in_the_plain_form():
-    """GSPO-token: with the plain form sum_t s A w_t, conserving weights cancel exactly whatever the attribution (section 8)."""
-    segments = segments_of([[2, 3, 1]], terminal=[True])
-    values = inputs(segments, drift=0.01)
-    weighted, weights = segment_credit(torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64), segments, torch.ones(1, dtype=torch.float64))
-    assert (weights != 1).any()
-
-    def token_form(advantages):
-        return forward_backward(dict(logp=values["logp"], old_logp=values["old_logp"], advantages=advantages), segments, None, ratio="sequence")[1]
-
-    def plain_form(advantages):
-        logp = values["logp"].clone().requires_grad_()
-        s = torch.exp(segment_reduce(logp - values["old_logp"], segments, reduce="mean", level="sequence"))[segments.sequence_ids()]
-        return torch.autograd.grad(-(s * advantages).sum() / segments.num_tokens, logp)[0]
-
-    uniform = torch.ones_like(weighted)
-    torch.testing.assert_close(plain_form(weighted), plain_form(uniform), rtol=1e-14, atol=0)  # the attribution is lost
-    torch.testing.assert_close(token_form(weighted)["logp"], token_form(uniform)["logp"] * weighted, rtol=1e-14, atol=0)  # and here it is not
-    torch.testing.assert_close(token_form(uniform)["logp"], plain_form(uniform), rtol=1e-14, atol=0)  # GSPO's own gradient without weights
-
-
-@given(st.integers(1, 40), st.booleans())
-def test_the_clip_of_a_segment_narrows_with_its_length(length, masked):
-    """Half of twice as many tokens masked clips as the unmasked ones alone: n_k counts unmasked tokens."""
-    segments = segments_of([[2 * length if masked else length]])
-    mask = torch.arange(segments.num_tokens) % 2 == 0 if masked else None
-    border = 0.3 / math.sqrt(length)
-    old = torch.zeros(segments.num_tokens, dtype=torch.float64)
-    for log_ratio, clipped in ((math.log1p(border) - 1e-9, 0), (math.log1p(border) + 1e-9, 1)):
-        loss, grads, metrics = forward_backward(
-            dict(logp=old + log_ratio, old_logp=old, advantages=old + 1), segments, None, mask=mask, ratio="segment", clip=(0.3, 0.3)
-        )
-        assert float(metrics["clip_ratio/high_mean"]) == clipped
-        assert (grads["logp"] == 0).all() == bool(clipped)
-        assert float(loss) == pytest.approx(-1 - border, abs=1e-8)
-
-
-@given(hierarchies())
-def test_levels_agree_on_segments_of_one_token_and_sequences_of_one_segment(case):
-    segments, mask = case
-    n = segments.num_tokens
-    values = inputs(segments)
-    singles = Segments(torch.arange(n + 1), torch.arange(n + 1))
-    token = forward_backward(values, singles, None, mask=mask, kl_weight=0.1)
-    for ratio in ("segment", "sequence"):
-        other = forward_backward(values, singles, None, mask=mask, kl_weight=0.1, ratio=ratio)
-        torch.testing.assert_close(other[0], token[0], rtol=1e-13, atol=1e-13)
-        torch.testing.assert_close(other[1]["logp"], token[1]["logp"], rtol=1e-13, atol=1e-13)
-
-
-@given(hierarchies(), st.sampled_from(RATIOS))
-def test_on_policy_is_the_policy_gradient(case, ratio):
-    """old_logp=None and old_logp=logp are one thing: the gradient is -A over the denominator at every level, nothing is clipped."""
-    segments, mask = case
-    values = inputs(segments)
-    values = dict(logp=values["logp"], old_logp=None, advantages=values["advantages"])
-    loss, grads, metrics = forward_backward(values, segments, None, mask=mask, ratio=ratio)
-    given_, given_grads, _ = forward_backward(values | {"old_logp": values["logp"]}, segments, None, mask=mask, ratio=ratio)
-    assert torch.equal(loss, given_)
-    assert torch.equal(grads["logp"], given_grads["logp"])
-    wanted = torch.where(mask, -values["advantages"] / mask.sum().clamp(min=1), 0.0)
-    torch.testing.assert_close(grads["logp"], wanted, rtol=1e-15, atol=0)
-    assert metrics["clip_ratio/low_mean"] == metrics["clip_ratio/high_mean"] == metrics["kl/old"] == 0
-
-
-def test_denominators_express_grpo_dr_grpo_and_gspo():
-    segments = segments_of([[2, 1], [1], [4]])
-    logp, advantages = -torch.rand(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
-    per_sequence = segment_reduce(-advantages, segments, reduce="mean", level="sequence")
-    lengths = segments.cu_seqlens.diff()
-    sequence_mean = policy_loss(logp, None, advantages, segments, denominator=lengths.double() * 3).loss
-    torch.testing.assert_close(sequence_mean, per_sequence.mean(), rtol=1e-14, atol=0)
-    per_token = policy_loss(logp, None, advantages, segments, denominator=lengths.double()[segments.sequence_ids()] * 3).loss
-    torch.testing.assert_close(per_token, sequence_mean, rtol=1e-15, atol=0)
-    constant = policy_loss(logp, None, advantages, segments, denominator=3 * 1024.0).loss
-    torch.testing.assert_close(constant, -advantages.sum() / 3072, rtol=1e-14, atol=0)
-    integral = policy_loss(logp, None, advantages, segments, denominator=3072).loss
-    tensor = policy_loss(logp, None, advantages, segments, denominator=torch.tensor(3072.0)).loss
-    assert integral == constant == tensor
-
-
-# 4. Edges
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("ratio", RATIOS)
-def test_masked_tokens_may_hold_anything(ratio, impl, device):
-    segments = segments_of([[2, 3], [2]], device=device)
-    mask = torch.tensor([1, 0, 0, 1, 1, 0, 0], dtype=torch.bool, device=device)  # rollout 1 masked whole: 0 tokens, denominator 0
-    clean = inputs(segments, torch.float32, device)
-    denominator = torch.tensor([3.0, 0.0], device=device)
-    settings = dict(mask=mask, ratio=ratio, kl_weight=0.1, denominator=denominator)
-    wanted = forward_backward(clean, segments, impl, **settings)
-    for junk in (math.nan, math.inf, -math.inf):
-        dirty = {name: torch.where(mask, x, junk) for name, x in clean.items()}
-        loss, grads, metrics = forward_backward(dirty, segments, impl, **settings)
-        assert torch.equal(loss, wanted[0])
-        for name, grad in grads.items():
-            assert torch.equal(grad, wanted[1][name])
-            assert (grad[~mask] == 0).all()
-        assert metrics == wanted[2]
-    assert wanted[0].isfinite()
-    over = torch.where(mask, 3.0, 0.0)
-    assert torch.equal(forward_backward(clean, segments, impl, **(settings | {"denominator": over}))[1]["logp"], wanted[1]["logp"])
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("ratio", RATIOS)
-def test_empty_calls_and_masked_calls(ratio, impl, device):
-    for lengths in ([], [[]], [[0]], [[0, 0], []]):
-        segments = segments_of(lengths, device=device)
-        loss, grads, metrics = forward_backward(inputs(segments, torch.float32, device), segments, impl, ratio=ratio, kl_weight=0.1)
-        assert loss == 0
-        assert grads["logp"].shape == grads["entropy"].shape == (0,)
-        assert metrics["tokens"] == 0
-        assert (float(metrics["ratio/min"]), float(metrics["ratio/max"])) == (math.inf, -math.inf)
-    segments = segments_of([[2, 1]], device=device)
-    mask = torch.zeros(3, dtype=torch.bool, device=device)
-    loss, grads, metrics = forward_backward(inputs(segments, torch.float32, device), segments, impl, mask=mask, ratio=ratio, kl_weight=0.1)
-    assert loss == 0
-    assert (grads["logp"] == 0).all()
-    assert (grads["entropy"] == 0).all()
-    assert all(float(value) == 0 for name, value in metrics.items() if name not in ("ratio/min", "ratio/max"))
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("ratio", RATIOS)
-def test_log_ratios_are_clamped_before_they_are_averaged(ratio, impl):
-    segments = segments_of([[2]])
-    logp = torch.tensor([-1.0, -1.0], dtype=torch.float64)
-    values = dict(logp=logp, old_logp=torch.tensor([-500.0, -1.0], dtype=torch.float64), advantages=torch.tensor([-1.0, -1.0], dtype=torch.float64))
-    loss, grads, metrics = forward_backward(values, segments, impl, ratio=ratio, denominator=1.0)
-    wanted = math.exp(20) + 1 if ratio == "token" else 2 * math.exp(10)
-    assert float(loss) == pytest.approx(wanted, rel=1e-13)
-    assert float(grads["logp"].sum()) == pytest.approx(wanted, rel=1e-13)
-    assert float(metrics["ratio/max"]) == pytest.approx(math.exp(20 if ratio == "token" else 10), rel=1e-13)
-    impossible = values | {"ref_logp": torch.tensor([-math.inf, -1.0], dtype=torch.float64)}
-    loss, grads, _ = forward_backward(impossible | {"old_logp": None}, segments, impl, ratio=ratio, kl_weight=0.5)
-    assert loss.isfinite()
-    assert grads["logp"].isfinite().all()
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("advantage", [1.0, -1.0])
-def test_a_ratio_on_the_border_of_the_clip_is_not_clipped(advantage, impl):
-    """With clip (0, 0) an on-policy token lies on both borders: its gradient is whole, not a share of it."""
-    segments = segments_of([[1]])
-    values = dict(logp=torch.tensor([-1.0]), old_logp=None, advantages=torch.tensor([advantage]))
-    assert forward_backward(values, segments, impl, clip=(0.0, 0.0))[1]["logp"].tolist() == [-advantage]
-
-
-def test_mixed_dtypes_give_the_working_dtype_of_logp():
-    segments = segments_of([[2], [1]])
-    values = inputs(segments, torch.float64) | {"logp": -torch.rand(3)}
-    for kind in DENOMINATORS:
-        loss, grads, metrics = forward_backward(values, segments, None, kl_weight=0.1, denominator=denominator_of(kind, segments))
-        assert loss.dtype == metrics["kl/ref"].dtype == grads["logp"].dtype == torch.float32
-        assert grads["entropy"].dtype == torch.float64
-
-
-def test_views_are_read_in_place():
-    segments = segments_of([[2, 3], [4]])
-    values = {name: torch.stack([x, x], 1)[:, 0] for name, x in inputs(segments).items()}
-    compact = {name: x.clone() for name, x in values.items()}
-    assert torch.equal(forward_backward(values, segments, None)[0], forward_backward(compact, segments, None)[0])
-    expanded = policy_loss(values["logp"], None, torch.ones(()).double().expand(9), segments).loss
-    assert float(expanded) == pytest.approx(-1.0)
-
-
-@pytest.mark.parametrize("ratio", ["token", "segment"])
-def test_many_rows(ratio, device):
-    segments = segments_of([[64] * 8] * 150, device=device)  # 76,800 tokens
-    values = inputs(segments, torch.float32, device)
-    settings = dict(ratio=ratio, kl_weight=0.1)
-    loss, grads, _ = forward_backward(values, segments, None, **settings)
-    again, again_grads, _ = forward_backward(values, segments, None, **settings)
-    assert torch.equal(loss, again)  # the same call twice is bitwise the same
-    assert torch.equal(grads["logp"], again_grads["logp"])
-    exact, _, _ = forward_backward({name: x.double() for name, x in values.items()}, segments, "reference", **settings)
-    working, _, _ = forward_backward(values, segments, "reference", **settings)
-    assert_right("loss", loss, working, exact)
-
-
-def test_second_derivatives_raise():
-    """A second derivative that is silently 0 would be a wrong one."""
-    segments = segments_of([[3]])
-    values = inputs(segments)
-    logp = values["logp"].requires_grad_()
-    loss = policy_loss(logp, values["old_logp"], values["advantages"], segments).loss
-    for objective, message in ((loss.square(), "differentiate twice"), (loss, "does not require grad")):
-        (grad,) = torch.autograd.grad(objective, logp, create_graph=True)
-        with pytest.raises(RuntimeError, match=message):
-            grad.sum().backward(retain_graph=True)
-
-
-def test_only_the_gradients_that_are_wanted():
-    segments = segments_of([[3]])
-    values = inputs(segments)
-    entropy = values["entropy"].requires_grad_()
-    loss, metrics = policy_loss(values["logp"], None, values["advantages"], segments, entropy=entropy, entropy_weight=0.3)
-    assert not any(value.requires_grad for value in metrics.values())
-    assert torch.autograd.grad(loss, entropy)[0].tolist() == pytest.approx([-0.1] * 3)
-    without_weight = policy_loss(values["logp"].requires_grad_(), None, values["advantages"], segments, entropy=entropy)
-    assert torch.autograd.grad(without_weight.loss, entropy)[0].tolist() == [0.0] * 3  # reported, not rewarded
-    assert float(without_weight.metrics["entropy"]) == pytest.approx(float(entropy.detach().mean()))
 
 
 # 5. Registration

@@ -1,0 +1,135 @@
+"""policy_loss: masked and empty calls, clamped and border ratios, views, dtypes, many rows, what is differentiated."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from policy_loss_cases import DENOMINATORS, IMPLS, RATIOS, denominator_of, forward_backward, inputs
+from ragged import assert_right, segments_of
+
+from acpo_kernels import policy_loss
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_masked_tokens_may_hold_anything(ratio, impl, device):
+    segments = segments_of([[2, 3], [2]], device=device)
+    mask = torch.tensor([1, 0, 0, 1, 1, 0, 0], dtype=torch.bool, device=device)  # rollout 1 masked whole: 0 tokens, denominator 0
+    clean = inputs(segments, torch.float32, device)
+    denominator = torch.tensor([3.0, 0.0], device=device)
+    settings = dict(mask=mask, ratio=ratio, kl_weight=0.1, denominator=denominator)
+    wanted = forward_backward(clean, segments, impl, **settings)
+    for junk in (math.nan, math.inf, -math.inf):
+        dirty = {name: torch.where(mask, x, junk) for name, x in clean.items()}
+        loss, grads, metrics = forward_backward(dirty, segments, impl, **settings)
+        assert torch.equal(loss, wanted[0])
+        for name, grad in grads.items():
+            assert torch.equal(grad, wanted[1][name])
+            assert (grad[~mask] == 0).all()
+        assert metrics == wanted[2]
+    assert wanted[0].isfinite()
+    over = torch.where(mask, 3.0, 0.0)
+    assert torch.equal(forward_backward(clean, segments, impl, **(settings | {"denominator": over}))[1]["logp"], wanted[1]["logp"])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_empty_calls_and_masked_calls(ratio, impl, device):
+    for lengths in ([], [[]], [[0]], [[0, 0], []]):
+        segments = segments_of(lengths, device=device)
+        loss, grads, metrics = forward_backward(inputs(segments, torch.float32, device), segments, impl, ratio=ratio, kl_weight=0.1)
+        assert loss == 0
+        assert grads["logp"].shape == grads["entropy"].shape == (0,)
+        assert metrics["tokens"] == 0
+        assert (float(metrics["ratio/min"]), float(metrics["ratio/max"])) == (math.inf, -math.inf)
+    segments = segments_of([[2, 1]], device=device)
+    mask = torch.zeros(3, dtype=torch.bool, device=device)
+    loss, grads, metrics = forward_backward(inputs(segments, torch.float32, device), segments, impl, mask=mask, ratio=ratio, kl_weight=0.1)
+    assert loss == 0
+    assert (grads["logp"] == 0).all()
+    assert (grads["entropy"] == 0).all()
+    assert all(float(value) == 0 for name, value in metrics.items() if name not in ("ratio/min", "ratio/max"))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_log_ratios_are_clamped_before_they_are_averaged(ratio, impl):
+    segments = segments_of([[2]])
+    logp = torch.tensor([-1.0, -1.0], dtype=torch.float64)
+    values = dict(logp=logp, old_logp=torch.tensor([-500.0, -1.0], dtype=torch.float64), advantages=torch.tensor([-1.0, -1.0], dtype=torch.float64))
+    loss, grads, metrics = forward_backward(values, segments, impl, ratio=ratio, denominator=1.0)
+    wanted = math.exp(20) + 1 if ratio == "token" else 2 * math.exp(10)
+    assert float(loss) == pytest.approx(wanted, rel=1e-13)
+    assert float(grads["logp"].sum()) == pytest.approx(wanted, rel=1e-13)
+    assert float(metrics["ratio/max"]) == pytest.approx(math.exp(20 if ratio == "token" else 10), rel=1e-13)
+    impossible = values | {"ref_logp": torch.tensor([-math.inf, -1.0], dtype=torch.float64)}
+    loss, grads, _ = forward_backward(impossible | {"old_logp": None}, segments, impl, ratio=ratio, kl_weight=0.5)
+    assert loss.isfinite()
+    assert grads["logp"].isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_ratio_on_the_border_of_the_clip_is_not_clipped(advantage, impl):
+    """With clip (0, 0) an on-policy token lies on both borders: its gradient is whole, not a share of it."""
+    segments = segments_of([[1]])
+    values = dict(logp=torch.tensor([-1.0]), old_logp=None, advantages=torch.tensor([advantage]))
+    assert forward_backward(values, segments, impl, clip=(0.0, 0.0))[1]["logp"].tolist() == [-advantage]
+
+
+def test_mixed_dtypes_give_the_working_dtype_of_logp():
+    segments = segments_of([[2], [1]])
+    values = inputs(segments, torch.float64) | {"logp": -torch.rand(3)}
+    for kind in DENOMINATORS:
+        loss, grads, metrics = forward_backward(values, segments, None, kl_weight=0.1, denominator=denominator_of(kind, segments))
+        assert loss.dtype == metrics["kl/ref"].dtype == grads["logp"].dtype == torch.float32
+        assert grads["entropy"].dtype == torch.float64
+
+
+def test_views_are_read_in_place():
+    segments = segments_of([[2, 3], [4]])
+    values = {name: torch.stack([x, x], 1)[:, 0] for name, x in inputs(segments).items()}
+    compact = {name: x.clone() for name, x in values.items()}
+    assert torch.equal(forward_backward(values, segments, None)[0], forward_backward(compact, segments, None)[0])
+    expanded = policy_loss(values["logp"], None, torch.ones(()).double().expand(9), segments).loss
+    assert float(expanded) == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize("ratio", ["token", "segment"])
+def test_many_rows(ratio, device):
+    segments = segments_of([[64] * 8] * 150, device=device)  # 76,800 tokens
+    values = inputs(segments, torch.float32, device)
+    settings = dict(ratio=ratio, kl_weight=0.1)
+    loss, grads, _ = forward_backward(values, segments, None, **settings)
+    again, again_grads, _ = forward_backward(values, segments, None, **settings)
+    assert torch.equal(loss, again)  # the same call twice is bitwise the same
+    assert torch.equal(grads["logp"], again_grads["logp"])
+    exact, _, _ = forward_backward({name: x.double() for name, x in values.items()}, segments, "reference", **settings)
+    working, _, _ = forward_backward(values, segments, "reference", **settings)
+    assert_right("loss", loss, working, exact)
+
+
+def test_second_derivatives_raise():
+    """A second derivative that is silently 0 would be a wrong one."""
+    segments = segments_of([[3]])
+    values = inputs(segments)
+    logp = values["logp"].requires_grad_()
+    loss = policy_loss(logp, values["old_logp"], values["advantages"], segments).loss
+    for objective, message in ((loss.square(), "differentiate twice"), (loss, "does not require grad")):
+        (grad,) = torch.autograd.grad(objective, logp, create_graph=True)
+        with pytest.raises(RuntimeError, match=message):
+            grad.sum().backward(retain_graph=True)
+
+
+def test_only_the_gradients_that_are_wanted():
+    segments = segments_of([[3]])
+    values = inputs(segments)
+    entropy = values["entropy"].requires_grad_()
+    loss, metrics = policy_loss(values["logp"], None, values["advantages"], segments, entropy=entropy, entropy_weight=0.3)
+    assert not any(value.requires_grad for value in metrics.values())
+    assert torch.autograd.grad(loss, entropy)[0].tolist() == pytest.approx([-0.1] * 3)
+    without_weight = policy_loss(values["logp"].requires_grad_(), None, values["advantages"], segments, entropy=entropy)
+    assert torch.autograd.grad(without_weight.loss, entropy)[0].tolist() == [0.0] * 3  # reported, not rewarded
+    assert float(without_weight.metrics["entropy"]) == pytest.approx(float(entropy.detach().mean()))
