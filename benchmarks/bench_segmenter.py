@@ -86,7 +86,7 @@ def python_ways(texts: Texts) -> dict[str, Callable[[], object]]:
 def textbook_cuts(scores: list[float], answer: int, entropy: list[float] | None) -> list[int]:
     """Ends of one sequence's best partition by the textbook programme: of every end and every number of segments, every start. The levels and
     the price are those of the tests, which hold them against all partitions there are."""
-    rules = from_tests("test_segmenter")
+    rules = from_tests("segmenter_cases")
     low, high, most = LIMITS["min_tokens"], LONGEST, LIMITS["max_segments"] - (answer >= 0)
     count = len(scores) if answer < 0 else answer
     score = [int(x * rules.UNIT) for x in scores]

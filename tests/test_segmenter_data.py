@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_segmenter import BYTES, RULES, expected_cuts, found_cuts, one
+from segmenter_cases import BYTES, RULES, expected_cuts, found_cuts, one
 
 from acpo_kernels import Segmenter
 from acpo_kernels.segmenter import BOUNDARY_SCORES

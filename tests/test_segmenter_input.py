@@ -4,7 +4,7 @@
 
 import pytest
 import torch
-from test_segmenter import BYTES, one
+from segmenter_cases import BYTES, one
 
 from acpo_kernels import Segmenter
 from acpo_kernels.segmenter import Reading
