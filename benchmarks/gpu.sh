@@ -68,7 +68,7 @@ fi
 if [ -z "$only" ]; then
   if [ "$device" = cuda ]; then
     files=() many=()
-    for name in logprob_entropy{,_edges,_backward} linear_logprob_entropy linear_policy_loss{,_edges,_properties} hindsight_information \
+    for name in logprob_entropy{,_edges,_backward} linear_logprob_entropy{,_edges} linear_policy_loss{,_edges,_properties} hindsight_information \
       policy_loss{,_edges,_properties} segment_credit segment_reduce chunks segments policy; do
       files+=("tests/test_$name.py")
     done

@@ -1,6 +1,6 @@
 """The C++ head: every instruction set, sizes around its panels, blocks, units, slices and groups, and what it must not do.
 
-The contract itself is tested in test_linear_logprob_entropy.py, on whatever implementation the dispatcher chooses.
+The contract itself is tested in test_linear_logprob_entropy*.py, on whatever implementation the dispatcher chooses.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import sys
 
 import pytest
 import torch
+from linear_logprob_entropy_cases import NAMES, forward_backward, inputs
 from ragged import assert_right
-from test_linear_logprob_entropy import NAMES, forward_backward, inputs
 
 from acpo_kernels import HindsightInformation, _cpu, hindsight_information, linear_hindsight_information, linear_logprob_entropy
 from acpo_kernels.reference import head_logits
