@@ -46,7 +46,7 @@ class TestKernelsInTheInterpreter:
         interpreted(["interpreter_hindsight.py"], "test")
 
     def test_operations_from_hidden_states(self):
-        interpreted(["interpreter_linear.py"], "interpreter")
+        interpreted(["interpreter_linear.py", "interpreter_linear_hindsight.py", "interpreter_linear_policy_loss.py"], "interpreter")
 
     def test_operations_behind_the_dispatcher(self):
         interpreted(list(SELECTED), " or ".join(f"({file} and ({names}))" for file, names in SELECTED.items()))
