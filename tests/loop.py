@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import torch
@@ -30,6 +31,12 @@ eval: {samples: 2}
 
 TREE = "attribution.source=tree", "credit.scope=all"
 MANY = "rollout.prompts=8", "rollout.group_size=8"  # so many that some groups have both outcomes and rollouts that share their first line
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def write_config(folder: Path, text: str = MINI) -> Path:
