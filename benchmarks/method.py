@@ -56,6 +56,10 @@ def bars(results: dict, default: str = "acpo") -> list[str]:
         if best != results["against"] and beside and beside["low"] is not None:
             # What credit in the wrong places adds to a loop that is held near its start.
             lines.append(f"beside it: the shuffled control over {best}: {cell(beside)}")
+    # Inside a rollout alone the control keeps what attribution says of whole rollouts and groups; this one keeps nothing.
+    beside = results["arms"].get(f"{default}-everywhere", {}).get("best_baseline_tokens")
+    if beside and beside["low"] is not None:
+        lines.append(f"beside it: shuffled over rollouts and groups as well, over {best}: {cell(beside)}")
     for name, words in (("entropy_stage1_end", "entropy"), ("decisions_stage1_end", "entropy without filler")):
         if ours[name] and theirs[name]:
             ratio = ours[name] / theirs[name]

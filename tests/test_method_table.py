@@ -53,5 +53,7 @@ def test_few_seeds_decide_nothing_and_a_control_that_gains_is_seen():
     assert "NOT met: the shuffled control does not gain: +0.200 [+0.100, +0.300], 12 of 16 seeds" in method.bars(found)
     held = {**found, "best_baseline": "grpo-kl"}
     assert "beside it: the shuffled control over grpo-kl: +0.200 [+0.100, +0.300], 12 of 16 seeds" in method.bars(held)
+    found["arms"]["acpo-everywhere"] = {**found["arms"]["acpo"]}
+    assert "beside it: shuffled over rollouts and groups as well, over grpo: +0.200 [+0.100, +0.300], 12 of 16 seeds" in method.bars(found)
     found["arms"]["acpo"] = {**found["arms"]["acpo"], "best_baseline_tokens": {"iqm": 0.2, "low": None, "high": None, "wins": 3, "seeds": 3}}
     assert method.bars(found)[0].startswith("not known")

@@ -60,6 +60,7 @@ def test_methods_run_with_their_settings(tmp_path, warmed, method, source, monke
         ("attribution.control=shuffled", "entropy.controller=step", "stages.confidence_form=product"),
         ("attribution.control=position", "entropy.covariance=always", "entropy.covariance_share=0.05"),
         ("attribution.control=random", "credit.mask=filler"),
+        ("attribution.control=everywhere", "attribution.source=hindsight,tree"),
     ],
     ids=lambda own: own[0].partition("=")[2] + "-" + own[-1].partition("=")[2],
 )
