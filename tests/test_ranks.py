@@ -212,7 +212,7 @@ def test_a_head_whose_gradient_stays_at_home_is_seen(both):
     ("override", "message"),
     [
         ("rollout.engine=vllm", r"rollout\.engine = 'vllm': .* several share one with 'vllm_server'"),
-        ("trainer.sharding=full", r"trainer\.sharding = 'full'.* stage 2 keeps a copy"),
+        ("trainer.sharding=full", r"trainer\.sharding = 'full'.* the reference is a whole copy"),
     ],
 )
 def test_what_several_processes_cannot_do(tmp_path, monkeypatch, override, message):
