@@ -57,9 +57,11 @@ def bars(results: dict, default: str = "acpo") -> list[str]:
             # What credit in the wrong places adds to a loop that is held near its start.
             lines.append(f"beside it: the shuffled control over {best}: {cell(beside)}")
     # Inside a rollout alone the control keeps what attribution says of whole rollouts and groups; this one keeps nothing.
-    beside = results["arms"].get(f"{default}-everywhere", {}).get("best_baseline_tokens")
-    if beside and beside["low"] is not None:
-        lines.append(f"beside it: shuffled over rollouts and groups as well, over {best}: {cell(beside)}")
+    everywhere = results["arms"].get(f"{default}-everywhere", {})
+    for other, name in {results["against"]: "against", best: "best_baseline"}.items():
+        found = everywhere.get(f"{name}_tokens")
+        if found and found["low"] is not None:
+            lines.append(f"beside it: the control shuffled over rollouts and groups as well, over {other}: {cell(found)}")
     for name, words in (("entropy_stage1_end", "entropy"), ("decisions_stage1_end", "entropy without filler")):
         if ours[name] and theirs[name]:
             ratio = ours[name] / theirs[name]
@@ -75,14 +77,17 @@ SUMMARY = (("grpo", "GRPO"), ("grpo-kl", "GRPO with the KL"), ("acpo", "ACPO")) 
 
 
 def summary(found: list[dict]) -> str:
-    """One row a task: areas of SUMMARY, gains over GRPO and the best baseline, and what is left with the credit shuffled."""
-    head = ["task", *(title for _, title in SUMMARY), "ACPO over GRPO", "over the best baseline", "in equal seconds", "shuffled over GRPO"]
+    """One row a task: areas of SUMMARY, gains over GRPO and the best baseline, and what is left over GRPO with the credit shuffled: inside
+    rollouts, everywhere."""
+    gains = ["ACPO over GRPO", "over the best baseline", "in equal seconds", "shuffled over GRPO", "everywhere"]
+    head = ["task", *(title for _, title in SUMMARY), *gains]
     body = []
     for results in found:
         arms, best = results["arms"], results["best_baseline"]
-        ours, control = arms.get("acpo", {}), arms.get("acpo-shuffled", {})
+        ours, inside, everywhere = (arms.get(f"acpo{control}", {}) for control in ("", "-shuffled", "-everywhere"))
         areas = [f"{arms[arm]['area_tokens']:.3f}" if arm in arms else "" for arm, _ in SUMMARY]
-        over = [ours.get("against_tokens"), ours.get("best_baseline_tokens"), ours.get("best_baseline_seconds"), control.get("against_tokens")]
+        over = [ours.get("against_tokens"), ours.get("best_baseline_tokens"), ours.get("best_baseline_seconds")]
+        over += [inside.get("against_tokens"), everywhere.get("against_tokens")]
         told = [evidence.cell(x) for x in over]
         told[1] = f"{best}: {told[1]}" if told[1] else ""
         body.append([results["name"], *areas, *told])

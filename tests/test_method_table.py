@@ -40,11 +40,12 @@ def test_the_summary_has_a_row_a_task_and_says_nothing_of_what_was_not_run():
         for arm in found["arms"].values():
             arm["area_tokens"] = 0.5
     whole["arms"]["acpo-shuffled"] = whole["arms"]["acpo"]
-    part["arms"]["acpo"] |= {"best_baseline_seconds": None}
+    part["arms"]["acpo-everywhere"] = part["arms"]["acpo"]
+    part["arms"]["acpo"] = part["arms"]["acpo"] | {"best_baseline_seconds": None}
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in method.summary([whole, part]).splitlines()]
     gain = "+0.060 [+0.010, +0.160] 12/16"
-    assert rows[2] == ["t2", "0.500", "", "0.500", gain, f"grpo: {gain}", gain, gain]
-    assert rows[3] == ["t3", "0.500", "", "0.500", gain, f"grpo: {gain}", "", ""]
+    assert rows[2] == ["t2", "0.500", "", "0.500", gain, f"grpo: {gain}", gain, gain, ""]
+    assert rows[3] == ["t3", "0.500", "", "0.500", gain, f"grpo: {gain}", "", "", gain]
 
 
 def test_few_seeds_decide_nothing_and_a_control_that_gains_is_seen():
@@ -54,6 +55,8 @@ def test_few_seeds_decide_nothing_and_a_control_that_gains_is_seen():
     held = {**found, "best_baseline": "grpo-kl"}
     assert "beside it: the shuffled control over grpo-kl: +0.200 [+0.100, +0.300], 12 of 16 seeds" in method.bars(held)
     found["arms"]["acpo-everywhere"] = {**found["arms"]["acpo"]}
-    assert "beside it: shuffled over rollouts and groups as well, over grpo: +0.200 [+0.100, +0.300], 12 of 16 seeds" in method.bars(found)
+    everywhere = "beside it: the control shuffled over rollouts and groups as well, over {}: +0.200 [+0.100, +0.300], 12 of 16 seeds"
+    assert everywhere.format("grpo") in method.bars(found)
+    assert {everywhere.format("grpo"), everywhere.format("grpo-kl")} < set(method.bars({**found, "best_baseline": "grpo-kl"}))
     found["arms"]["acpo"] = {**found["arms"]["acpo"], "best_baseline_tokens": {"iqm": 0.2, "low": None, "high": None, "wins": 3, "seeds": 3}}
     assert method.bars(found)[0].startswith("not known")
