@@ -231,7 +231,7 @@ class Comparer:
         code = sorted({r["code"] for found in runs.values() for r in found.values()})
         curves = {arm: {s: r["points"] for s, r in found.items()} for arm, found in runs.items()}
         return {
-            "name": self.chosen.name, **out, "code": code, "warm_start": {} if warm is None else {**warm["points"][0], **warm["passes"][0]},
+            "name": self.chosen.name, **out, "code": code, "warm_start": {} if warm is None else {**warm["points"][0], **(warm["passes"] or [{}])[0]},
             "tuning": {"runs": len(tried), "seconds": round(sum(r["points"][-1]["seconds"] for r in tried), 1)},
             "settings": self.chosen.settings, "curves": curves,
         }, runs  # fmt: skip

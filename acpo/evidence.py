@@ -58,7 +58,8 @@ def run_record(records: list[dict], total_steps: int, cpu: bool) -> dict[str, An
         for s in (step + 1, total_steps):
             spent = {"tokens": tokens / step * s if step else float(s), "extra": extra / max(step, 1) * s, "seconds": seconds / max(step, 1) * s}
             points.append({"step": s, **spent, "accuracy": 0.0})
-    passes = [{k.removeprefix("eval/"): v for k, v in r.items() if "pass@" in k} for r in records if any("pass@" in k for k in r)]
+    held_out = [{k.removeprefix("eval/"): v for k, v in r.items() if k.startswith("eval/pass@")} for r in records]  # not the rollouts' own pass@k
+    passes = [found for found in held_out if found]
     stage2 = next((r["step"] for r in records if r["phase"] == "stage2"), None)
     return {"points": points, "passes": passes, "stage2_from": stage2}
 

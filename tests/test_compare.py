@@ -172,6 +172,18 @@ def test_the_command_writes_table_figure_and_page(compared, capsys):
     assert f"pass@2 {results['warm_start']['pass@2']:.3f}" in page
 
 
+def test_without_samples_for_pass_at_k_there_is_a_table_all_the_same(tmp_path, compared, capsys):
+    text = TINY.replace("eval: {samples: 2}", "eval: {samples: 0}")
+    text = text[: text.index("  rloo:")].replace("grpo: {rate: 3.0e-4}", "grpo: {rate: 3.0e-4, trainer.steps: 1}").replace("seeds: 0-1", "seeds: 0")
+    comparer = Comparer(written(tmp_path, text), tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Comparer, "_launch", lambda self, job, launch: self.one(job.key))
+        comparer.run()
+    assert main(["compare", str(comparer.path), "--dir", str(comparer.directory), "--report"]) == 0
+    results = json.loads((comparer.directory / "results.json").read_text())
+    assert results["arms"]["grpo"]["seeds"] == [0] and not [key for key in {**results["arms"]["grpo"], **results["warm_start"]} if "pass@" in key]
+
+
 def test_a_run_that_breaks_down_is_a_result(tmp_path, monkeypatch):
     text = TINY.replace("grpo: {rate: 3.0e-4}", "grpo: {rate: 1.0e+30, optimizer.warmup_steps: 0}").replace("seeds: 0-1", "seeds: 0")
     comparer = Comparer(written(tmp_path, text), tmp_path / "out")
