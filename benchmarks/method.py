@@ -49,19 +49,17 @@ def bars(results: dict, default: str = "acpo") -> list[str]:
             continue
         met = found["iqm"] >= least and (found["low"] > 0 if least > 0 else True)
         lines.append(f"{verdict(met)}: {words}{' and its interval above 0' if least > 0 else ''}: {cell(found)}")
-    shuffled = results["arms"].get(f"{default}-shuffled", {})
-    control, beside = shuffled.get("against_tokens"), shuffled.get("best_baseline_tokens")
-    if control and control["low"] is not None:
-        lines.append(f"{verdict(control['low'] <= 0)}: the shuffled control does not gain: {cell(control)}")
-        if best != results["against"] and beside and beside["low"] is not None:
-            # What credit in the wrong places adds to a loop that is held near its start.
-            lines.append(f"beside it: the shuffled control over {best}: {cell(beside)}")
-    # Inside a rollout alone the control keeps what attribution says of whole rollouts and groups; this one keeps nothing.
-    everywhere = results["arms"].get(f"{default}-everywhere", {})
-    for other, name in {results["against"]: "against", best: "best_baseline"}.items():
-        found = everywhere.get(f"{name}_tokens")
-        if found and found["low"] is not None:
-            lines.append(f"beside it: the control shuffled over rollouts and groups as well, over {other}: {cell(found)}")
+    compared = [("against", results["against"])] + ([("best_baseline", best)] if best != results["against"] else [])
+    # Inside a rollout alone the control keeps what attribution says of whole rollouts and groups; the other keeps nothing.
+    for name, words in (("shuffled", "the shuffled control"), ("everywhere", "the control shuffled over rollouts and groups as well,")):
+        for key, other in compared:
+            found = results["arms"].get(f"{default}-{name}", {}).get(f"{key}_tokens")
+            if not found or found["low"] is None:
+                continue
+            if (name, key) == ("shuffled", "against"):
+                lines.append(f"{verdict(found['low'] <= 0)}: {words} does not gain: {cell(found)}")
+            else:  # what credit in the wrong places adds to a loop that is held near its start
+                lines.append(f"beside it: {words} over {other}: {cell(found)}")
     for name, words in (("entropy_stage1_end", "entropy"), ("decisions_stage1_end", "entropy without filler")):
         if ours[name] and theirs[name]:
             ratio = ours[name] / theirs[name]
