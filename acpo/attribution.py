@@ -181,9 +181,9 @@ class Calibrator:
         self.batches.append(rows.cpu().numpy())
         logit, seen, y, independent = np.concatenate(self.batches, 1)
         features = np.stack([np.ones_like(logit), logit, seen])
-        self.with_evidence = logistic_fit(features, y, independent, np.array([0.0, 1.0, 1.0]))
+        self.with_evidence = logistic_fit(features, y, independent, np.array([0.0, 1.0, 1.0]), self.with_evidence)
         self.with_evidence[2] = max(0.0, self.with_evidence[2])
-        self.before = logistic_fit(features[:2], y, independent, np.array([0.0, 1.0]))
+        self.before = logistic_fit(features[:2], y, independent, np.array([0.0, 1.0]), self.before)
 
     def both_outcomes(self) -> bool:
         """Whether the batches that the next prediction rests on hold both outcomes: without that, skill cannot be told from luck."""
@@ -198,17 +198,17 @@ class Calibrator:
         self.batches = deque((np.array(b, dtype=np.float64).reshape(4, -1) for b in state["batches"]), maxlen=FIT_BATCHES)
 
 
-def logistic_fit(features: np.ndarray, y: np.ndarray, weight: np.ndarray, prior: np.ndarray) -> list[float]:
-    """Weighted logistic regression of features [k,n] by Newton's method under the penalty |w - prior|^2 / 2. In numpy: for a few hundred rows
-    torch's threads cost more than the arithmetic."""
-    w = prior.copy()
+def logistic_fit(features: np.ndarray, y: np.ndarray, weight: np.ndarray, prior: np.ndarray, start: list[float]) -> list[float]:
+    """Weighted logistic regression of features [k,n] by Newton's method under the penalty |w - prior|^2 / 2, from `start` (the last fit is near the
+    next). In numpy: for a few hundred rows torch's threads cost more than the arithmetic."""
+    w = np.array(start)
     for _ in range(50):
         p = 1.0 / (1.0 + np.exp(-np.clip(w @ features, -500.0, 500.0)))
         gradient = features @ (weight * (p - y)) + (w - prior)
         hessian = (features * (weight * p * (1 - p))) @ features.T + np.eye(len(w))
         step = np.clip(np.linalg.solve(hessian, gradient), -1.0, 1.0)
         w -= step
-        if np.abs(step).max() < 1e-9:
+        if np.abs(step).max() < 1e-6:  # what is left then is its square
             break
     return w.tolist()
 
@@ -271,6 +271,8 @@ class Attributor:
         terminal = segments.is_terminal()
         if evidence.unsigned:
             return self._unsigned(evidence, outcome, base, segments)
+        if not evidence.rows.any():
+            return self._unseen(evidence, self.calibrator.predict_before(base, low)[sequence], segments)
         seen = evidence.rows[sequence]
         first = self.calibrator.predict_before(base, low)
         values = self.calibrator.predict(base[sequence], torch.where(seen, evidence.evidence, 0.0), low)
@@ -302,6 +304,12 @@ class Attributor:
             score = self.shaping_gain * standardised(evidence.shaping, use, sequence // group_size).clamp(-3.0, 3.0)
         changed = torch.ones_like(terminal) if evidence.changed is None else evidence.changed
         return Attribution(phi, iota, values, before, score, changed, acts, reliability * acts.double())
+
+    def _unseen(self, evidence: Evidence, values: Tensor, segments: Segments) -> Attribution:
+        """Of a batch that the source looked at no rollout of (its gate is shut): nothing is said of it, and nothing learned from it."""
+        nothing = torch.zeros_like(values)
+        changed = torch.ones_like(nothing, dtype=torch.bool)
+        return Attribution(nothing, nothing, values, values, nothing, changed, evidence.rows, values.new_zeros(segments.num_sequences))
 
     def _unsigned(self, evidence: Evidence, outcome: Tensor, base: Tensor, segments: Segments) -> Attribution:
         """phi = sgn(R - base) (bound_k - its mean over the batch's steps). No values: Vhat stays at base; reliability is 1, or as fixed."""

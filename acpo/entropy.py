@@ -16,6 +16,8 @@ from .config import EntropyConfig
 FIRST_BATCHES = 3  # H_0 is measured on these, never a copied constant
 DECAY = 0.9
 STEP, STEP_MOST = 1e-4, 5e-3  # Skywork-OR1's: what its weight moves by, and where it ends
+HEAT_SUCCESS = (0.25, 0.35)  # where rollouts begin to be heated, and where in full
+HEAT_ENTROPY = 0.3  # nats a token, above which they never are
 PATIENCE = 20  # batches of too little entropy at the highest weight before KL-Cov comes on
 
 
@@ -91,6 +93,14 @@ class EntropyController:
     def load(self, state: dict) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+
+
+def exploration_heat(success: float, entropy: float) -> float:
+    """How much of the exploration temperature stage 1 takes, in [0, 1]: nothing where the running success is at most 0.25 or the running entropy at
+    least 0.3 nats a token, all of it from a success of 0.35 on and from 0.15 nats down, linear between. Heat spreads a policy that has closed up,
+    and costs success: where little succeeds there is none to spare, and a policy that is spread out already needs none."""
+    low, full = HEAT_SUCCESS
+    return min(max((success - low) / (full - low), 0.0), 1.0) * min(max(2.0 - 2.0 * entropy / HEAT_ENTROPY, 0.0), 1.0)
 
 
 def covariant_tokens(advantages: Tensor, logp: Tensor, share: float) -> Tensor:

@@ -15,7 +15,8 @@ VERIFIERS = ("auto", "exact", "math", "reasoning_gym")
 SOURCES = ("hindsight", "probe", "tree", "head", "entropy")
 
 POSITIVE = (
-    "rollout.prompts", "rollout.group_size", "rollout.max_new_tokens", "rollout.temperature", "rollout.batch_tokens", "loss.minibatches",
+    "rollout.prompts", "rollout.group_size", "rollout.max_new_tokens", "rollout.temperature", "rollout.exploration", "rollout.batch_tokens",
+    "loss.minibatches",
     "trainer.micro_batch_tokens", "trainer.eval_every", "trainer.checkpoint_every", "trainer.keep_checkpoints", "optimizer.learning_rate",
     "optimizer.max_grad_norm", "warmup.batch", "warmup.learning_rate", "segmenter.min_tokens", "segmenter.max_segments",
     "segmenter.target_tokens", "attribution.clamp", "verify.timeout", "eval.temperature", "problems.train", "problems.held_out",

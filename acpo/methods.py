@@ -7,14 +7,15 @@ from typing import Any
 # What makes a method: everything that is not named here (clip range, batch, learning rate) is the same for all of them.
 _OUTCOME_ONLY = {
     "attribution.source": "none", "credit.form": "none", "credit.mask": "none", "credit.difficulty": 0.0, "entropy.controller": "none",
-    "curriculum.sampler": "uniform", "curriculum.dynamic_sampling": False, "stages.two": False, "loss.kl_weight": 0.0,
+    "rollout.exploration": 1.0, "curriculum.sampler": "uniform", "curriculum.dynamic_sampling": False, "stages.two": False, "loss.kl_weight": 0.0,
     "loss.ratio": "token", "loss.denominator": "tokens",
 }  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     "acpo": {
         "attribution.source": "hindsight,tree", "credit.form": "additive", "credit.scope": "own", "credit.advantage": "grpo",
-        "credit.mask": "unchanged", "credit.difficulty": 0.25, "entropy.controller": "target", "curriculum.sampler": "thompson",
-        "curriculum.dynamic_sampling": False, "stages.two": True, "loss.kl_weight": 0.2, "loss.ratio": "token", "loss.denominator": "tokens",
+        "credit.mask": "unchanged", "credit.difficulty": 0.25, "entropy.controller": "target", "rollout.exploration": 1.3,
+        "curriculum.sampler": "thompson", "curriculum.dynamic_sampling": False, "stages.two": True, "loss.kl_weight": 0.2,
+        "loss.ratio": "token", "loss.denominator": "tokens",
     },
     "grpo": {**_OUTCOME_ONLY, "credit.advantage": "grpo"},
     "rloo": {**_OUTCOME_ONLY, "credit.advantage": "rloo"},
@@ -30,6 +31,9 @@ METHODS: dict[str, dict[str, Any]] = {
 _ACPO: dict[str, Any] = {"method": "acpo"}
 _OUTCOME: dict[str, Any] = {"method": "grpo"}
 _NEAR: dict[str, Any] = {"loss.kl_weight": METHODS["acpo"]["loss.kl_weight"]}  # held near its start, as the method is
+_HEAT: dict[str, Any] = {  # its temperature of stage 1, and nothing else of its stages
+    "rollout.exploration": METHODS["acpo"]["rollout.exploration"], "stages.two": True, "stages.confidence": 0.0, "stages.clip_high": 0.28,
+}  # fmt: skip
 _RATIO: dict[str, Any] = {"credit.form": "ratio", "credit.bound": 0.2, "attribution.source": "hindsight", "credit.scope": "all"}
 ARMS: dict[str, dict[str, Any]] = {
     "grpo": _OUTCOME,
@@ -49,6 +53,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "dapo-kl": {"method": "dapo", **_NEAR},
     "tempo-kl": {**_OUTCOME, **_NEAR, "credit.form": "branch"},
     "rlsd-kl": {**_OUTCOME, **_NEAR, **_RATIO},
+    # GRPO with the method's KL and, in stage 1, its temperature: what exploration is worth without credit
+    "grpo-kl-heat": {**_OUTCOME, **_NEAR, **_HEAT},
     "acpo": _ACPO,
     # what each part does: the method without it, or with a plain one in its place
     "acpo-before": {**_ACPO, "attribution.drawn_to": "before"},
@@ -58,8 +64,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "acpo-mask-alone": {**_ACPO, "credit.form": "none"},
     "acpo-no-difficulty": {**_ACPO, "credit.difficulty": 0.0},
     "acpo-difficulty-alone": {**_ACPO, "credit.form": "none", "credit.mask": "none"},
-    "acpo-no-entropy": {**_ACPO, "entropy.controller": "none"},
-    "acpo-step-entropy": {**_ACPO, "entropy.controller": "step"},
+    "acpo-no-exploration": {**_ACPO, "rollout.exploration": 1.0},
+    "acpo-no-entropy": {**_ACPO, "entropy.controller": "none", "rollout.exploration": 1.0},
+    "acpo-step-entropy": {**_ACPO, "entropy.controller": "step", "rollout.exploration": 1.0},
     "acpo-no-curriculum": {**_ACPO, "curriculum.sampler": "uniform"},  # the method itself, where problems have no difficulty cells
     "acpo-curriculum": {**_ACPO, "curriculum.cells": "problems"},
     "acpo-no-reference": {**_ACPO, "loss.kl_weight": 0.0},

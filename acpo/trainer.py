@@ -32,7 +32,7 @@ from .clock import Clock, peak_memory
 from .config import Config
 from .controls import control
 from .curriculum import Curriculum
-from .entropy import EntropyController, covariant_tokens
+from .entropy import EntropyController, covariant_tokens, exploration_heat
 from .evaluation import Evaluation, evaluate
 from .guard import STANDS, Guard, TrainingError
 from .metrics import rollout_rows, step_metrics
@@ -141,6 +141,14 @@ class Trainer:
         self.run.finish()
         return self.run.last_evaluation()
 
+    @property
+    def temperature(self) -> float:
+        """Of the step under way: of its rollouts, and of the log-probs, entropies and ratios that they are trained by."""
+        settings, heat = self.config.rollout, 0.0
+        if self.stages.stage == 1 and self.stages.success is not None:
+            heat = exploration_heat(self.stages.success, self.entropy.running)
+        return settings.temperature * (1.0 + heat * (settings.exploration - 1.0))
+
     def step(self) -> dict[str, float]:
         """One training step: the picture of the module docstring."""
         clock = self.clock = Clock(self.policy.device)
@@ -164,7 +172,8 @@ class Trainer:
         target = self.entropy.target(self.step_number / self.config.trainer.steps, self.stages.stage)
         metrics = {
             **step_metrics(batch, outcome, attribution, advantages, weights, self.config.rollout.group_size, self.filler),
-            **self.source_metrics, "entropy/target": target, "entropy/weight": self.entropy.weight, "stage": self.stages.stage,
+            **self.source_metrics, "entropy/target": target, "entropy/weight": self.entropy.weight, "rollout/temperature": self.temperature,
+            "stage": self.stages.stage,
         }  # fmt: skip
         if self.run.keeps_rollouts:
             problems = [self.train_problems[i] for i in indices for _ in range(self.config.rollout.group_size)]
@@ -223,11 +232,11 @@ class Trainer:
         settings = self.config.rollout
         seed = int(np.random.SeedSequence((self.config.seed, self.step_number, round_, *self.ranks.seed)).generate_state(1, np.uint64)[0] >> 1)
         if settings.engine != "local":
-            key = hashlib.sha256(json.dumps([seed, prompts, settings.max_new_tokens, settings.temperature]).encode()).hexdigest()
+            key = hashlib.sha256(json.dumps([seed, prompts, settings.max_new_tokens, self.temperature]).encode()).hexdigest()
             name = "-".join(map(str, ("pending", self.step_number, round_, *self.ranks.seed)))
             self.kept.append(Kept(self.run.directory / "rollouts" / f"{name}.jsonl", key, self.policy.device))
         samples = self.engine.generate(
-            prompts, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
+            prompts, max_new_tokens=settings.max_new_tokens, temperature=self.temperature,
             generator=torch.Generator(self.policy.device).manual_seed(seed), done=self.kept[-1] if self.kept else None,
         )  # fmt: skip
         if samples and not torch.cat([s.logp for s in samples]).isfinite().all():
@@ -239,7 +248,7 @@ class Trainer:
         """old_logp and entropy of every token; on the rollouts that the attribution looks at the hindsight stream as well: one more forward, on
         those rows alone, whose pass over the head gives their old_logp and entropy too. On the CPU these are `score`'s to the bit, so that which
         rows are looked at changes neither; the CUDA kernels cut the head into other tiles and agree to the rounding of float32."""
-        temperature, size = self.config.rollout.temperature, self.config.rollout.group_size
+        temperature, size = self.temperature, self.config.rollout.group_size
         rows = batch.sequence["hindsight"] = self.attributors.looks("hindsight", outcome)
         extra = 0
         looked_at, own = set(rows.nonzero().flatten().tolist()), self.ranks.share(range(len(batch)))
@@ -289,7 +298,7 @@ class Trainer:
         prior = torch.tensor(self.curriculum.prior(indices), device=outcome.device).repeat_interleave(size)
         probed = "probe" in self.attributors.by_name
         answers = [ids for i in indices for ids in [self.prompts.encode(self.train_problems[i].answer)] * size] if probed else []
-        attribution, self.source_metrics = self.attributors(batch, outcome, prior, keep, answers)
+        attribution, self.source_metrics = self.attributors(batch, outcome, prior, keep, answers, self.temperature)
         self.counters["tokens/forward_extra"] += self.attributors.extra_tokens
         batch.token.pop("hidden", None)
         if attribution is None or self.config.attribution.control == "none":
@@ -328,15 +337,15 @@ class Trainer:
         own = self.ranks.share(range(len(batch)))
         for part in batch.micro_batches(own, self.config.trainer.micro_batch_tokens, self.policy.packed):
             hidden = self.reference.hidden([batch.prompts[b] for b in part], batch.responses(part))
-            batch.put(part, ref_logp=self.reference.score(hidden, torch.cat(batch.responses(part)), self.config.rollout.temperature).logp)
+            batch.put(part, ref_logp=self.reference.score(hidden, torch.cat(batch.responses(part)), self.temperature).logp)
         self.ranks.exchange(batch, own, "ref_logp")
         self.counters["tokens/forward_extra"] += batch.segments.num_tokens + sum(map(len, batch.prompts))
 
     def _update(self, batch: Batch) -> dict[str, float]:
         order = self.rng.permutation(len(batch))
         return update(
-            batch, self.policy, self.optimizer, self.config, order=order, step=self.step_number, stage=self.stages.stage, clock=self.clock,
-            guard=self.guard, ranks=self.ranks,
+            batch, self.policy, self.optimizer, self.config, order=order, step=self.step_number, stage=self.stages.stage,
+            temperature=self.temperature, clock=self.clock, guard=self.guard, ranks=self.ranks,
         )  # fmt: skip
 
     def _control(self, indices: np.ndarray, outcome: Tensor, entropy: float) -> None:

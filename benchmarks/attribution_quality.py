@@ -87,7 +87,7 @@ class Collector:
         original = trainer.attributors.by_name
         for name in SOURCES:  # each for itself: the pick would show the most reliable one alone
             trainer.attributors.by_name = {name: original[name]}
-            found[name], _ = trainer.attributors(batch, outcome, prior, keep, answers)
+            found[name], _ = trainer.attributors(batch, outcome, prior, keep, answers, trainer.temperature)
         trainer.attributors.by_name = original
         logp, entropy = segment_reduce(torch.stack([batch.token["old_logp"], batch.token["entropy"]]), segments, reduce="mean")
         texts = trainer.tokenizer.batch_decode(batch.responses(), skip_special_tokens=True)
@@ -251,7 +251,7 @@ def filler_share(trainer: Trainer, batches: int) -> dict[str, float]:
         original = trainer.attributors.by_name
         for name in SOURCES:
             trainer.attributors.by_name = {name: original[name]}
-            phi = trainer.attributors(batch, outcome, prior, None, answers)[0].phi.abs()
+            phi = trainer.attributors(batch, outcome, prior, None, answers, trainer.temperature)[0].phi.abs()
             sums[name][0].append(phi[alone & ordinary])
             sums[name][1].append(phi[~alone & ordinary])
         trainer.attributors.by_name = original

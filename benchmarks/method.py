@@ -56,7 +56,7 @@ def bars(results: dict, default: str = "acpo") -> list[str]:
             found = results["arms"].get(f"{default}-{name}", {}).get(f"{key}_tokens")
             if not found or found["low"] is None:
                 continue
-            if (name, key) == ("shuffled", "against"):
+            if key == "against":
                 lines.append(f"{verdict(found['low'] <= 0)}: {words} does not gain: {cell(found)}")
             else:  # what credit in the wrong places adds to a loop that is held near its start
                 lines.append(f"beside it: {words} over {other}: {cell(found)}")

@@ -200,12 +200,12 @@ def test_logistic_fit_is_the_penalised_optimum():
     features = torch.randn(50, 3, dtype=torch.float64)
     y, weight = (torch.rand(50) < 0.4).double(), torch.rand(50, dtype=torch.float64)
     prior = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
-    fitted = logistic_fit(features.T.numpy(), y.numpy(), weight.numpy(), prior.numpy())
+    fitted = logistic_fit(features.T.numpy(), y.numpy(), weight.numpy(), prior.numpy(), [0.5, -1.0, 2.0])
     w = torch.tensor(fitted, dtype=torch.float64, requires_grad=True)
     loss = torch.nn.functional.binary_cross_entropy_with_logits(features @ w, y, weight, reduction="sum") + (w - prior).square().sum() / 2
     (gradient,) = torch.autograd.grad(loss, w)
     assert gradient.abs().max() < 1e-8
-    assert logistic_fit(features.T.numpy(), y.numpy(), np.zeros(50), prior.numpy()) == prior.tolist()
+    assert logistic_fit(features.T.numpy(), y.numpy(), np.zeros(50), prior.numpy(), prior.tolist()) == prior.tolist()
 
 
 # --- reliability --------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from ragged import segments_of
 
 from acpo.attribution import Attribution, Attributor, binary_entropy, entropy_evidence, leave_one_out
 from acpo.config import EntropyConfig
-from acpo.entropy import FIRST_BATCHES, EntropyController, covariant_tokens
+from acpo.entropy import FIRST_BATCHES, EntropyController, covariant_tokens, exploration_heat
 
 
 def fed(config: EntropyConfig, entropies, progress=0.0, stage=1) -> EntropyController:
@@ -194,3 +194,17 @@ def test_tokens_of_a_tool_take_no_bonus_and_count_in_no_mean():
     found = entropy_evidence(entropy, outcome, 2, segments_of(((2, 2), (1,))), rows, torch.tensor([True, False, True, True, True]))
     without = entropy_evidence(entropy[[0, 2, 3, 4]], outcome, 2, segments_of(((1, 2), (1,))), rows)
     torch.testing.assert_close(found.evidence, without.evidence)
+
+
+# --- the temperature of stage 1 -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("success", "entropy", "heat"),
+    [
+        (0.0, 0.05, 0.0), (0.25, 0.05, 0.0), (0.3, 0.05, 0.5), (0.35, 0.05, 1.0), (1.0, 0.0, 1.0),
+        (0.9, 0.15, 1.0), (0.9, 0.225, 0.5), (0.9, 0.3, 0.0), (0.9, 2.0, 0.0), (0.3, 0.225, 0.25),
+    ],
+)  # fmt: skip
+def test_heat_where_success_can_afford_it_and_the_policy_has_closed_up(success, entropy, heat):
+    assert exploration_heat(success, entropy) == pytest.approx(heat)

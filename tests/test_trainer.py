@@ -231,7 +231,7 @@ def test_weights_conserve_each_rollouts_credit(tmp_path, warmed, source):
 
 
 def test_the_reference_is_the_policy_of_the_start_and_the_switch_narrows_the_clip(tmp_path, warmed, monkeypatch):
-    trainer = trainer_of(tmp_path, "trainer.steps=5", "stages.switch_share=0.6", weights=warmed)
+    trainer = trainer_of(tmp_path, "trainer.steps=5", "stages.switch_share=0.6", "rollout.exploration=1", weights=warmed)
     clips = []
     forward = Policy.forward
     monkeypatch.setattr(Policy, "forward", lambda self, *a, **k: (clips.append((k["clip"], k["kl_weight"])), forward(self, *a, **k))[1])
@@ -251,6 +251,45 @@ def test_the_reference_is_the_policy_of_the_start_and_the_switch_narrows_the_cli
     assert later[0]["entropy/target"] < 0.6 * third["entropy/target"]
     assert trainer.stages.switched_at == 3, "once"
     assert all(torch.equal(start[n], p) for n, p in trainer.reference.named_parameters()), "the reference stays where it was"
+
+
+@pytest.mark.parametrize("source", ["hindsight,tree", "probe"])
+def test_one_temperature_samples_scores_attributes_and_trains(tmp_path, warmed, monkeypatch, source):
+    """In stage 1 up to 1.3 times the configured one, as success and entropy allow; the first ratio is 1 and the KL to the start begins at 0."""
+    extra = ("attribution.source=probe", "credit.scope=all") if source == "probe" else ()
+    trainer = trainer_of(tmp_path, "rollout.temperature=0.9", "loss.minibatches=1", *MANY, *extra, weights=warmed)
+    assert trainer.temperature == 0.9, "nothing is known of success before the first step"
+    trainer.stages.success, trainer.entropy.running = 0.3, 0.05
+    assert trainer.temperature == pytest.approx(0.9 * 1.15)
+    trainer.stages.success = 0.8
+    asked: dict[str, list[float]] = {"sampled": [], "scored": [], "probed": [], "trained": []}
+
+    def watched(name: str, of: object, method: str, at: int | None):
+        original = getattr(of, method)
+
+        def call(*args, **named):
+            asked[name].append(named["temperature"] if at is None else args[at])
+            return original(*args, **named)
+
+        monkeypatch.setattr(of, method, call)
+
+    watched("sampled", trainer.engine, "generate", None)
+    watched("scored", Policy, "score", 3)
+    watched("scored", Policy, "hindsight", 4)
+    watched("probed", Policy, "branch_logp", 3)
+    watched("trained", Policy, "forward", None)
+    metrics = steps(trainer, 1)[0]
+    assert metrics["rollout/temperature"] == pytest.approx(0.9 * 1.3) and metrics["ratio/first_off"] < 1e-5 and abs(metrics["kl/ref"]) < 1e-8
+    assert bool(asked["probed"]) == (source == "probe") and all(values for name, values in asked.items() if name != "probed")
+    assert {value for values in asked.values() for value in values} == {metrics["rollout/temperature"]}
+    trainer.stages.stage = 2
+    assert trainer.temperature == 0.9
+
+
+def test_without_exploration_the_temperature_stays(tmp_path, warmed):
+    trainer = trainer_of(tmp_path, "method=grpo", weights=warmed)
+    trainer.stages.success, trainer.entropy.running = 0.8, 0.05
+    assert trainer.temperature == trainer.config.rollout.temperature == 1.0
 
 
 def test_confidence_is_that_of_the_answer(tmp_path, warmed):
