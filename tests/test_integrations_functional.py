@@ -252,6 +252,21 @@ def test_the_bonus_follows_the_controller():
     assert assigned(credit_of()).entropy_weight is None
 
 
+def test_stage_1_asks_for_a_higher_temperature_where_success_affords_it():
+    def after(entropy: float, outcome: torch.Tensor = OUTCOME, **settings) -> float:
+        credit = credit_of({**FIXED, "stages.two": True, "entropy.controller": "target", **settings}, total_steps=100)
+        assert credit.exploration == 1.0, "nothing is known before the first batch"
+        tensors = batch()
+        assigned(credit, tensors | {"entropy": entropy * tensors["entropy"] / tensors["entropy"].nanmean()}, outcome)
+        return credit.exploration
+
+    assert after(0.05) == 1.3, "five of eight are right and the policy has closed up"
+    assert 1.0 < after(0.2) < 1.3 and after(0.5) == 1.0, "half way, and spread out already"
+    assert after(0.05, torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0])) == 1.0, "nothing to spare"
+    assert after(0.05, **{"stages.two": False}) == 1.0 and after(0.05, **{"entropy.controller": "none"}) == 1.0
+    assert after(0.05, **{"stages.switch_share": 0.0}) == 1.0, "stage 2"
+
+
 def test_state_goes_on_where_it_was():
     settings = {**SMALL, "entropy.controller": "target", "stages.two": True, "credit.scope": "all"}
     one, two = (credit_of(settings, total_steps=20) for _ in range(2))
