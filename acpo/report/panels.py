@@ -50,7 +50,8 @@ SECTIONS: Sections = (
         Panel("Held-out pass@k", "share", (("eval/pass@*", "pass@*"),), SHARE),
     )),
     ("Policy", (
-        Panel("Entropy", "nats per token", (("entropy", "measured"), ("entropy/target", "target")), FROM_0),
+        Panel("Entropy", "nats per token", (("entropy", "measured"), ("entropy/target", "target")), FROM_0,
+              note="at the sampling temperature, which stage 1 may raise"),
         Panel("KL", "nats per token", (("kl/old", "to the sampling policy"), ("kl/ref", "to the reference")), FROM_0),
         Panel("Clip fractions", "share of tokens", (("clip_ratio/low_mean", "low"), ("clip_ratio/high_mean", "high")), FROM_0),
         Panel("Groups without variance", "share of groups", (("frac_reward_zero_std", ""),), SHARE, note="all outcomes equal: no outcome gradient"),
