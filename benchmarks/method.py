@@ -45,21 +45,21 @@ def bars(results: dict, default: str = "acpo") -> list[str]:
         found = ours[f"best_baseline_{axis}"]
         words = f"area against {best} in equal {axis}, at least {least:+.2f}"
         if found is None or found["low"] is None:
-            lines.append(f"not known: {words}: too few seeds")
+            lines.append(f"not known: {words}: {'too few seeds' if found else 'not run side by side'}")
             continue
         met = found["iqm"] >= least and (found["low"] > 0 if least > 0 else True)
         lines.append(f"{verdict(met)}: {words}{' and its interval above 0' if least > 0 else ''}: {cell(found)}")
     compared = [("against", results["against"])] + ([("best_baseline", best)] if best != results["against"] else [])
     # Inside a rollout alone the control keeps what attribution says of whole rollouts and groups; the other keeps nothing.
-    for name, words in (("shuffled", "the shuffled control"), ("everywhere", "the control shuffled over rollouts and groups as well,")):
+    for name, words in (("shuffled", "the shuffled control"), ("everywhere", "the control shuffled over rollouts and groups as well")):
         for key, other in compared:
             found = results["arms"].get(f"{default}-{name}", {}).get(f"{key}_tokens")
             if not found or found["low"] is None:
                 continue
             if key == "against":
-                lines.append(f"{verdict(found['low'] <= 0)}: {words} does not gain: {cell(found)}")
+                lines.append(f"{verdict(found['low'] <= 0)}: {words} does not gain over {other}: {cell(found)}")
             else:  # what credit in the wrong places adds to a loop that is held near its start
-                lines.append(f"beside it: {words} over {other}: {cell(found)}")
+                lines.append(f"beside it: over {other}: {cell(found)}")
     for name, words in (("entropy_stage1_end", "entropy"), ("decisions_stage1_end", "entropy without filler")):
         if ours[name] and theirs[name]:
             ratio = ours[name] / theirs[name]
