@@ -271,10 +271,10 @@ class Attributor:
         terminal = segments.is_terminal()
         if evidence.unsigned:
             return self._unsigned(evidence, outcome, base, segments)
-        if not evidence.rows.any():
-            return self._unseen(evidence, self.calibrator.predict_before(base, low)[sequence], segments)
-        seen = evidence.rows[sequence]
         first = self.calibrator.predict_before(base, low)
+        if not evidence.rows.any():
+            return self._unseen(evidence, first[sequence], segments)
+        seen = evidence.rows[sequence]
         values = self.calibrator.predict(base[sequence], torch.where(seen, evidence.evidence, 0.0), low)
         values = torch.where(seen, values, first[sequence])
         # After the answer the outcome is known: the terminal boundary belongs to it, and takes no part in phi of the steps.

@@ -84,7 +84,7 @@ class RolloutConfig:
     group_size: int = 8  # rollouts a prompt
     max_new_tokens: int = 256  # a rollout is cut there
     temperature: float = 1.0
-    exploration: float = 1.3  # stage 1 samples, and trains, at up to so many times the temperature, as far as success and entropy allow; 1: never
+    exploration: float = 1.3  # stage 1 of two samples, and trains, at up to so many times the temperature, as success and entropy allow; 1: never
     batch_tokens: int = 262144  # engine `local`: most prompt and response tokens in the key-value cache at a time
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
     server: ServerConfig = field(default_factory=ServerConfig)

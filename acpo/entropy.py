@@ -1,4 +1,4 @@
-"""Regulation of policy entropy: the weight of the bonus follows a target, and the bonus goes where the outcome is still open."""
+"""Regulation of policy entropy: the temperature of stage 1, and a bonus whose weight follows a target and which goes where the outcome is open."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from acpo_kernels import Segments
 
 from .attribution import Attribution, binary_entropy
 from .config import EntropyConfig
+from .stages import Stages
 
 FIRST_BATCHES = 3  # H_0 is measured on these, never a copied constant
 DECAY = 0.9
@@ -72,6 +73,21 @@ class EntropyController:
         if self.short >= PATIENCE and self.config.covariance == "fallback":
             self.covariance = True
 
+    def exploration(self, most: float, stages: Stages) -> float:
+        """What the sampling temperature of the next batch is multiplied by, in [1, most]:
+
+            1 + (most - 1) clip((S - 0.25) / 0.1, 0, 1) clip(2 - 2 H / 0.3, 0, 1)
+
+        S is the running success of the sampled problems, H the running entropy in nats a token. Heat spreads a policy that has closed up, and costs
+        success: where little succeeds there is none to spare, and a policy that is spread out already needs none. 1 in stage 2, without two stages
+        and before the first batch. The rule is ours; E3-RL4LLMs (arXiv 2505.18573) holds entropy by temperature as well.
+        """
+        if not stages.config.two or stages.stage == 2 or stages.success is None or not self.batches:
+            return 1.0
+        low, full = HEAT_SUCCESS
+        affords = min(max((stages.success - low) / (full - low), 0.0), 1.0)
+        return 1.0 + (most - 1.0) * affords * min(max(2.0 - 2.0 * self.running / HEAT_ENTROPY, 0.0), 1.0)
+
     def token_weights(self, segments: Segments, attribution: Attribution | None, mask: Tensor | None = None) -> Tensor | None:
         """weight g_k a token [N]: g = h_b(Vhat_{k-1}) / log 2 drawn towards 1 by the reliability, 0 on the answer and where mask [N] is False, mean
         one over the rest. None without a bonus."""
@@ -93,14 +109,6 @@ class EntropyController:
     def load(self, state: dict) -> None:
         for name, value in state.items():
             setattr(self, name, value)
-
-
-def exploration_heat(success: float, entropy: float) -> float:
-    """How much of the exploration temperature stage 1 takes, in [0, 1]: nothing where the running success is at most 0.25 or the running entropy at
-    least 0.3 nats a token, all of it from a success of 0.35 on and from 0.15 nats down, linear between. Heat spreads a policy that has closed up,
-    and costs success: where little succeeds there is none to spare, and a policy that is spread out already needs none."""
-    low, full = HEAT_SUCCESS
-    return min(max((success - low) / (full - low), 0.0), 1.0) * min(max(2.0 - 2.0 * entropy / HEAT_ENTROPY, 0.0), 1.0)
 
 
 def covariant_tokens(advantages: Tensor, logp: Tensor, share: float) -> Tensor:

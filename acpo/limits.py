@@ -15,8 +15,7 @@ VERIFIERS = ("auto", "exact", "math", "reasoning_gym")
 SOURCES = ("hindsight", "probe", "tree", "head", "entropy")
 
 POSITIVE = (
-    "rollout.prompts", "rollout.group_size", "rollout.max_new_tokens", "rollout.temperature", "rollout.exploration", "rollout.batch_tokens",
-    "loss.minibatches",
+    "rollout.prompts", "rollout.group_size", "rollout.max_new_tokens", "rollout.temperature", "rollout.batch_tokens", "loss.minibatches",
     "trainer.micro_batch_tokens", "trainer.eval_every", "trainer.checkpoint_every", "trainer.keep_checkpoints", "optimizer.learning_rate",
     "optimizer.max_grad_norm", "warmup.batch", "warmup.learning_rate", "segmenter.min_tokens", "segmenter.max_segments",
     "segmenter.target_tokens", "attribution.clamp", "verify.timeout", "eval.temperature", "problems.train", "problems.held_out",
@@ -55,6 +54,8 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"segmenter.max_tokens must be at least segmenter.min_tokens = {config.segmenter.min_tokens}, got {config.segmenter.max_tokens}"
         )
+    if config.rollout.exploration < 1:
+        raise ConfigError(f"rollout.exploration must be at least 1, where it changes nothing, got {config.rollout.exploration}")
     for key in ("credit.bound", "optimizer.beta1", "optimizer.beta2"):
         if not 0 <= value_of(config, key) < 1:
             raise ConfigError(f"{key} must lie in [0, 1), got {value_of(config, key)}")

@@ -32,7 +32,7 @@ from .clock import Clock, peak_memory
 from .config import Config
 from .controls import control
 from .curriculum import Curriculum
-from .entropy import EntropyController, covariant_tokens, exploration_heat
+from .entropy import EntropyController, covariant_tokens
 from .evaluation import Evaluation, evaluate
 from .guard import STANDS, Guard, TrainingError
 from .metrics import rollout_rows, step_metrics
@@ -144,10 +144,8 @@ class Trainer:
     @property
     def temperature(self) -> float:
         """Of the step under way: of its rollouts, and of the log-probs, entropies and ratios that they are trained by."""
-        settings, heat = self.config.rollout, 0.0
-        if self.stages.stage == 1 and self.stages.success is not None:
-            heat = exploration_heat(self.stages.success, self.entropy.running)
-        return settings.temperature * (1.0 + heat * (settings.exploration - 1.0))
+        settings = self.config.rollout
+        return settings.temperature * self.entropy.exploration(settings.exploration, self.stages)
 
     def step(self) -> dict[str, float]:
         """One training step: the picture of the module docstring."""

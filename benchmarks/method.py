@@ -11,8 +11,11 @@ the doing of others. --summary: one row a task.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
+
+import numpy as np
 
 from acpo import evidence
 
@@ -65,10 +68,27 @@ def bars(results: dict, default: str = "acpo") -> list[str]:
             ratio = ours[name] / theirs[name]
             bar = f"{verdict(ratio >= ENTROPY and ours['after'] >= theirs['after'])}: " if words == "entropy" else "beside it: "
             lines.append(f"{bar}{words} at the end of stage 1, at least {ENTROPY} times {results['against']}'s: {ratio:.2f} times")
+    ratio = entropy_behind_the_switch(results, default)
+    if ratio is not None:
+        lines.append(f"beside it: entropy at the start of stage 2, at the configured temperature: {ratio:.2f} times")
     before = results["warm_start"].get("pass@8")
     if before and "pass@8 after" in ours:
         lines.append(f"{verdict(ours['pass@8 after'] >= before)}: pass@8 not below the warm start's: {ours['pass@8 after']:.3f} after {before:.3f}")
     return lines
+
+
+def entropy_behind_the_switch(results: dict, arm: str) -> float | None:
+    """Mean entropy of the arm over that of the arm `against`, over seeds, between the first two evaluations that both lie in the arm's second stage,
+    where all rollouts are sampled at the configured temperature. None without a second stage."""
+    curves, switch = results.get("curves", {}), results["arms"][arm].get("stage2_from")
+    if switch is None or not curves.get(arm) or not curves.get(results["against"]):
+        return None
+    steps = [p["step"] for p in next(iter(curves[arm].values()))]
+    at = next((b for a, b in itertools.pairwise(steps) if a >= switch - 1), None)
+    if at is None:
+        return None
+    ours, theirs = (np.mean([p["entropy"] for c in curves[name].values() for p in c if p["step"] == at]) for name in (arm, results["against"]))
+    return float(ours / theirs)
 
 
 SUMMARY = (("grpo", "GRPO"), ("grpo-kl", "GRPO with the KL"), ("acpo", "ACPO"))  # whose areas stand in a task's row

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -206,6 +207,8 @@ def test_logistic_fit_is_the_penalised_optimum():
     (gradient,) = torch.autograd.grad(loss, w)
     assert gradient.abs().max() < 1e-8
     assert logistic_fit(features.T.numpy(), y.numpy(), np.zeros(50), prior.numpy(), prior.tolist()) == prior.tolist()
+    elsewhere = logistic_fit(features.T.numpy(), y.numpy(), weight.numpy(), prior.numpy(), [-3.0, 4.0, 0.0])
+    assert elsewhere == pytest.approx(fitted, abs=1e-9), "one optimum, wherever it starts"
 
 
 # --- reliability --------------------------------------------------------------------------------------------------------------------
@@ -255,6 +258,19 @@ def test_a_batch_does_not_choose_its_own_reliability_or_values():
     outcome, evidence, segments = noisy_batch(1.0, seed=78)
     c, d = one(evidence, outcome, base, segments, 4), other(evidence, outcome, base, segments, 4)
     assert (c.reliability != d.reliability).all() and not torch.equal(c.values[ordinary], d.values[ordinary])
+
+
+def test_a_batch_that_was_not_looked_at_says_nothing_and_teaches_nothing():
+    attributor = Attributor()
+    learn(attributor, 1.0, 12)
+    before = attributor.state()
+    outcome, evidence, segments = noisy_batch(1.0, seed=79)
+    base = torch.linspace(0.1, 0.9, len(outcome))
+    found = attributor(replace(evidence, rows=torch.zeros_like(outcome, dtype=torch.bool)), outcome, base, segments, 4)
+    assert attributor.state() == {**before, "batches": before["batches"] + 1} and attributor.reliability.value > 0
+    first = attributor.calibrator.predict_before(base, 0.125)[segments.segment_sequence_ids()]
+    assert torch.equal(found.values, first) and torch.equal(found.previous, first) and found.changed.all()
+    assert not any(x.any() for x in (found.phi, found.iota, found.score, found.rows, found.reliability))
 
 
 def test_one_sided_outcomes_measure_nothing():

@@ -120,6 +120,8 @@ def test_missing_unreadable_and_empty_file(tmp_path):
         ("problems.distractors=-1", "problems.distractors must be at least 0, got -1"),
         ("problems.wrong_low=0.9 problems.wrong_high=0.3", "problems.wrong_high must be at least problems.wrong_low = 0.9, got 0.3"),
         ("rollout.group_size=1", "rollout.group_size must be at least 2: a group of one has no advantage over itself .*, got 1"),
+        ("rollout.exploration=0.9", "rollout.exploration must be at least 1, .*, got 0.9"),
+        ("rollout.exploration=inf", "rollout.exploration must be finite, got inf"),
         ("method=grpo rollout.group_size=1", "rollout.group_size must be at least 2: .*method grpo"),
         ("segmenter.max_tokens=4", "segmenter.max_tokens must be at least segmenter.min_tokens = 8, got 4"),
         ("credit.bound=1", r"credit.bound must lie in \[0, 1\), got 1.0"),

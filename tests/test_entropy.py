@@ -9,8 +9,9 @@ import torch
 from ragged import segments_of
 
 from acpo.attribution import Attribution, Attributor, binary_entropy, entropy_evidence, leave_one_out
-from acpo.config import EntropyConfig
-from acpo.entropy import FIRST_BATCHES, EntropyController, covariant_tokens, exploration_heat
+from acpo.config import EntropyConfig, StagesConfig
+from acpo.entropy import FIRST_BATCHES, EntropyController, covariant_tokens
+from acpo.stages import Stages
 
 
 def fed(config: EntropyConfig, entropies, progress=0.0, stage=1) -> EntropyController:
@@ -207,4 +208,14 @@ def test_tokens_of_a_tool_take_no_bonus_and_count_in_no_mean():
     ],
 )  # fmt: skip
 def test_heat_where_success_can_afford_it_and_the_policy_has_closed_up(success, entropy, heat):
-    assert exploration_heat(success, entropy) == pytest.approx(heat)
+    assert heated(success, entropy) == pytest.approx(1.0 + 0.3 * heat)
+
+
+def heated(success: float | None, entropy: float, batches: int = 1, stage: int = 1, **settings) -> float:
+    stages = Stages(StagesConfig(**settings), 10, stage=stage, success=success)
+    return EntropyController(EntropyConfig(), running=entropy, batches=batches).exploration(1.3, stages)
+
+
+def test_no_heat_outside_of_the_first_of_two_stages_nor_before_anything_is_known():
+    assert heated(0.9, 0.05) == 1.3
+    assert heated(0.9, 0.05, stage=2) == heated(0.9, 0.05, two=False) == heated(None, 0.05) == heated(0.9, 0.0, batches=0) == 1.0

@@ -65,3 +65,16 @@ def test_few_seeds_decide_nothing_and_a_control_that_gains_is_seen():
     assert method.bars(found)[0].startswith("not known")
     found["arms"]["acpo"]["best_baseline_seconds"] = None  # of an arm that was run apart from the others
     assert method.bars(found)[1].endswith("not run side by side")
+
+
+def test_entropy_behind_the_switch_is_that_of_the_first_interval_in_stage_2():
+    found = results("t2", 0.01, 0.06)
+    assert method.entropy_behind_the_switch(found, "acpo") is None, "no second stage"
+    found["arms"]["acpo"]["stage2_from"] = 17
+    points = [{"step": 0}, *({"step": step, "entropy": value} for step, value in ((10, 9.0), (20, 8.0), (30, 0.3), (40, 7.0)))]
+    others = [{"step": 0}, *({"step": step, "entropy": value} for step, value in ((10, 1.0), (20, 1.0), (30, 0.4), (40, 1.0)))]
+    found["curves"] = {"acpo": {0: points}, "grpo": {0: others, 1: others}}
+    assert method.entropy_behind_the_switch(found, "acpo") == pytest.approx(0.75)
+    assert "beside it: entropy at the start of stage 2, at the configured temperature: 0.75 times" in method.bars(found)
+    found["arms"]["acpo"]["stage2_from"] = 41
+    assert method.entropy_behind_the_switch(found, "acpo") is None, "no evaluation behind it"

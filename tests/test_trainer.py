@@ -259,7 +259,7 @@ def test_one_temperature_samples_scores_attributes_and_trains(tmp_path, warmed, 
     extra = ("attribution.source=probe", "credit.scope=all") if source == "probe" else ()
     trainer = trainer_of(tmp_path, "rollout.temperature=0.9", "loss.minibatches=1", *MANY, *extra, weights=warmed)
     assert trainer.temperature == 0.9, "nothing is known of success before the first step"
-    trainer.stages.success, trainer.entropy.running = 0.3, 0.05
+    trainer.stages.success, trainer.entropy.running, trainer.entropy.batches = 0.3, 0.05, 1
     assert trainer.temperature == pytest.approx(0.9 * 1.15)
     trainer.stages.success = 0.8
     asked: dict[str, list[float]] = {"sampled": [], "scored": [], "probed": [], "trained": []}
@@ -287,8 +287,8 @@ def test_one_temperature_samples_scores_attributes_and_trains(tmp_path, warmed, 
 
 
 def test_without_exploration_the_temperature_stays(tmp_path, warmed):
-    trainer = trainer_of(tmp_path, "method=grpo", weights=warmed)
-    trainer.stages.success, trainer.entropy.running = 0.8, 0.05
+    trainer = trainer_of(tmp_path, "method=grpo", "stages.two=true", weights=warmed)
+    trainer.stages.success, trainer.entropy.running, trainer.entropy.batches = 0.8, 0.05, 1
     assert trainer.temperature == trainer.config.rollout.temperature == 1.0
 
 

@@ -20,7 +20,7 @@ from acpo_kernels import Segmenter, Segments, pack, unpack
 from .. import credit
 from ..attribution import Attribution, Evidence, answer_copies, entropy_evidence, hindsight_evidence, tree_evidence, zero_variance
 from ..config import method_settings
-from ..entropy import EntropyController, exploration_heat
+from ..entropy import EntropyController
 from ..panel import Panel
 from ..problems import HINT, filled
 from ..segmentation import ForkThreshold
@@ -102,9 +102,7 @@ class StepCredit:
         """What to multiply the sampling temperature of the next batch by, where the loop can change it: then rollouts, log-probs, ratios and KL of
         that batch are all at that temperature. 1 in stage 2, before the first batch, and without stages.two and an entropy controller, which
         measure what it follows."""
-        if not self.settings.stages.two or self.stage == 2 or self.stages.success is None or not self.entropy.batches:
-            return 1.0
-        return 1.0 + exploration_heat(self.stages.success, self.entropy.running) * (self.settings.rollout.exploration - 1.0)
+        return self.entropy.exploration(self.settings.rollout.exploration, self.stages)
 
     @property
     def total_steps(self) -> int:
