@@ -265,7 +265,7 @@ class Attributor:
         """base [B] is the probability of success known before the steps; outcome [B] the verifier's R in [0, 1]."""
         self.batches += 1
         low = 0.5 / group_size
-        same, spread = zero_variance(outcome, group_size), group_std(outcome.double(), group_size).clamp(min=0.25).repeat_interleave(group_size)
+        same, judged = zero_variance(outcome, group_size), outcome
         outcome = outcome.nan_to_num()  # what the verifier left out is in no source's rows
         sequence = segments.segment_sequence_ids()
         terminal = segments.is_terminal()
@@ -299,6 +299,7 @@ class Attributor:
         use = acts[sequence] & ~terminal
         phi = values - before
         if evidence.shaping is None:
+            spread = group_std(judged.double(), group_size).clamp(min=0.25).repeat_interleave(group_size)
             score = self.value_gain * phi / spread[sequence]
         else:
             score = self.shaping_gain * standardised(evidence.shaping, use, sequence // group_size).clamp(-3.0, 3.0)
@@ -359,12 +360,15 @@ def answer_copies(responses: list[Tensor], spellings: list[list[list[int]]]) -> 
     """False at tokens of literal copies of the answer: spellings[b] holds the token sequences that spell rollout b's answer."""
     masks = []
     for response, forms in zip(on_host(responses), spellings, strict=True):
-        mask = torch.ones(len(response), dtype=torch.bool)
-        for form in forms:
-            n = len(form)
-            if 0 < n <= len(response):
-                hits = (response.unfold(0, n, 1) == torch.tensor(form)).all(1).nonzero().flatten().tolist()
-                for at in hits:
-                    mask[at : at + n] = False
+        ids = response.numpy()
+        data, width, mask = ids.tobytes(), ids.itemsize, np.ones(len(ids), dtype=bool)
+        for form in filter(None, forms):
+            wanted = np.asarray(form, dtype=ids.dtype).tobytes()
+            at = data.find(wanted)
+            while at >= 0:
+                token, inside = divmod(at, width)
+                if not inside:  # else bytes of two tokens that look like one
+                    mask[token : token + len(form)] = False
+                at = data.find(wanted, (token + 1) * width)
         masks.append(mask)
-    return torch.cat(masks).to(responses[0].device) if masks else torch.ones(0, dtype=torch.bool)
+    return torch.from_numpy(np.concatenate(masks)).to(responses[0].device) if masks else torch.ones(0, dtype=torch.bool)

@@ -22,7 +22,7 @@ EXAMPLES = """examples:
   acpo train configs/arithmetic.yaml --dry-run            check everything, train nothing
   acpo eval runs/arithmetic-acpo-0 --samples 8            accuracy, pass@8 and majority@8 of the newest checkpoint, held-out problems
   acpo report runs/arithmetic-*                           curves, one a method, with intervals over seeds
-  acpo compare configs/compare/t2.yaml --jobs 2           arms x paired seeds from one warm start: table, figure, report
+  acpo compare configs/compare/t2.yaml --jobs 2           arms x paired seeds from shared warm starts: table, figure, report
   acpo inspect runs/arithmetic-acpo-0 --html step.html    rollouts side by side, each step with its credit
   acpo segment traces.jsonl --tokenizer FOLDER            reasoning steps, and why each ends where it does
   acpo doctor                                             what runs here, on which kernels, and whether it computes what it should

@@ -1,10 +1,11 @@
-"""`acpo compare`: arms x paired seeds from one shared warm start, in parallel, resumable after a kill at any instant.
+"""`acpo compare`: arms x paired seeds from shared warm starts, in parallel, resumable after a kill at any instant.
 
 A comparison is a YAML file:
 
-    settings:             # of every run, as for `acpo train`, warm-up included
+    settings:             # of every run, as for `acpo train`, warm-up included; or the name of the comparison beside it whose settings they are
       ...
     seeds: 0-15           # one run an arm and seed; the same seed draws the same problems for every arm
+    warm_starts: 0-3      # seeds of the warm starts that the runs' seeds go round by turns (default: one, by the settings' own seed)
     tuning:               # each arm's learning rate, from one grid, on seeds that are used for nothing else
       seeds: 900-903
       learning_rates: [1.0e-4, 2.0e-4, 3.0e-4]
@@ -17,8 +18,8 @@ A comparison is a YAML file:
       tempo: {seeds: 0-5}                # fewer of the seeds than the others
       gentle: {method: acpo, credit.gain: 0.25}
 
-Every run is a plain run directory in a process of its own with one thread. The warm start is one too: it is trained once, and every run begins
-with its weights, bit for bit. What is finished is not repeated; a run that was broken off goes on by the trainer's own resume.
+Every run is a plain run directory in a process of its own with one thread. A warm start is one too: it is trained once, and every arm's run of a
+seed begins with the same weights, bit for bit. What is finished is not repeated; a run that was broken off goes on by the trainer's own resume.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from .evidence import mean_area, run_record, summarise
 from .layers import differences
 from .methods import ARMS
 
-KEYS = ("name", "settings", "seeds", "tuning", "against", "baselines", "arms")
+KEYS = ("name", "settings", "seeds", "warm_starts", "tuning", "against", "baselines", "arms")
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Comparison:
     learning_rates: list[float] = field(default_factory=list)
     rates: dict[str, str | float] = field(default_factory=dict)  # arm -> a fixed learning rate, or the arm whose choice it takes
     fewer: dict[str, list[int]] = field(default_factory=dict)  # arm -> its seeds, where they are not all of them
+    warm_starts: list[int] = field(default_factory=list)  # their seeds; none: one, by the settings' own
 
 
 @dataclass
@@ -75,7 +77,7 @@ def load(path: str | Path) -> Comparison:
         raise ConfigError(f"{path}: unknown key {unknown[0]!r}; a comparison has {', '.join(KEYS)}")
     if missing := [k for k in ("settings", "seeds", "arms") if tree.get(k) in (None, {}, [])]:
         raise ConfigError(f"{path}: {missing[0]} must be given")
-    settings = configuration.flatten(_mapping(path, "settings", tree["settings"]))
+    settings = configuration.flatten(_settings(path, tree["settings"]))
     arms, rates, fewer = {}, {}, {}
     for name, own in _mapping(path, "arms", tree["arms"]).items():
         own = configuration.flatten(_mapping(path, f"arms.{name}", own or {}))
@@ -94,9 +96,20 @@ def load(path: str | Path) -> Comparison:
         against=tree.get("against") or next(iter(arms)), baselines=list(tree.get("baselines") or [next(iter(arms))]),
         tuning_seeds=_seeds(path, "tuning.seeds", tuning["seeds"]) if tuning else [],
         learning_rates=[float(x) for x in tuning.get("learning_rates", [])], rates=rates, fewer=fewer,
+        warm_starts=_seeds(path, "warm_starts", tree["warm_starts"]) if "warm_starts" in tree else [],
     )  # fmt: skip
+    if "warm_starts" in tree and not out.warm_starts:
+        raise ConfigError(f"{path}: warm_starts must name at least one seed, got {tree['warm_starts']!r}")
     _check(path, out)
     return out
+
+
+def _settings(path: Path, given: Any) -> dict:
+    """The settings as a file gives them: its own, or those of another comparison, named from where it lies."""
+    if isinstance(given, str):
+        path = path.parent / given
+        given = configuration.read_yaml(path).get("settings")
+    return _mapping(path, "settings", given)
 
 
 def _mapping(path: Path, key: str, value: Any) -> dict:
@@ -147,12 +160,21 @@ class Comparer:
 
     # --- which runs there are -------------------------------------------------------------------------------------------------------
 
+    def warm(self, seed: int) -> Job:
+        """The warm start that the runs of a seed begin with."""
+        own, starts = {"method": "grpo", "trainer.steps": 0}, self.chosen.warm_starts
+        if not starts:
+            return Job("warm", own)
+        start = starts[seed % len(starts)]
+        return Job(f"warm-{start}", {**own, "seed": start})
+
     @property
-    def warm(self) -> Job:
-        return Job("warm", {"method": "grpo", "trainer.steps": 0})
+    def warm_starts(self) -> list[Job]:
+        return list({job.key: job for job in map(self.warm, self.chosen.tuning_seeds + self.chosen.seeds)}.values())
 
     def job(self, arm: str, rate: float, seed: int) -> Job:
-        start = {"policy.path": str(self.directory / "warm" / "policy"), "policy.from_config": "", "warmup.steps": 0, "eval.start": False}
+        policy = str(self.directory / self.warm(seed).key / "policy")
+        start = {"policy.path": policy, "policy.from_config": "", "warmup.steps": 0, "eval.start": False}
         return Job(f"{arm}/lr-{rate:g}/seed-{seed}", {**self.chosen.arms[arm], **start, "optimizer.learning_rate": rate, "seed": seed})
 
     def settings(self, job: Job) -> Config:
@@ -203,15 +225,15 @@ class Comparer:
         return max(found, key=lambda rate: sum(found[rate]) / len(found[rate]))
 
     def outstanding(self, arms: list[str] | None = None) -> list[Job]:
-        """What can be run now, in the order of running: the warm start, the tuning runs, then seed by seed every arm whose rate is known."""
-        if self.finished(self.warm) is None:
-            return [self.warm]
+        """What can be run now, in the order of running: the warm starts, then of those that begin with a finished one the tuning runs and, seed by
+        seed, every arm whose rate is known."""
+        cold = [job for job in self.warm_starts if self.finished(job) is None]
         names = [a for a in self.chosen.arms if arms is None or a in arms]
         chosen_for = list(dict.fromkeys(r if isinstance(r := self.chosen.rates.get(a), str) else a for a in names))
         jobs = sorted((j for a in chosen_for for j in self.tuning(a)), key=lambda j: j.settings["seed"])
         rates = {a: self.rate(a) for a in names}
         jobs += [self.job(a, rates[a], s) for s in self.chosen.seeds for a in names if rates[a] is not None and s in self.seeds(a)]
-        return [j for j in jobs if self.finished(j) is None]
+        return cold + [j for j in jobs if self.warm(j.settings["seed"]) not in cold and self.finished(j) is None]
 
     def results(self) -> tuple[dict[str, Any], dict[str, dict[int, dict]]]:
         """The table of what is finished so far, and the records behind it, by arm and seed."""
@@ -227,11 +249,11 @@ class Comparer:
             found["settings"] = self.chosen.arms[arm]
             found["tuning"] = {job.key.partition("/")[2]: round(mean_area(r), 5) for job in self.tuning(arm) if (r := self.finished(job)) is not None}
         tried = [r for arm in self.chosen.arms for job in self.tuning(arm) if (r := self.finished(job)) is not None]
-        warm = self.finished(self.warm)
+        starts = [{**r["points"][0], **(r["passes"] or [{}])[0]} for job in self.warm_starts if (r := self.finished(job)) is not None]
         code = sorted({r["code"] for found in runs.values() for r in found.values()})
         curves = {arm: {s: r["points"] for s, r in found.items()} for arm, found in runs.items()}
         return {
-            "name": self.chosen.name, **out, "code": code, "warm_start": {} if warm is None else {**warm["points"][0], **(warm["passes"] or [{}])[0]},
+            "name": self.chosen.name, **out, "code": code, "warm_start": _mean(starts),
             "tuning": {"runs": len(tried), "seconds": round(sum(r["points"][-1]["seconds"] for r in tried), 1)},
             "settings": self.chosen.settings, "curves": curves,
         }, runs  # fmt: skip
@@ -287,10 +309,10 @@ class Comparer:
         try:
             trainer.train()
         except TrainingError as error:
-            if job == self.warm:
+            if job in self.warm_starts:
                 raise
             failure = str(error)
-        if job == self.warm:
+        if job in self.warm_starts:
             state.export(trainer)
         curve = run_record(run.records(), settings.trainer.steps, trainer.policy.device.type == "cpu")
         record = {"key": key, "config": configuration.to_dict(settings), "code": code_hash(), "failure": failure, **curve}
@@ -298,6 +320,10 @@ class Comparer:
         temporary.write_text(json.dumps(record), encoding="utf-8")
         os.replace(temporary, run.directory / "finished.json")
         shutil.rmtree(run.checkpoints, ignore_errors=True)  # a finished run needs none: some megabytes a run, hundreds of runs
+
+
+def _mean(records: list[dict]) -> dict[str, Any]:
+    return {k: sum(r[k] for r in records) / len(records) if isinstance(v, float) else v for k, v in (records or [{}])[0].items()}
 
 
 class RunError(RuntimeError):

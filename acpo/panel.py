@@ -62,10 +62,9 @@ class Panel:
         A rollout that was cut off has no answer that its steps lead to, and what it failed in, its form, is in no value: its reliability is 0, its
         outcome is for all of it. With a mask that spared the filler of such rollouts nothing kept lines from growing longer."""
         found, metrics = [], {}
+        # In a group without variance the others' outcomes are this outcome: what is known before the steps is the prior.
+        base = torch.where(zero_variance(outcome, self.group_size), prior.to(outcome.dtype), leave_one_out(outcome, self.group_size))
         for name, attributor in self.by_name.items():
-            # In a group without variance the others' outcomes are this outcome: what is known before the steps is the prior.
-            same = zero_variance(outcome, self.group_size)
-            base = torch.where(same, prior.to(outcome.dtype), leave_one_out(outcome, self.group_size))
             seen = evidence(name, base)
             metrics[f"attribution/reliability/{name}"] = attributor.reliability.value  # of earlier batches: what gates this one
             found.append(attributor(seen, outcome, base, segments, self.group_size))

@@ -38,11 +38,11 @@ def answer_starts(responses: list[Tensor], tokenizer) -> Tensor:
     text (a policy may sample the padding token) are skipped in the count."""
     read = on_host(responses)
     texts = tokenizer.batch_decode(read, skip_special_tokens=True)
-    special = torch.tensor(tokenizer.all_special_ids)
+    special = set(tokenizer.all_special_ids)
     starts = []
     for ids, text in zip(read, texts, strict=True):
         at = ("\n" + text).rfind("\nA")
-        starts.append(int((~torch.isin(ids, special)).nonzero()[at]) if at >= 0 else -1)
+        starts.append([i for i, token in enumerate(ids.tolist()) if token not in special][at] if at >= 0 else -1)
     return torch.tensor(starts, device=responses[0].device)
 
 

@@ -112,6 +112,18 @@ def test_answer_copies():
     assert mask.tolist() == [True, False, False, False, False, False, True, False, False, False]
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_answer_copies_against_every_place(dtype):
+    """Ids whose bytes look like others' where tokens are not told apart: 256 0 holds the bytes of 1."""
+    generator = torch.Generator().manual_seed(0)
+    forms = [[1], [0, 1], [256, 0], [65536]]
+    for _ in range(50):
+        ids = torch.tensor([0, 1, 256, 65536])[torch.randint(4, (12,), generator=generator)].tolist()
+        expected = [not any(form == ids[a : a + len(form)] for form in forms for a in range(t - len(form) + 1, t + 1) if a >= 0) for t in range(12)]
+        assert answer_copies([torch.tensor(ids, dtype=dtype)], [forms]).tolist() == expected
+    assert not all(expected)
+
+
 # --- phi and iota -------------------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""`acpo compare`: one warm start for all, nothing run twice, a kill changes nothing, and figures that can be checked by hand."""
+"""`acpo compare`: the same warm start for every arm, nothing run twice, a kill changes nothing, and figures that can be checked by hand."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_an_arm_may_take_fewer_seeds(tmp_path):
 
 
 def test_all_begin_with_the_weights_of_the_warm_start(compared, monkeypatch):
-    chosen = compared.settings(compared.warm)
+    chosen = compared.settings(compared.warm(0))
     warm = Trainer(chosen, Run(chosen))
     # Its checkpoint is gone, the exported policy is what remains: so the warm-up is repeated here.
     warm.run.log = lambda record: None
@@ -116,7 +116,32 @@ def test_all_begin_with_the_weights_of_the_warm_start(compared, monkeypatch):
         assert trainer.tokenizer.get_vocab() == warm.tokenizer.get_vocab()
         assert [p.id for p in trainer.train_problems] == [p.id for p in warm.train_problems]
     first = {arm: compared.finished(compared.job(arm, compared.rate(arm), 0))["points"][0]["accuracy"] for arm in compared.chosen.arms}
-    assert set(first.values()) == {compared.finished(compared.warm)["points"][0]["accuracy"]}
+    assert set(first.values()) == {compared.finished(compared.warm(0))["points"][0]["accuracy"]}
+
+
+def test_several_warm_starts(tmp_path, monkeypatch):
+    """Seeds go round the warm starts by turns, every arm with its seed; the table tells what they say together."""
+    text = TINY.replace("  rloo:\n", "").replace(", rate: rloo", ", rate: 1.0e-3").replace("seeds: 0-1", "seeds: 0-2\nwarm_starts: [5, 6]")
+    comparer, order = Comparer(written(tmp_path, text.replace("steps: 4", "steps: 2")), tmp_path / "out"), []
+
+    def launch(job, words):
+        order.append(job.key)
+        comparer.one(job.key)
+
+    monkeypatch.setattr(comparer, "_launch", launch)
+    comparer.run(most=1)
+    cold, ready = comparer.outstanding()[:1], comparer.outstanding()[1:]
+    assert [job.key for job in cold] == ["warm-6"] and {job.settings["seed"] for job in ready} == {0, 2}, "what begins with a finished one can go on"
+    comparer.run()
+    assert order[:2] == ["warm-5", "warm-6"] and len(order) == len(set(order)) == 2 + 2 * 3
+    starts = [comparer.finished(comparer.warm(seed))["points"][0]["accuracy"] for seed in (0, 1)]
+    weights = [(comparer.directory / f"warm-{start}" / "policy" / "model.safetensors").read_bytes() for start in (5, 6)]
+    assert weights[0] != weights[1] and starts[0] != starts[1]
+    for arm, rate in (("grpo", 3e-4), ("gentle", 1e-3)):
+        for seed in (0, 1, 2):
+            record = comparer.finished(comparer.job(arm, rate, seed))
+            assert record["points"][0]["accuracy"] == starts[seed % 2] and record["config"]["policy"]["path"].endswith(f"warm-{5 + seed % 2}/policy")
+    assert comparer.results()[0]["warm_start"]["accuracy"] == sum(starts) / 2
 
 
 def test_killed_and_continued_says_the_same(tmp_path, compared, monkeypatch):
@@ -213,6 +238,7 @@ def test_other_settings_are_refused(tmp_path, compared):
         ("learning_rates: [3.0e-4, 3.0e-3]", "rates: [1]", "unknown key tuning.rates"),
         (", learning_rates: [3.0e-4, 3.0e-3]", "", "tuning needs both seeds and learning_rates"),
         ("settings:", "setup:", "unknown key 'setup'"),
+        ("seeds: 0-1", "seeds: 0-1\nwarm_starts: []", "warm_starts must name at least one seed, got \\[\\]"),
         ("rate: rloo", "rate: rloo, seeds: 1-2", "arms.gentle.seeds must be among seeds, which lack 2"),
     ],
 )
@@ -222,11 +248,25 @@ def test_bad_files(tmp_path, old, new, message):
         compare.load(written(tmp_path, TINY.replace(old, new)))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "compare").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "compare").rglob("*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_comparisons_of_the_repository_load(path):
     chosen = compare.load(path)
     fixed = all(isinstance(chosen.rates.get(arm), float) for arm in chosen.arms)
     assert set(chosen.arms) <= set(ARMS) and bool(chosen.learning_rates) != fixed and not set(chosen.seeds) & set(chosen.tuning_seeds)
+
+
+def test_settings_of_another_comparison(tmp_path):
+    """short.yaml is the long multiplication; a file may name one in another folder, and what it names must be there."""
+    own, other = (compare.load(ROOT / "configs" / "compare" / f"{name}.yaml").settings for name in ("short", "multiplication"))
+    assert own == other and own["problems.task"] == "multiplication"
+    written(tmp_path / "there")
+    text = "settings: there/tiny.yaml\n" + TINY[TINY.index("seeds:") :]
+    assert compare.load(written(tmp_path, text)).settings == compare.load(tmp_path / "there" / "tiny.yaml").settings
+    with pytest.raises(ConfigError, match=r"no such configuration file: .*elsewhere\.yaml"):
+        compare.load(written(tmp_path, text.replace("there/tiny", "there/elsewhere")))
+    written(tmp_path / "there", "settings: tiny.yaml\n")
+    with pytest.raises(ConfigError, match=r"there/tiny\.yaml: settings must be a mapping, got 'tiny.yaml'"):
+        compare.load(written(tmp_path, text))
 
 
 # --- the figures --------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`acpo compare`: arms x paired seeds from one warm start."""
+"""`acpo compare`: arms x paired seeds from shared warm starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from . import json_option, print_json, print_table, verb
 
 def add(verbs) -> None:
     parser = verb(
-        verbs, "compare", "run arms x paired seeds from one warm start; the same command continues what was broken off",
+        verbs, "compare", "run arms x paired seeds from shared warm starts; the same command continues what was broken off",
         "acpo compare configs/compare/t2.yaml --jobs 2 --arms acpo,grpo",
     )  # fmt: skip
     parser.add_argument("config", metavar="CONFIG", help="a YAML file such as configs/compare/t2.yaml")
