@@ -28,14 +28,14 @@ class Attributors(Panel):
         self.extra_tokens = 0  # of the forward passes that a source made itself in the last call
 
     def __call__(
-        self, batch: Batch, outcome: Tensor, prior: Tensor, keep: Tensor | None, answers: list[list[int]], temperature: float
+        self, batch: Batch, outcome: Tensor, prior: Tensor, keep: Tensor | None, answers: list[list[int]]
     ) -> tuple[Attribution | None, dict[str, float]]:
         """prior [B] is the curriculum's probability of success; keep [N] leaves out tokens that spell the answer; answers[b] are the right answer's
-        tokens (empty without the source `probe`, which alone asks for them), temperature the rollouts'. Also the figures of each source."""
+        tokens (empty without the source `probe`, which alone asks for them). Also the figures of each source."""
         figures: dict[str, float] = {}
         self.extra_tokens = 0
         attribution, metrics = self.attribute(
-            lambda name, base: self._evidence(name, batch, outcome, base, keep, answers, temperature, figures), outcome, prior, batch.segments,
+            lambda name, base: self._evidence(name, batch, outcome, base, keep, answers, figures), outcome, prior, batch.segments,
             batch.sequence["finished"],
         )  # fmt: skip
         return attribution, {**metrics, **figures}
@@ -48,7 +48,6 @@ class Attributors(Panel):
         base: Tensor,
         keep: Tensor | None,
         answers: list[list[int]],
-        temperature: float,
         metrics: dict[str, float],
     ) -> Evidence:
         settings, acts, segments = self.config.attribution, self.acts(name, outcome), batch.segments
@@ -60,7 +59,7 @@ class Attributors(Panel):
         if name == "head":
             return self._head(batch, outcome, base, acts)
         if name == "probe":
-            return self._probe(batch, acts, answers, temperature)
+            return self._probe(batch, acts, answers)
         prefixes = prefixes_of(batch.token["ids"], segments, settings.keys, self.tokens)
         metrics["attribution/shared"] = sharing(prefixes, segments, self.group_size)
         by_state, before = settings.keys == "numbers", settings.drawn_to == "before"
@@ -77,7 +76,7 @@ class Attributors(Panel):
         self.head.learn(features[use.cpu()], outcome[sequence[use]])
         return Evidence(evidence, None, acts)
 
-    def _probe(self, batch: Batch, acts: Tensor, answers: list[list[int]], temperature: float) -> Evidence:
+    def _probe(self, batch: Batch, acts: Tensor, answers: list[list[int]]) -> Evidence:
         """Candidates are the right answer and the other answers of the group; a boundary that is not probed takes the value of the one before."""
         size, segments = self.group_size, batch.segments
         suffix = self.tokenizer(suffix_of(self.config), add_special_tokens=False)["input_ids"]
@@ -101,7 +100,7 @@ class Attributors(Panel):
             packed = [job[3] for job in part]
             ids = [targets(job[3], suffix, job[2]) for job in part]
             self.extra_tokens += sum(len(p.ids) for p in packed)
-            found = self.policy.branch_logp(packed, ids, temperature)
+            found = self.policy.branch_logp(packed, ids, batch.temperature)
             for (b, boundaries, candidates, _), logp in zip(part, found, strict=True):
                 probed = posterior_evidence(logp.view(-1, len(candidates)))
                 last = torch.tensor([sum(k <= s for k in boundaries) - 1 for s in range(offsets[b + 1] - offsets[b])])

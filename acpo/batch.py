@@ -18,7 +18,7 @@ class Batch:
     """B rollouts, packed. Rollouts of one problem stand side by side: rollout b belongs to group b // group_size.
 
     prompts holds the token ids in front of each response; token, segment and sequence hold named tensors of length N, S and B; lengths
-    are the response lengths on the host.
+    are the response lengths on the host. temperature is that of the distribution that sampled them, and so of every log-prob, entropy and ratio here.
     """
 
     prompts: list[list[int]]
@@ -27,16 +27,17 @@ class Batch:
     token: dict[str, Tensor] = field(default_factory=dict)
     segment: dict[str, Tensor] = field(default_factory=dict)
     sequence: dict[str, Tensor] = field(default_factory=dict)
+    temperature: float = 1.0
 
     @classmethod
-    def from_responses(cls, prompts: list[list[int]], responses: list[Tensor], **token: list[Tensor]) -> Batch:
+    def from_responses(cls, prompts: list[list[int]], responses: list[Tensor], temperature: float = 1.0, **token: list[Tensor]) -> Batch:
         """Packed from one tensor of ids (and of each further token value) a rollout; each rollout is one segment for now."""
         lengths = [len(r) for r in responses]
         device = responses[0].device
         offsets = torch.tensor([0, *itertools.accumulate(lengths)], device=device)
         segments = Segments(offsets, torch.arange(len(lengths) + 1, device=device), num_tokens=sum(lengths))
         values = {"ids": torch.cat(responses), **{name: torch.cat(v) for name, v in token.items()}}
-        return cls(prompts, lengths, segments, values)
+        return cls(prompts, lengths, segments, values, temperature=temperature)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -81,6 +82,7 @@ class Batch:
             {name: value[tokens] for name, value in self.token.items()},
             {name: value[segments] for name, value in self.segment.items()},
             {name: value[index] for name, value in self.sequence.items()},
+            self.temperature,
         )
 
     def micro_batches(self, rows: list[int], budget: int, packed: bool = False) -> Iterator[list[int]]:

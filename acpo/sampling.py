@@ -27,12 +27,11 @@ class Group(NamedTuple):
         return len(np.unique(self.rewards[~np.isnan(self.rewards)])) > 1
 
 
-def assembled(groups: list[Group], device: torch.device) -> tuple[np.ndarray, Batch, Tensor]:
+def assembled(groups: list[Group], temperature: float, device: torch.device) -> tuple[np.ndarray, Batch, Tensor]:
     """(problem of each group, batch of B rollouts, outcome [B] in float32 with NaN for what was left out)."""
     samples = [sample for group in groups for sample in group.samples]
-    batch = Batch.from_responses(
-        [group.prompt for group in groups for _ in group.samples], [s.ids for s in samples], rollout_logp=[s.logp for s in samples]
-    )
+    prompts = [group.prompt for group in groups for _ in group.samples]
+    batch = Batch.from_responses(prompts, [s.ids for s in samples], temperature, rollout_logp=[s.logp for s in samples])
     outcome = torch.tensor(np.concatenate([group.rewards for group in groups]), dtype=torch.float32, device=device)
     batch.sequence["finished"] = torch.tensor([s.finished for s in samples], device=device)
     batch.sequence["left_out"] = outcome.isnan()

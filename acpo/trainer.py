@@ -143,7 +143,7 @@ class Trainer:
 
     @property
     def temperature(self) -> float:
-        """Of the step under way: of its rollouts, and of the log-probs, entropies and ratios that they are trained by."""
+        """Of the next rollouts; their batch keeps it, for all that its rollouts are scored, attributed and trained by."""
         settings = self.config.rollout
         return settings.temperature * self.entropy.exploration(settings.exploration, self.stages)
 
@@ -170,7 +170,7 @@ class Trainer:
         target = self.entropy.target(self.step_number / self.config.trainer.steps, self.stages.stage)
         metrics = {
             **step_metrics(batch, outcome, attribution, advantages, weights, self.config.rollout.group_size, self.filler),
-            **self.source_metrics, "entropy/target": target, "entropy/weight": self.entropy.weight, "rollout/temperature": self.temperature,
+            **self.source_metrics, "entropy/target": target, "entropy/weight": self.entropy.weight, "rollout/temperature": batch.temperature,
             "stage": self.stages.stage,
         }  # fmt: skip
         if self.run.keeps_rollouts:
@@ -223,7 +223,7 @@ class Trainer:
             if len(kept) == wanted:
                 break
         kept += spare[-(wanted - len(kept)) :] if len(kept) < wanted else []
-        return assembled(kept, self.policy.device)
+        return assembled(kept, self.temperature, self.policy.device)
 
     def _generate(self, prompts: list[list[int]], round_: int):
         """Rollouts of this round of this step: their seeds follow from the run's, the step and their place, so that a resumed run repeats them."""
@@ -246,7 +246,7 @@ class Trainer:
         """old_logp and entropy of every token; on the rollouts that the attribution looks at the hindsight stream as well: one more forward, on
         those rows alone, whose pass over the head gives their old_logp and entropy too. On the CPU these are `score`'s to the bit, so that which
         rows are looked at changes neither; the CUDA kernels cut the head into other tiles and agree to the rounding of float32."""
-        temperature, size = self.temperature, self.config.rollout.group_size
+        size = self.config.rollout.group_size
         rows = batch.sequence["hindsight"] = self.attributors.looks("hindsight", outcome)
         extra = 0
         looked_at, own = set(rows.nonzero().flatten().tolist()), self.ranks.share(range(len(batch)))
@@ -257,7 +257,7 @@ class Trainer:
             plain = dict(zip(part, hidden.split([batch.lengths[b] for b in part]), strict=True))
             chosen, others = [b for b in part if b in looked_at], [b for b in part if b not in looked_at]
             if others:
-                logp, entropy = self.policy.score(torch.cat([plain[b] for b in others]), torch.cat(batch.responses(others)), temperature)
+                logp, entropy = self.policy.score(torch.cat([plain[b] for b in others]), torch.cat(batch.responses(others)), batch.temperature)
                 batch.put(others, old_logp=logp, entropy=entropy)
             if chosen:
                 hinted_prompts = {group: self.prompts.hinted(self.train_problems[indices[group]]) for group in {b // size for b in chosen}}
@@ -265,7 +265,8 @@ class Trainer:
                 with self.clock("hindsight"):  # the one extra forward
                     hinted = self.policy.hidden(prompts, batch.responses(chosen))
                 with self.clock("information"):
-                    both = self.policy.hindsight(torch.cat([plain[b] for b in chosen]), hinted, torch.cat(batch.responses(chosen)), temperature)
+                    ids = torch.cat(batch.responses(chosen))
+                    both = self.policy.hindsight(torch.cat([plain[b] for b in chosen]), hinted, ids, batch.temperature)
                 batch.put(chosen, old_logp=both.logp, entropy=both.entropy, log_ratio=both.log_ratio, kl=both.kl)
                 extra += sum(map(len, prompts)) + sum(batch.lengths[b] for b in chosen)
         self.counters["tokens/forward_extra"] += sum(self.ranks.gather(extra))
@@ -296,7 +297,7 @@ class Trainer:
         prior = torch.tensor(self.curriculum.prior(indices), device=outcome.device).repeat_interleave(size)
         probed = "probe" in self.attributors.by_name
         answers = [ids for i in indices for ids in [self.prompts.encode(self.train_problems[i].answer)] * size] if probed else []
-        attribution, self.source_metrics = self.attributors(batch, outcome, prior, keep, answers, self.temperature)
+        attribution, self.source_metrics = self.attributors(batch, outcome, prior, keep, answers)
         self.counters["tokens/forward_extra"] += self.attributors.extra_tokens
         batch.token.pop("hidden", None)
         if attribution is None or self.config.attribution.control == "none":
@@ -335,7 +336,7 @@ class Trainer:
         own = self.ranks.share(range(len(batch)))
         for part in batch.micro_batches(own, self.config.trainer.micro_batch_tokens, self.policy.packed):
             hidden = self.reference.hidden([batch.prompts[b] for b in part], batch.responses(part))
-            batch.put(part, ref_logp=self.reference.score(hidden, torch.cat(batch.responses(part)), self.temperature).logp)
+            batch.put(part, ref_logp=self.reference.score(hidden, torch.cat(batch.responses(part)), batch.temperature).logp)
         self.ranks.exchange(batch, own, "ref_logp")
         self.counters["tokens/forward_extra"] += batch.segments.num_tokens + sum(map(len, batch.prompts))
 
@@ -343,7 +344,7 @@ class Trainer:
         order = self.rng.permutation(len(batch))
         return update(
             batch, self.policy, self.optimizer, self.config, order=order, step=self.step_number, stage=self.stages.stage,
-            temperature=self.temperature, clock=self.clock, guard=self.guard, ranks=self.ranks,
+            clock=self.clock, guard=self.guard, ranks=self.ranks,
         )  # fmt: skip
 
     def _control(self, indices: np.ndarray, outcome: Tensor, entropy: float) -> None:

@@ -29,7 +29,6 @@ def update(
     order: np.ndarray,
     step: int,
     stage: int,
-    temperature: float,
     clock: Clock,
     guard: Guard,
     ranks: Ranks,
@@ -51,7 +50,7 @@ def update(
             continue
         optimizer.zero_grad(set_to_none=True)
         try:
-            sums = gradients(batch, rows, policy, config, clip, temperature, ranks)
+            sums = gradients(batch, rows, policy, config, clip, ranks)
             with clock("optimizer"):
                 norm = optimizer_step(policy, optimizer, config.optimizer.max_grad_norm)
         except NotFinite as error:
@@ -73,9 +72,7 @@ def update(
     return {**totals, "learning_rate": rate}
 
 
-def gradients(
-    batch: Batch, rows: list[int], policy: Policy, config: Config, clip: tuple[float, float], temperature: float, ranks: Ranks
-) -> dict[str, float]:
+def gradients(batch: Batch, rows: list[int], policy: Policy, config: Config, clip: tuple[float, float], ranks: Ranks) -> dict[str, float]:
     """Adds the gradient of one optimiser step, a micro-batch after the other, by every rank for its share. Returns loss, tokens and sums over tokens,
     of all ranks together. NotFinite for a loss, on every rank."""
     settings = config.loss
@@ -93,7 +90,7 @@ def gradients(
             denominator = float(config.rollout.max_new_tokens * len(rows))
         result = policy(
             part.prompts, part.responses(), part.token["old_logp"], part.token["advantages"], part.segments,
-            temperature=temperature, clip=clip, ratio=settings.ratio, denominator=denominator,
+            temperature=batch.temperature, clip=clip, ratio=settings.ratio, denominator=denominator,
             entropy_weight=part.token.get("entropy_weight"), ref_logp=part.token.get("ref_logp"),
             kl_weight=settings.kl_weight if "ref_logp" in part.token else 0.0,
             rollout_logp=part.token["rollout_logp"] if corrected else None, rollout_cap=settings.rollout_cap or 1.0,
@@ -104,7 +101,7 @@ def gradients(
             continue
         sums["loss"] += float(result.loss.detach())
         if "covariant" in part.token:
-            covariance_penalty(part, policy, config, temperature, denominator)
+            covariance_penalty(part, policy, config, denominator)
         names = ("tokens", "ratio/max", "ratio/min", *MEANS)
         share, largest, smallest, *means = torch.stack([result.metrics[name].double() for name in names]).tolist()  # one wait for the device
         sums["tokens"] += share
@@ -124,7 +121,7 @@ def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, most: float
     return norm
 
 
-def covariance_penalty(part: Batch, policy: Policy, config: Config, temperature: float, denominator: float | Tensor) -> None:
+def covariance_penalty(part: Batch, policy: Policy, config: Config, denominator: float | Tensor) -> None:
     """The gradient of KL-Cov: a KL to the policy that sampled, on the chosen tokens alone; another forward of the few rollouts that hold one."""
     sequence = part.segments.sequence_ids()
     rows = torch.unique(sequence[part.token["covariant"]]).tolist()
@@ -133,7 +130,7 @@ def covariance_penalty(part: Batch, policy: Policy, config: Config, temperature:
     few = part.select(rows)
     penalty = policy(
         few.prompts, few.responses(), few.token["old_logp"], torch.zeros_like(few.token["advantages"]), few.segments, mask=few.token["covariant"],
-        temperature=temperature, ref_logp=few.token["old_logp"], kl_weight=config.entropy.covariance_weight,
+        temperature=few.temperature, ref_logp=few.token["old_logp"], kl_weight=config.entropy.covariance_weight,
         denominator=denominator[rows] if isinstance(denominator, Tensor) else denominator,
     )  # fmt: skip
     penalty.loss.backward()

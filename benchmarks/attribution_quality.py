@@ -87,7 +87,7 @@ class Collector:
         original = trainer.attributors.by_name
         for name in SOURCES:  # each for itself: the pick would show the most reliable one alone
             trainer.attributors.by_name = {name: original[name]}
-            found[name], _ = trainer.attributors(batch, outcome, prior, keep, answers, trainer.temperature)
+            found[name], _ = trainer.attributors(batch, outcome, prior, keep, answers)
         trainer.attributors.by_name = original
         logp, entropy = segment_reduce(torch.stack([batch.token["old_logp"], batch.token["entropy"]]), segments, reduce="mean")
         texts = trainer.tokenizer.batch_decode(batch.responses(), skip_special_tokens=True)
@@ -134,7 +134,7 @@ def plant(trainer: Trainer, indices: np.ndarray, batch: Batch, outcome: torch.Te
             text, at = with_a_line_more(trace.text, problem.answer, kind, rng)
             responses[b] = torch.tensor([*trainer.prompts.encode(text), trainer.tokenizer.eos_token_id])
             kinds[b], outcome[b] = (kind, at), float(trace.answer == problem.answer)
-    new = Batch.from_responses(batch.prompts, responses, rollout_logp=[torch.zeros(len(r)) for r in responses])
+    new = Batch.from_responses(batch.prompts, responses, batch.temperature, rollout_logp=[torch.zeros(len(r)) for r in responses])
     new.sequence["finished"] = torch.ones(len(new), dtype=torch.bool)
     return new, outcome, kinds
 
@@ -251,7 +251,7 @@ def filler_share(trainer: Trainer, batches: int) -> dict[str, float]:
         original = trainer.attributors.by_name
         for name in SOURCES:
             trainer.attributors.by_name = {name: original[name]}
-            phi = trainer.attributors(batch, outcome, prior, None, answers, trainer.temperature)[0].phi.abs()
+            phi = trainer.attributors(batch, outcome, prior, None, answers)[0].phi.abs()
             sums[name][0].append(phi[alone & ordinary])
             sums[name][1].append(phi[~alone & ordinary])
         trainer.attributors.by_name = original

@@ -129,7 +129,7 @@ def gradient_error(one: Trainer, patch: pytest.MonkeyPatch) -> float:
 
 def exact_logp(one: Trainer, batch, patch: pytest.MonkeyPatch) -> torch.Tensor:
     with in_float64(one.policy, patch) as exact, torch.no_grad():
-        return exact.score(exact.hidden(batch.prompts, batch.responses()), batch.token["ids"], one.temperature).logp
+        return exact.score(exact.hidden(batch.prompts, batch.responses()), batch.token["ids"], batch.temperature).logp
 
 
 @contextlib.contextmanager

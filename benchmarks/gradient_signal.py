@@ -77,7 +77,7 @@ def gradient(trainer: Trainer, batch: Batch, advantages: Tensor) -> Tensor:
     batch.token["advantages"] = advantages.float()
     trainer.optimizer.zero_grad(set_to_none=True)
     loss = trainer.config.loss
-    gradients(batch, list(range(len(batch))), trainer.policy, trainer.config, (loss.clip_low, loss.clip_high), trainer.temperature, trainer.ranks)
+    gradients(batch, list(range(len(batch))), trainer.policy, trainer.config, (loss.clip_low, loss.clip_high), trainer.ranks)
     found = trainer.policy.trained().values()
     return torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten().cpu() for p in found]).double()
 

@@ -1,11 +1,11 @@
 """Does the method help? The table of comparisons that were run, and what it says about the bars that were fixed before.
 
-    python -m benchmarks.method [--summary] [benchmarks/results/method/*.json]
+    python -m benchmarks.method [--summary | --over ARM] [benchmarks/results/method/*.json]
 
 The files are the results.json of `acpo compare`, one a task. Every arm that was run is in the table. Areas are interquartile means over seeds of
 the mean held-out greedy accuracy over GRPO's budget; a difference is paired by seed, with its 95 % bootstrap interval where there are 8 seeds or
 more (none where there are fewer), and the seeds that it wins. Seconds are CPU seconds of the process: wall seconds of a shared machine would be
-the doing of others. --summary: one row a task.
+the doing of others. --summary: one row a task. --over ARM: one row an arm, the mean of its paired differences to that arm and their standard error.
 """
 
 from __future__ import annotations
@@ -112,6 +112,17 @@ def summary(found: list[dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
 
 
+def over(found: list[dict], other: str) -> str:
+    """One row an arm, one column a comparison: mean and standard error of the arm's area over that of the arm `other`, in equal tokens, paired."""
+    areas = [{arm: entry["area_tokens_by_seed"] for arm, entry in results["arms"].items()} for results in found]
+    body = []
+    for arm in dict.fromkeys(arm for of in areas for arm in of if arm != other):
+        pairs = [evidence.difference(of[arm], of[other]) if arm in of and other in of else None for of in areas]
+        body.append([arm, *(f"{d['mean']:+.3f} +- {d['standard_error']:.3f} ({d['wins']}/{d['seeds']})" if d else "" for d in pairs)])
+    head = [f"over {other}", *(results["name"] for results in found)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
+
+
 def verdict(met: bool) -> str:
     return "met" if met else "NOT met"
 
@@ -123,11 +134,18 @@ def cell(found: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, default=sorted(RESULTS.glob("*.json")))
-    parser.add_argument("--summary", action="store_true")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--summary", action="store_true")
+    kind.add_argument("--over", metavar="ARM", default="")
     options = parser.parse_args()
     found = [json.loads(path.read_text(encoding="utf-8")) for path in options.files]
     if options.summary:
         print(summary(found))
+        return
+    if options.over:
+        if not any(options.over in results["arms"] for results in found):
+            parser.error(f"--over names {options.over!r}, which is none of the arms {', '.join(found[0]['arms'] if found else ())}")
+        print(over(found, options.over))
         return
     for results in found:
         print(f"**{results['name']}** (code {', '.join(results['code'])})\n\n{markdown(results)}\n")

@@ -26,6 +26,7 @@ def batch() -> Batch:
     out.segments = Segments(torch.tensor([0, *ends]), torch.tensor([0, 2, 3, 6, 7]), terminal=terminal)
     out.segment["name"] = torch.arange(7)
     out.sequence["name"] = torch.arange(4)
+    out.temperature = 0.7
     return out
 
 
@@ -44,7 +45,7 @@ def test_select_keeps_every_value_with_its_rollout(batch, rows):
     assert [r.tolist() for r in chosen.responses()] == [batch.responses()[b].tolist() for b in rows]
     assert chosen.prompts == [batch.prompts[b] for b in rows] and chosen.lengths == [LENGTHS[b] for b in rows]
     assert chosen.token["logp"].tolist() == (-chosen.token["ids"].double()).tolist()
-    assert chosen.sequence["name"].tolist() == rows
+    assert chosen.sequence["name"].tolist() == rows and chosen.temperature == 0.7
     assert chosen.segments.terminal.tolist() == [b in (0, 2) for b in rows]
     first = [0, 2, 3, 6]
     assert chosen.segment["name"].tolist() == [first[b] + k for b in rows for k in range(len(CUTS[b]))]

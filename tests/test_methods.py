@@ -93,7 +93,7 @@ def test_the_covariance_penalty_draws_its_tokens_back(tmp_path, warmed):
 
     def gradient() -> dict[str, torch.Tensor]:
         trainer.optimizer.zero_grad(set_to_none=True)
-        covariance_penalty(batch, trainer.policy, trainer.config, trainer.temperature, float(len(chosen)))
+        covariance_penalty(batch, trainer.policy, trainer.config, float(len(chosen)))
         return {n: p.grad.clone() for n, p in trainer.policy.named_parameters() if p.grad is not None}
 
     def penalty() -> float:

@@ -65,7 +65,7 @@ def test_the_probe_in_the_loop(tmp_path, warmed):
     assert attribution.rows.any() and trainer.counters["tokens/forward_extra"] == trainer.attributors.extra_tokens > 0
     problem = {tuple(trainer.prompts.prompt(p.prompt)): p for p in trainer.train_problems}
     answers = [trainer.prompts.encode(problem[tuple(p)].answer) for p in batch.prompts]
-    evidence = trainer.attributors._probe(batch, attribution.rows, answers, trainer.temperature)
+    evidence = trainer.attributors._probe(batch, attribution.rows, answers)
     b = int(attribution.rows.nonzero()[0])
     first, last = batch.segments.sequence_offsets[b], batch.segments.sequence_offsets[b + 1] - 1
     right, values = trainer.prompts.encode(problem[tuple(batch.prompts[b])].answer), []
