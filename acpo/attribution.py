@@ -265,8 +265,8 @@ class Attributor:
         """base [B] is the probability of success known before the steps; outcome [B] the verifier's R in [0, 1]."""
         self.batches += 1
         low = 0.5 / group_size
-        same, judged = zero_variance(outcome, group_size), outcome
-        outcome = outcome.nan_to_num()  # what the verifier left out is in no source's rows
+        same = zero_variance(outcome, group_size)
+        judged, outcome = outcome, outcome.nan_to_num()  # what the verifier left out is in no source's rows
         sequence = segments.segment_sequence_ids()
         terminal = segments.is_terminal()
         if evidence.unsigned:

@@ -2,7 +2,7 @@
 
 A comparison is a YAML file:
 
-    settings:             # of every run, as for `acpo train`, warm-up included; or the name of the comparison beside it whose settings they are
+    settings:             # of every run, as for `acpo train`, warm-up included; or another comparison, named from here, whose settings they are
       ...
     seeds: 0-15           # one run an arm and seed; the same seed draws the same problems for every arm
     warm_starts: 0-3      # seeds of the warm starts that the runs' seeds go round by turns (default: one, by the settings' own seed)

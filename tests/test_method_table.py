@@ -49,15 +49,15 @@ def test_the_summary_has_a_row_a_task_and_says_nothing_of_what_was_not_run():
 
 
 def test_an_arm_over_another_by_hand():
-    """Paired by seed, in the order of the arms; a comparison without one of the two has an empty cell."""
+    """The mean of all seeds, not of the middle ones; paired, in the order of the arms; a comparison without one of the two has an empty cell."""
 
     def ran(name, **areas):
-        return {"name": name, "arms": {arm: {"area_tokens_by_seed": dict(zip("123", of, strict=False))} for arm, of in areas.items()}}
+        return {"name": name, "arms": {arm: {"area_tokens_by_seed": dict(zip("1234", of, strict=False))} for arm, of in areas.items()}}
 
-    found = [ran("one", grpo=[0.1, 0.2, 0.3], kl=[0.2, 0.3, 0.4], ours=[0.4, 0.3]), ran("two", grpo=[0.5, 0.5], late=[0.7, 0.4])]
+    found = [ran("one", grpo=[0.1, 0.2, 0.3, 0.4], kl=[0.2, 0.3, 0.4, 0.9], ours=[0.4, 0.3]), ran("two", grpo=[0.5, 0.5], late=[0.7, 0.4])]
     lines = method.over(found, "grpo").splitlines()
     assert lines[0] == "| over grpo | one | two |"
-    assert lines[2:] == ["| kl | +0.100 +- 0.000 (3/3) |  |", "| ours | +0.200 +- 0.100 (2/2) |  |", "| late |  | +0.050 +- 0.150 (1/2) |"]
+    assert lines[2:] == ["| kl | +0.200 +- 0.100 (4/4) |  |", "| ours | +0.200 +- 0.100 (2/2) |  |", "| late |  | +0.050 +- 0.150 (1/2) |"]
 
 
 def test_few_seeds_decide_nothing_and_a_control_that_gains_is_seen():
