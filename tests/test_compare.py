@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -253,6 +254,15 @@ def test_comparisons_of_the_repository_load(path):
     chosen = compare.load(path)
     fixed = all(isinstance(chosen.rates.get(arm), float) for arm in chosen.arms)
     assert set(chosen.arms) <= set(ARMS) and bool(chosen.learning_rates) != fixed and not set(chosen.seeds) & set(chosen.tuning_seeds)
+
+
+def test_the_recipes_comparison_loads(tmp_path):
+    """The file that docs/recipes.md shows for problems of one's own, as it stands there."""
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    block = next(text for text in re.findall(r"^```\n(.*?)^```$", page, flags=re.M | re.S) if text.startswith("# compare.yaml"))
+    chosen = compare.load(written(tmp_path, block))
+    assert chosen.settings["policy.path"] == "Qwen2.5-0.5B" and chosen.arms["gentle"]["method"] == "acpo"
+    assert chosen.rates == {"acpo-everywhere": "acpo", "gentle": "acpo"} and len(chosen.learning_rates) == 3
 
 
 def test_settings_of_another_comparison(tmp_path):
