@@ -16,7 +16,7 @@ from .panel import Panel
 from .policy import Policy
 from .probe import Packed, chosen_boundaries, group_candidates, pack_branches, posterior_evidence, suffix_of, targets
 from .tree import prefixes_of, sharing
-from .verify.answers import extract_answer
+from .verify.answers import extract_answer, normalise
 
 
 class Attributors(Panel):
@@ -83,7 +83,11 @@ class Attributors(Panel):
         responses = on_host(batch.responses())
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
         given = [extract_answer(text, self.config.verify.extract) or "" for text in texts]
-        own = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in given]
+        own: list[list[int]] = []
+        for begin in range(0, len(batch), size):  # one answer in two spellings is one candidate, the right one as the problem spells it
+            spelled = {normalise(self.tokenizer.decode(answers[begin], skip_special_tokens=True)): answers[begin]}
+            for text in given[begin : begin + size]:
+                own.append(spelled.setdefault(normalise(text), self.tokenizer(text, add_special_tokens=False)["input_ids"]))
         ends, offsets = segments.token_offsets.tolist(), segments.sequence_offsets.tolist()
         evidence, rows = torch.zeros(segments.num_segments, dtype=torch.float64, device=acts.device), torch.zeros_like(acts)
         jobs: list[tuple[int, list[int], list[list[int]], Packed]] = []

@@ -296,7 +296,9 @@ class Comparer:
             raise RunError(f"the run {job.key} ended with code {code}: {''.join(last)} (all of it in {folder / 'log.txt'})")
 
     def one(self, key: str) -> None:
-        """One run, in this process: what `run` launches. A policy that blows up is a result too: the run ends there, with accuracy 0."""
+        """One run, in this process: what `run` launches. A policy that blows up is a result too: the run ends there, with accuracy 0. An engine that
+        fails is none: the run is outstanding as before."""
+        from .guard import Interrupted
         from .run import Run
         from .trainer import Trainer, TrainingError
 
@@ -309,7 +311,7 @@ class Comparer:
         try:
             trainer.train()
         except TrainingError as error:
-            if job in self.warm_starts:
+            if job in self.warm_starts or isinstance(error, Interrupted):
                 raise
             failure = str(error)
         if job in self.warm_starts:

@@ -96,7 +96,9 @@ def evaluate(
             pending.append(verifier.submit([problems[i] for i in chunk], texts))
             answers += [verifier.answer(text) for text in texts] if each > 1 else [None] * len(chunk)
             advance(len(chunk))
-        rewards = [math.nan if v.reward is None else v.reward for part in pending for v in part.result()]
+        verdicts = [v for part in pending for v in part.result()]
+        verifier.whole([problems[i] for i in asked], [v.status for v in verdicts])
+        rewards = [math.nan if v.reward is None else v.reward for v in verdicts]
         right = np.array([r if math.isnan(r) else float(r >= 1.0) for r in rewards]).reshape(-1, each)
         return right, [answers[i * each : (i + 1) * each] for i in range(len(problems))]
 

@@ -20,6 +20,10 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the last checkpoint stands."""
 
 
+class Interrupted(TrainingError):
+    """Nothing that the policy did: what the loop stands on is gone, a rollout engine or another process. The same command continues."""
+
+
 class NotFinite(ArithmeticError):
     """What was about to change the weights."""
 

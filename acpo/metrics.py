@@ -55,9 +55,10 @@ def step_metrics(
         out["attribution/rows"] = float(attribution.rows.float().mean())
         looked_at = max(1.0, float(attribution.rows.sum()))
         first = segments.sequence_offsets[:-1][attribution.rows & (segments.sequence_offsets.diff() > 0)]
+        iota = attribution.iota[attribution.rows[segments.segment_sequence_ids()]]  # a source measures more rollouts than its credit is for
         # Equal on average where V is calibrated: the outcome's uncertainty before the first step, and what the steps were credited with.
         out["attribution/budget"] = float(binary_entropy(attribution.previous[first].double()).sum()) / looked_at
-        out["attribution/iota_sum"] = float(attribution.iota.sum()) / looked_at
+        out["attribution/iota_sum"] = float(iota.sum()) / looked_at
         if "kl" in batch.token:
             out["attribution/not_finite"] = int((~torch.isfinite(batch.token["log_ratio"] + batch.token["kl"])).sum())
     if "confidence" in batch.sequence:

@@ -32,7 +32,7 @@ class Panel:
         if name not in self.by_name:
             return torch.zeros_like(outcome, dtype=torch.bool)
         same = zero_variance(outcome, self.group_size)
-        if self.form in ("none", "ratio") or self.scope == "all":
+        if self.form == "ratio" or self.scope == "all":
             acts = torch.ones_like(same)
         else:
             acts = same if self.scope == "zero_variance" or name == "hindsight" else ~same

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from acpo_kernels import Segments
 
 from .config import Config, ConfigError
-from .guard import TrainingError
+from .guard import Interrupted
 from .run import Run
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 WORD_AFTER = 15.0  # seconds behind a SIGTERM: torchrun kills 30 seconds behind its own
 
 
-class RankLost(TrainingError):
+class RankLost(Interrupted):
     """Another process of the job ended."""
 
 

@@ -49,14 +49,16 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
+def lasting(config: dict) -> dict:
+    """The settings, dotted, without MAY_CHANGE: those that the run's numbers follow from."""
+    return {key: value for key, value in flatten(config).items() if key not in MAY_CHANGE}
+
+
 def settings_changed(state: dict, config: Config) -> list[str]:
     """How the settings of a checkpoint differ from these, but for MAY_CHANGE."""
     if not isinstance(state.get("config"), dict):
         raise checkpoint.CheckpointError(f"the checkpoint's state holds no settings, got the keys {', '.join(list(state)[:8])}")
-    past, now = flatten(state["config"]), flatten(to_dict(config))
-    for key in MAY_CHANGE:
-        past[key] = now[key]
-    return differences(past, now)
+    return differences(lasting(state["config"]), lasting(to_dict(config)))
 
 
 def other_settings(directory: Path, changed: list[str]) -> ConfigError:

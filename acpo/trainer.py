@@ -29,12 +29,12 @@ from .attribution import Attribution, answer_copies
 from .attributors import Attributors
 from .batch import Batch, on_host
 from .clock import Clock, peak_memory
-from .config import Config
+from .config import Config, to_dict
 from .controls import control
 from .curriculum import Curriculum
 from .entropy import EntropyController, covariant_tokens
 from .evaluation import Evaluation, evaluate
-from .guard import STANDS, Guard, TrainingError
+from .guard import STANDS, Guard, Interrupted, TrainingError
 from .metrics import rollout_rows, step_metrics
 from .policy import Policy, build, eos_ids
 from .problems import Problem
@@ -103,7 +103,7 @@ class Trainer:
         except (RolloutError, RankLost) as error:
             self.run.finish()
             stands = checkpoint.newest(self.run.checkpoints)
-            raise TrainingError(f"{error}; checkpoint {stands or 'none'} stands: the same command continues from it") from None
+            raise Interrupted(f"{error}; checkpoint {stands or 'none'} stands: the same command continues from it") from None
         finally:
             self.close()
 
@@ -180,7 +180,7 @@ class Trainer:
                 self.config.rollout.group_size, self.tokenizer,
             )  # fmt: skip
             self.run.save_rollouts(self.step_number, rows)
-        self._control(indices, outcome, metrics["entropy"])
+        self._control(metrics["entropy"])
         while self.kept:
             self.kept.pop().remove()
         taken = sum(clock.seconds.values())
@@ -222,6 +222,7 @@ class Trainer:
                 (kept if group.mixed or rounds == 1 else spare).append(group)
             if len(kept) == wanted:
                 break
+        self.verifier.whole([self.train_problems[g.problem] for g in self.tried], [status for g in self.tried for status in g.statuses])
         kept += spare[-(wanted - len(kept)) :] if len(kept) < wanted else []
         return assembled(kept, self.temperature, self.policy.device)
 
@@ -230,7 +231,9 @@ class Trainer:
         settings = self.config.rollout
         seed = int(np.random.SeedSequence((self.config.seed, self.step_number, round_, *self.ranks.seed)).generate_state(1, np.uint64)[0] >> 1)
         if settings.engine != "local":
-            key = hashlib.sha256(json.dumps([seed, prompts, settings.max_new_tokens, self.temperature]).encode()).hexdigest()
+            # The settings as well: they say which policy it is that has no checkpoint yet.
+            made_by = [state.lasting(to_dict(self.config)), seed, prompts, settings.max_new_tokens, self.temperature]
+            key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
             name = "-".join(map(str, ("pending", self.step_number, round_, *self.ranks.seed)))
             self.kept.append(Kept(self.run.directory / "rollouts" / f"{name}.jsonl", key, self.policy.device))
         samples = self.engine.generate(
@@ -347,16 +350,16 @@ class Trainer:
             clock=self.clock, guard=self.guard, ranks=self.ranks,
         )  # fmt: skip
 
-    def _control(self, indices: np.ndarray, outcome: Tensor, entropy: float) -> None:
-        """What this step taught the controllers."""
+    def _control(self, entropy: float) -> None:
+        """What this step taught the controllers, from every rollout that was sampled: those that dynamic sampling kept are no measure of success."""
         for group in self.tried:
             known = group.rewards[~np.isnan(group.rewards)]
             if len(known):
                 self.curriculum.update(np.array([group.problem]), np.array([known.sum()]), len(known))
         self.entropy.update(entropy, self.step_number / self.config.trainer.steps, self.stages.stage)
-        success = outcome.nanmean()
+        success = float(torch.tensor(np.concatenate([group.rewards for group in self.tried]), dtype=torch.float32).nanmean())
         if success == success:
-            self.stages.update(self.step_number, float(success))
+            self.stages.update(self.step_number, success)
 
     # --- evaluation, the rest -----------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from acpo_kernels import Segments
 
 from .batch import on_host
 
-_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_NUMBER = re.compile(r"(?:(?<![\w)\]}])-)?\d+(?:\.\d+)?")  # a minus behind a number, a name or a bracket takes away
 
 
 @dataclass

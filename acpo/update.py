@@ -43,7 +43,7 @@ def update(
     clip = (settings.clip_low, config.stages.clip_high if stage == 2 else settings.clip_high)
     left_out = batch.sequence["left_out"].cpu().numpy()
     totals = {"loss": 0.0, "grad_norm": 0.0, **dict.fromkeys(MEANS, 0.0), "ratio/max": 1.0, "ratio/min": 1.0, "optimizer/left_out": 0}
-    count, first = 0.0, True
+    count, taken = 0.0, 0
     for minibatch in np.array_split(order, settings.minibatches):
         rows = minibatch[~left_out[minibatch]].tolist()
         if not rows:
@@ -58,17 +58,20 @@ def update(
             guard.leave_out(error, f"step {step}", policy, batch.select(rows).token, learning_rate=rate, rollouts=len(rows))
             continue
         guard.taken()
-        if first:  # the weights were still those that scored: how far this is from 1 is the loop's own error
-            totals["ratio/first_off"], first = max(sums["ratio/max"] - 1.0, 1.0 - sums["ratio/min"]), False
+        if not taken:  # the weights were still those that scored: how far this is from 1 is the loop's own error
+            totals["ratio/first_off"] = max(sums["ratio/max"] - 1.0, 1.0 - sums["ratio/min"])
+        taken += 1
         count += sums["tokens"]
         for name in MEANS:
             totals[name] += sums[name]
         for name, best in (("ratio/max", max), ("ratio/min", min)):
             totals[name] = best(totals[name], sums[name])
-        totals["loss"] += sums["loss"] / settings.minibatches
-        totals["grad_norm"] += norm / settings.minibatches
+        totals["loss"] += sums["loss"]
+        totals["grad_norm"] += norm
     for name in MEANS:
         totals[name] /= max(count, 1.0)
+    for name in ("loss", "grad_norm"):
+        totals[name] /= max(taken, 1)
     return {**totals, "learning_rate": rate}
 
 

@@ -23,7 +23,9 @@ from acpo import compare, evidence
 from acpo.cli import main
 from acpo.compare import Comparer
 from acpo.config import ConfigError
+from acpo.guard import Interrupted
 from acpo.methods import ARMS
+from acpo.rollout import RolloutError
 from acpo.run import Run
 from acpo.trainer import Trainer
 from acpo.warmup import warm_up
@@ -218,6 +220,28 @@ def test_a_run_that_breaks_down_is_a_result(tmp_path, monkeypatch):
     record = comparer.finished(comparer.job("grpo", 1e30, 0))
     assert "not finite" in record["failure"] or "is nan" in record["failure"]
     assert record["points"][-1]["accuracy"] == 0 and record["points"][-1]["step"] == 4 and evidence.mean_area(record) < 0.5
+
+
+def test_an_engine_that_fails_is_no_result(tmp_path, monkeypatch):
+    """What stopped was not the policy: the run keeps its checkpoints, is outstanding as before, and goes on to the numbers of a whole one."""
+    text = TINY.replace("seeds: 0-1", "seeds: 0")
+    comparer = Comparer(written(tmp_path, text), tmp_path / "out")
+    monkeypatch.setattr(Comparer, "_launch", lambda self, job, launch: self.one(job.key))
+    sampled, rollout = [], Trainer._rollout
+
+    def broken(self):
+        sampled.append(self.step_number)
+        if len(sampled) == 3:
+            raise RolloutError("the server is gone")
+        return rollout(self)
+
+    monkeypatch.setattr(Trainer, "_rollout", broken)
+    job = comparer.job("grpo", 3e-4, 0)
+    with pytest.raises(Interrupted, match="the server is gone; checkpoint step-2 stands: the same command continues from it"):
+        comparer.run(arms=["grpo"])
+    assert comparer.finished(job) is None and job.key in [j.key for j in comparer.outstanding(["grpo"])]
+    comparer.run(arms=["grpo"])
+    assert sampled == [1, 2, 3, 3, 4] and comparer.finished(job)["failure"] == ""
 
 
 def test_other_settings_are_refused(tmp_path, compared):

@@ -132,6 +132,12 @@ def test_missing_unreadable_and_empty_file(tmp_path):
         ("attribution.source=tree,tree", "attribution.source must be .*, each once"),
         ("attribution.source=tree,none", "attribution.source must be"),
         ("attribution.source=tree credit.form=ratio", "credit.form = 'ratio' needs attribution.source = 'hindsight', got 'tree'"),
+        (
+            "attribution.source=hindsight credit.form=ratio credit.mask=none attribution.reliability=0",
+            "attribution.reliability must be -1.0 with credit.form = 'ratio', got 0.0",
+        ),
+        ("attribution.control=shuffled credit.form=branch", "attribution.control must be 'none' with credit.form = 'branch', got 'shuffled'"),
+        ("attribution.source=hindsight credit.form=ratio", "credit.mask = 'unchanged' does nothing with credit.form = 'ratio': it must be 'none'"),
         ("attribution.source=none", "credit.form = 'additive' needs an attribution.source, got 'none'"),
         ("attribution.source=tree credit.scope=zero_variance", "credit.scope must be 'own' or 'all' with 'tree' in attribution.source"),
         ("rollout.prompts=1 rollout.group_size=2 loss.minibatches=3", "loss.minibatches must be at most the rollouts of a step, 2"),

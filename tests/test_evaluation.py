@@ -17,7 +17,7 @@ from acpo.config import ConfigError, VerifyConfig
 from acpo.evaluation import CHUNK, bootstrap, evaluate, majority_at_k, pass_at_k
 from acpo.problems import Problem
 from acpo.rollout import Sample
-from acpo.verify import Verifier
+from acpo.verify import Verifier, VerifyError
 
 FIXTURE = Path(__file__).parent / "fixtures" / "problems.jsonl"
 NAN = math.nan
@@ -112,6 +112,32 @@ def test_what_is_left_out_is_not_counted():
         verifier.close()
     assert found.values == pytest.approx({"eval/accuracy": 0.5, "eval/pass@1": (1.0 + 0.5) / 2, "eval/pass@2": 1.0, "eval/majority@2": 0.0})
     assert found.verify["verify/skipped"] == 4
+
+
+def test_one_problem_that_raises_ends_no_evaluation():
+    """Alone in the last chunk, or in all of its samples: it is left out. That all raise is judged over the whole."""
+    verifier, count = Verifier(VerifyConfig(workers=1), "verifiers:moody"), CHUNK + 1
+    greedy = {i: "raise" if i == CHUNK else "7" for i in range(count)}
+    try:
+        found, *_ = scripted(greedy, {}, 0, verifier)
+        assert found.values == {"eval/accuracy": 1.0} and found.verify["verify/errors"] == found.verify["verify/skipped"] == 1
+        with pytest.raises(VerifyError, match="raised for every rollout: RuntimeError: no reason"):
+            scripted(dict.fromkeys(range(count), "raise"), {}, 0, verifier)
+    finally:
+        verifier.close()
+
+
+def test_the_vote_is_on_what_is_judged():
+    """A callable judges the whole response: without a mark or a number the vote is on all of it."""
+    verifier = Verifier(VerifyConfig(workers=1), "verifiers:moody")
+    try:
+        assert [verifier.answer(text) for text in ("yes", " yes.", "so \\boxed{yes}", "it is 7.0")] == ["yes", "yes", "yes", "7"]
+        sampled = {0: ["yes", "no", "yes", "yes"], 1: ["no", "no", "yes", "no"]}
+        problems, engine = [Problem(str(i), "p", "yes") for i in sampled], Scripted({0: "yes", 1: "yes"}, sampled)
+        found = evaluate(engine, Bytes, problems, [[0], [1]], verifier, max_new_tokens=8, samples=4, generator=torch.Generator())
+        assert found.values == {"eval/accuracy": 1.0, "eval/pass@1": 0.5, "eval/pass@4": 1.0, "eval/majority@4": 0.5}
+    finally:
+        verifier.close()
 
 
 def test_rollouts_are_asked_for_in_chunks():

@@ -10,10 +10,12 @@ import re
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from views import HOSTILE, example, group, rollout, view
 
 from acpo.cli import main
+from acpo.inspect import data
 from acpo.inspect.data import InspectError, read_run
 from acpo.inspect.page import page
 from acpo.inspect.shown import visible
@@ -100,6 +102,20 @@ def test_a_run_that_the_trainer_wrote(finished_run):
             assert all(s.own == pytest.approx(s.credit - r.advantage) for s in r.steps)
     assert {s.rule for r in shown.rollouts for s in r.steps} <= {"line", "answer", "end", "length"}
     assert main(["inspect", str(finished_run), "--no-color"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "read"),
+    [
+        ({"problems": {"path": "x.jsonl"}}, "2"),
+        ({"problems": {"path": "reasoning_gym:leg_counting", "held_out": 8}}, None),
+        ({"problems": {"path": "x.jsonl"}, "verify": {"kind": "module:function"}}, None),
+    ],
+)
+def test_the_answer_that_was_read_is_shown_where_it_is_what_was_judged(tmp_path, settings, read):
+    """A task's own scorer and a callable judge something else: no number of the text stands there as what they read."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"policy": {"path": "model"}, "warmup": {"steps": 0}, **settings}))
+    assert data._reader(tmp_path)("Step 1 of 2: olleh") == read
 
 
 def test_step_and_problem(tmp_path):

@@ -105,7 +105,7 @@ def test_it_is_the_credit_of_our_own_loop(tmp_path, warmed, form):
         assert torch.equal(found.advantages[mask], own.token["advantages"]) and (found.advantages[~mask] == 0).all()
         assert torch.equal(found.entropy_weight[mask], own.token["entropy_weight"]) and found.stage == stage
         assert found.metrics["acpo/segments"] == own.segments.num_segments / len(own)
-        trainer._control(indices, outcome, float(own.token["entropy"].mean()))
+        trainer._control(float(own.token["entropy"].mean()))
         stages.append(stage)
     assert stages == [1, 1, 1, 1, 2, 2], "both stages were compared"
     assert mine.panel.state() == trainer.attributors.state() and mine.entropy.state() == trainer.entropy.state()

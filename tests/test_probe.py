@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loop import rolled_out, trainer_of
 
+from acpo import attributors
 from acpo.probe import MAX_BOUNDARIES, chosen_boundaries, group_candidates, pack_branches, posterior_evidence, targets
 
 
@@ -48,6 +49,19 @@ def test_candidates_are_the_right_answer_and_the_frequent_ones():
     answers = [[1], [2], [2], [3], [], [4], [5], [3], [3]]
     assert group_candidates([1], answers) == [[1], [3], [2], [4]]
     assert group_candidates([9, 9], [[9, 9]] * 4) == [[9, 9]], "nothing to tell apart"
+
+
+def test_one_answer_in_two_spellings_is_one_candidate(tmp_path, warmed, monkeypatch):
+    """The right one in the problem's spelling: a rival that means the same would make the right answer doubtful."""
+    trainer = trainer_of(tmp_path, "attribution.source=probe", "credit.scope=all", "credit.mask=none", "rollout.group_size=4", weights=warmed)
+    batch, _, attribution, _, _ = rolled_out(trainer)
+    given = iter(["2", " 2.", "3", "3.0"] * (len(batch) // 4))
+    monkeypatch.setattr(attributors, "extract_answer", lambda text, how: next(given))
+    seen = []
+    monkeypatch.setattr(attributors, "group_candidates", lambda right, own: seen.append((right, own)) or group_candidates(right, own))
+    right = trainer.prompts.encode("2")
+    trainer.attributors._probe(batch, torch.ones_like(attribution.rows), [right] * len(batch))
+    assert len(seen) == len(batch) and all(group_candidates(*one) == [right, trainer.prompts.encode("3")] for one in seen)
 
 
 def test_posterior_by_hand():

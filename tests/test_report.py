@@ -18,7 +18,7 @@ from loop import records
 from acpo import report
 from acpo.cli import main
 from acpo.report import figure, page, panels
-from acpo.report.records import interval
+from acpo.report.records import interval, summary
 
 ALL = [panel for _, section in panels.SECTIONS for panel in section]
 
@@ -111,6 +111,25 @@ def test_groups_are_settings(tmp_path):
     ]
     groups = report.load([*runs, runs[0]])  # given twice: once
     assert [(g.label, len(g.runs)) for g in groups] == [("acpo", 2), ("grpo", 1), ("acpo, credit.gain=0.9", 1)]
+
+
+def test_two_models_are_two_groups(tmp_path):
+    """Seeds with a policy of their own (warm starts) are one group; where a seed is there twice the policies are held apart, and named."""
+    starts = [write_run(tmp_path / f"s-{s}", [step(1, reward=0.1)], seed=s, policy={"path": f"warm-{s}"}) for s in range(2)]
+    models = [write_run(tmp_path / f"m-{n}", [step(1, reward=v)], seed=0, policy={"path": n}) for n, v in (("small", 0.2), ("large", 0.9))]
+    assert [len(g.runs) for g in report.load(starts)] == [2]
+    assert [(g.label, len(g.runs)) for g in report.load(models)] == [("acpo, policy.path=small", 1), ("acpo, policy.path=large", 1)]
+
+
+def test_held_out_figures_are_no_rollouts_figures(tmp_path):
+    """Without samples an evaluation has no pass@k: the table has none either, though the rollouts of that step have."""
+    found = {"pass@1": 0.9, "pass@8": 1.0}
+    run = write_run(tmp_path / "a-0", [step(0, "start", **{"eval/accuracy": 0.1}), step(1, **found, **{"eval/accuracy": 0.2})])
+    (group,) = report.load([run])
+    assert not [key for key in summary(group.runs[0]) if "pass@" in key]
+    (tmp_path / "a-0" / "metrics.jsonl").write_text(json.dumps(step(1, **found, **{"eval/accuracy": 0.2, "eval/pass@1": 0.3})) + "\n")
+    (group,) = report.load([run])
+    assert {k: v for k, v in summary(group.runs[0]).items() if "pass@" in k} == {"pass@1 before": 0.3, "pass@1 after": 0.3}
 
 
 def test_a_curve_of_many_steps_is_means_of_pieces(tmp_path):

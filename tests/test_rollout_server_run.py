@@ -63,6 +63,24 @@ def test_a_run_that_a_dead_server_stopped_goes_on_with_its_finished_rollouts(tmp
     assert not list((tmp_path / "broken" / "run" / "rollouts").glob("pending*"))
 
 
+def test_finished_rollouts_of_other_settings_are_not_taken(tmp_path, served):
+    """A run killed before its first checkpoint, begun anew with another rate: the policy may be another too."""
+    fake, overrides = served
+
+    def first_step(*more):
+        fake.calls.clear()
+        chosen = settings(tmp_path, *overrides, "warmup.steps=0", *more)
+        trainer = Trainer(chosen, Run(chosen))
+        trainer.step_number = 1
+        trainer._rollout()  # and no more: its file stays
+        trainer.close()
+        return len(fake.asked("/v1/completions"))
+
+    assert first_step() == 16 and first_step() == 0, "the same run asks for nothing again"
+    assert first_step("name=other", "verify.workers=3") == 0, "nor where only what it runs on has changed"
+    assert first_step("optimizer.learning_rate=1e-5") == 16
+
+
 def test_truncated_importance_sampling_is_on_for_a_server_alone(tmp_path, served, monkeypatch):
     _, overrides = served
     for name, more, corrected in (

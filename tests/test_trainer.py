@@ -14,6 +14,7 @@ from loop import MANY, TREE, parameters, records, rolled_out, steps, trainer_of,
 
 from acpo.batch import Batch
 from acpo.credit import answer_confidence
+from acpo.metrics import step_metrics
 from acpo.policy import Policy
 
 
@@ -94,14 +95,24 @@ def test_hindsight_acts_on_groups_without_variance_and_is_measured_on_the_others
         assert not touched.any()
         extra = sum(batch.lengths[b] + len(trainer.prompts.hinted(problem_of(trainer, batch, b))) for b in looks.nonzero().flatten().tolist())
         assert trainer.counters["tokens/forward_extra"] - before == extra
-    for own in (("attribution.reliability=1",), ("credit.form=ratio", "attribution.reliability=0")):
-        other = trainer_of(tmp_path / own[0], *common, *own, weights=warmed)
-        batch, outcome, attribution, _, _ = rolled_out(other)
-        assert torch.equal(batch.sequence["hindsight"], attribution.rows), "nothing to measure: nothing more to look at"
+    fixed = trainer_of(tmp_path / "fixed", *common, "attribution.reliability=1", weights=warmed)
+    batch, _, attribution, _, _ = rolled_out(fixed)
+    assert torch.equal(batch.sequence["hindsight"], attribution.rows), "nothing to measure: nothing more to look at"
     ungated = trainer_of(tmp_path / "ratio", *common, "credit.form=ratio", weights=warmed)
     source = ungated.attributors.by_name["hindsight"]
     source.batches, source.reliability.boundaries = 5, 1000
     assert rolled_out(ungated)[0].sequence["hindsight"].all(), "RLSD's form takes every token's ratio, whatever the gate"
+
+
+def test_budget_and_iota_are_of_the_same_rollouts(tmp_path, warmed):
+    """A source measures more rollouts than its credit is for: those count neither in the budget nor in what the steps were credited with."""
+    trainer = trainer_of(tmp_path, "attribution.source=hindsight", *MANY, weights=warmed)
+    batch, outcome, attribution, advantages, weights = rolled_out(trainer)
+    assert 0 < attribution.rows.sum() < batch.sequence["hindsight"].sum()
+    metrics = step_metrics(batch, outcome, attribution, advantages, weights, 8, None)
+    parts = attribution.iota.split(batch.segments.sequence_offsets.diff().tolist())
+    own = [float(part.sum()) for part, mine in zip(parts, attribution.rows.tolist(), strict=True) if mine]
+    assert metrics["attribution/iota_sum"] == pytest.approx(np.mean(own)) != pytest.approx(float(attribution.iota.sum()) / len(own))
 
 
 def test_which_rollouts_hindsight_looks_at_changes_no_score(tmp_path, warmed):
@@ -338,8 +349,19 @@ def test_the_curriculum_learns_from_every_group(tmp_path, warmed):
     expected = copy.deepcopy(trainer.curriculum)
     for i, wins in zip(indices, outcome.view(-1, 4).sum(1).tolist(), strict=True):
         expected.update(np.array([i]), np.array([wins]), 4)
-    trainer._control(indices, outcome, 1.0)
+    trainer._control(1.0)
     assert np.array_equal(trainer.curriculum.a, expected.a) and np.array_equal(trainer.curriculum.b, expected.b)
+
+
+def test_success_is_that_of_all_rollouts(tmp_path, warmed):
+    """Dynamic sampling keeps groups with both outcomes: their mean outcome is no measure of success, and what was thrown away counts."""
+    trainer = trainer_of(tmp_path, "curriculum.dynamic_sampling=true", "curriculum.max_rounds=4", "rollout.group_size=2", weights=warmed)
+    trainer.step_number += 1
+    _, _, outcome = trainer._rollout()
+    tried = np.concatenate([group.rewards for group in trainer.tried])
+    assert len(tried) > len(outcome) and float(outcome.mean()) != pytest.approx(tried.mean())
+    trainer._control(1.0)
+    assert trainer.stages.success == pytest.approx(tried.mean())
 
 
 def test_the_text_is_read_beside_the_scoring_forward(tmp_path, warmed, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from loop import parameters, records, settings, steps, trainer_of, without_times
 
-from acpo import checkpoint, config, state
+from acpo import checkpoint, config, state, update
 from acpo import trainer as module
 from acpo.config import ConfigError
 from acpo.policy import Policy
@@ -133,8 +133,25 @@ def test_a_loss_that_is_no_number_costs_its_optimiser_step_alone(tmp_path, warme
         before = parameters(trainer)
         metrics = steps(trainer, 1)[0]
         moved.append((any(not torch.equal(before[n], p) for n, p in trainer.policy.named_parameters()), metrics["optimizer/left_out"]))
+        assert (metrics["loss"] != 0) == (metrics["grad_norm"] > 0) == moved[-1][0]
     assert moved == [(False, 2), (True, 1), (True, 1)] and trainer.guard.left_out == 4
     assert all(int(s["step"]) == 2 for s in trainer.optimizer.state.values())
+
+
+def test_an_optimiser_step_that_is_left_out_counts_in_no_mean(tmp_path, warmed, monkeypatch):
+    """Of two minibatches one is left out: loss and gradient norm of the step are the other's, not halves of it."""
+    found, step_taken = [], update.optimizer_step
+    for name in ("whole", "broken"):
+        trainer = trainer_of(tmp_path / name, "loss.kl_weight=0", weights=warmed)
+        taken = []
+        monkeypatch.setattr(update, "optimizer_step", lambda *a, taken=taken: taken.append(step_taken(*a)) or taken[-1])
+        if name == "broken":
+            broken_losses(monkeypatch, 2)
+        found.append((steps(trainer, 1)[0], taken))
+        trainer.close()
+    (whole, both), (broken, first) = found
+    assert len(both) == 2 and whole["grad_norm"] == pytest.approx(sum(both) / 2)
+    assert first == both[:1] and broken["grad_norm"] == pytest.approx(both[0]) and broken["optimizer/left_out"] == 1
 
 
 def test_a_gradient_that_is_not_a_number_is_not_taken(tmp_path, warmed):

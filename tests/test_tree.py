@@ -115,6 +115,12 @@ def test_canonical_keys_forget_words_and_filler():
     assert found.path[1][0] != found.path[0][0], "the step's own number is a number"
 
 
+def test_a_sign_is_part_of_its_number_and_a_difference_has_none():
+    found = canonical_prefixes([["x = -3\n"], ["x = 3\n"], ["the sum is -3\n"], ["10-3\n"], ["10 - 3\n"], ["(4)-3\n"], ["4 3\n"], ["10 -3\n"]])
+    first = [path[0] for path in found.path]
+    assert first[0] == first[2] != first[1] and first[3] == first[4] != first[7] and first[5] == first[6]
+
+
 def test_numbers_are_read_across_tokens_from_their_bytes():
     """A number of two tokens is one, one cut by a boundary is two; a character split between steps, a control token and ids beyond the table are no
     numbers and no error."""

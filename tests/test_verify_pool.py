@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,9 +75,40 @@ def test_a_callable_and_what_it_may_give():
         assert bad == [RIGHT] + [Verdict(None, "error")] * 6
         counted = ask.verifier.metrics()
         assert counted["verify/errors"] == 6 and counted["verify/skipped"] == 7 and counted["verify/kills"] == 0
-        with pytest.raises(VerifyError, match=r"verify\.kind: 'verifiers:moody' raised for every rollout: RuntimeError: no reason"):
-            ask("raise", "raise")
         assert ask("print", "close") == [WRONG] * 2, "what it prints is not its reply"
+
+
+def test_a_callable_that_raises_for_all_ends_the_run_and_one_bad_problem_does_not():
+    """All of several problems: the callable's fault. All of one: the data's, unless it comes three times in a row."""
+    said = r"verify\.kind: 'verifiers:moody' raised for every rollout: RuntimeError: no reason"
+    with Asked() as ask:
+        for _ in range(2):
+            assert [*ask("raise", "raise"), *ask("raise")] == [Verdict(None, "error")] * 3
+            assert ask("raise", "yes") == [Verdict(None, "error"), RIGHT], "and the count begins anew"
+        ask("raise")
+        ask("raise")
+        with pytest.raises(VerifyError, match=said):
+            ask("raise")
+        ask("yes")
+        with pytest.raises(VerifyError, match=said):
+            ask.verifier([PROBLEM, replace(PROBLEM, id="y")], ["raise", "raise"])
+        ask.verifier.whole([], [])
+
+
+@pytest.mark.parametrize("row", [{"deep": [[]]}, {"lock": threading.Lock()}], ids=["nests too deep", "no data"])
+def test_a_problem_that_cannot_be_sent_is_an_error_of_its_own(row):
+    """No rollout waits for it for ever, and the worker goes on."""
+    if "deep" in row:
+        for _ in range(100_000):
+            row["deep"] = [row["deep"]]
+    with Asked() as ask:
+        begin = time.monotonic()
+        pending = ask.verifier.submit([replace(PROBLEM, data=row), PROBLEM], ["yes", "yes"])
+        assert [future.result(START)["status"] for future in pending.known] == ["error", "judged"] and time.monotonic() - begin < START
+        assert pending.result() == [Verdict(None, "error"), RIGHT] and "cannot be handed to a worker" in ask.verifier.said
+        assert ask.verifier.metrics()["verify/kills"] == 0
+        while row.get("deep"):  # taken apart level by level: freed at once it would overflow the stack as well
+            row["deep"] = row["deep"][0]
 
 
 def test_a_callable_that_forks_or_closes_what_is_not_its_own(capfd):

@@ -244,13 +244,15 @@ def _reader(run: Path):
     """From a rollout's text to the answer that the run's verifier read in it; a function that finds none without the run's configuration."""
     from .. import config
     from ..config import ConfigError
+    from ..verify import kind_of
     from ..verify.answers import extract_answer
 
     try:
-        settings = config.load(run / "config.yaml").verify
+        of_run = config.load(run / "config.yaml")
     except ConfigError:
         return lambda text: None
-    if settings.kind not in ("auto", "exact", "math"):
+    settings = of_run.verify
+    if kind_of(of_run) not in ("exact", "math"):
         return lambda text: None
 
     def read(text: str) -> str | None:

@@ -22,6 +22,8 @@ _T = (
 )  # fmt: skip
 LEAST_SEEDS = 3  # two seeds give an interval six times as wide as their distance: they are drawn themselves
 APART = ("seed", "run_dir", "name", "trainer.threads", "trainer.log", "policy.device", "warmup.steps", "policy.path")  # no other method
+# Where a run begins: one policy a seed, where seeds have warm starts of their own; several policies, where a seed is there twice.
+APART_BUT_START = tuple(key for key in APART if key not in ("warmup.steps", "policy.path"))
 
 
 class ReportError(ValueError):
@@ -106,24 +108,34 @@ def _settings(directory: Path) -> dict[str, Any]:
 def grouped(runs: list[Records]) -> list[Group]:
     """Runs whose settings are equal but for the seed, in the order of their first; named by the method and by what tells the groups apart and is not
     the method's default."""
-    groups: dict[Any, Group] = {}
-    for run in runs:
-        kept = {k: v for k, v in run.settings.items() if k not in APART}
-        key = json.dumps(kept, sort_keys=True, default=str) if run.settings else run.name.rpartition("-")[0] or run.name
-        groups.setdefault(key, Group("")).runs.append(run)
-    found = list(groups.values())
+    found = [part for group in _by_settings(runs, APART) for part in (_by_settings(group.runs, APART_BUT_START) if _twice(group.runs) else [group])]
     settings = [group.runs[0].settings for group in found]
     for group in found:
         own = group.runs[0].settings
         method = str(own.get("method") or group.runs[0].name)
         rivals = [s for s in settings if s is not own and s.get("method") == own.get("method")]
         default = flatten(to_dict(Config())) | METHODS.get(method, {})
-        differs = [k for k in own if k not in APART and own[k] != default.get(k) and any(s.get(k) != own[k] for s in rivals)]
+        differs = [k for k in own if k not in APART_BUT_START and own[k] != default.get(k) and any(s.get(k) != own[k] for s in rivals)]
         more = ", ".join(f"{k}={own[k]}" for k in differs[:2]) + (", ..." if len(differs) > 2 else "")
         group.label = f"{method}, {more}" if more else method
     for same in (g for g in found if sum(o.label == g.label for o in found) > 1):
         same.label = f"{same.label} ({same.runs[0].name})"
     return found
+
+
+def _by_settings(runs: list[Records], apart: tuple[str, ...]) -> list[Group]:
+    groups: dict[Any, Group] = {}
+    for run in runs:
+        kept = {k: v for k, v in run.settings.items() if k not in apart}
+        key = json.dumps(kept, sort_keys=True, default=str) if run.settings else run.name.rpartition("-")[0] or run.name
+        groups.setdefault(key, Group("")).runs.append(run)
+    return list(groups.values())
+
+
+def _twice(runs: list[Records]) -> bool:
+    """Whether two of the runs have the same seed."""
+    seeds = [run.settings.get("seed") for run in runs if run.settings]
+    return len(set(seeds)) < len(seeds)
 
 
 def interval(values: list[float]) -> tuple[float, float] | None:
@@ -155,7 +167,7 @@ def summary(run: Records) -> dict[str, float | str]:
         first, last = evaluations[0], evaluations[-1]
         out |= {"before": first["eval/accuracy"], "after": last["eval/accuracy"], "area": area(run.steps)}
         for when, record in (("before", first), ("after", last)):
-            out |= {f"{k.removeprefix('eval/')} {when}": v for k, v in record.items() if "pass@" in k}
+            out |= {f"{k.removeprefix('eval/')} {when}": v for k, v in record.items() if k.startswith("eval/pass@")}
     if run.points("entropy"):
         values = [v for _, v in run.points("entropy")]
         out["least entropy / first"] = min(values) / values[0] if values[0] else math.nan

@@ -15,7 +15,7 @@ from . import Sample
 
 
 class Kept(MutableMapping[int, Sample]):
-    """Rollouts by their place. key names what they are rollouts of (seed, prompts, limits): a file of another key is begun anew.
+    """Rollouts by their place. key names what they are rollouts of (settings, seed, prompts, limits): a file of another key is begun anew.
 
     One JSON line a rollout; a last line that a kill cut off is left out.
     """

@@ -10,7 +10,7 @@ Kinds (`verify.kind`): exact match after a normal form, in this process; math-ve
     timeout       verify.on_timeout       the deadline was over and the worker was killed
     crash         verify.on_timeout       the worker's memory did not suffice, or two workers died of it
     gold          left out                the problem's own answer cannot be read
-    error         left out                the user's callable raised; where it does for all rollouts of a call, the run ends with its words
+    error         left out                the user's callable raised; where it does for all of a step or an evaluation, the run ends with its words
     skipped       left out                the user's callable gave None
 
 What is left out (reward None) takes no part in its group's baseline nor in the loss. All of them are counted in the metrics.
@@ -28,6 +28,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..config import Config, ConfigError, VerifyConfig
+from ..limits import VERIFIERS
 from ..problems import Problem
 from .answers import extract_answer, last_boxed, last_boxes, last_number, marked_answer, normalise, same, well_formed
 from .pool import Pool, VerifyError
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["Pending", "Verdict", "Verifier", "VerifyError", "kind_of", "rewards"]
 
 TAIL = 8192  # characters at the end of a rollout without a marked answer that math-verify looks through
+LIMIT = 3  # steps of one problem each whose rollouts all raised: one such problem is the data's fault, three in a row are the callable's
 STATUSES = ("judged", "malformed", "unparseable", "timeout", "crash", "gold", "error", "skipped")
 COUNTED = {"timeout": "timeouts", "crash": "crashes", "unparseable": "unparseable", "malformed": "malformed", "gold": "gold", "error": "errors"}
 
@@ -54,17 +56,15 @@ class Pending:
         self.verifier, self.known, self.begin = verifier, known, time.perf_counter()
 
     def result(self) -> list[Verdict]:
-        verdicts, said = [], ""
+        verdicts = []
         for one in self.known:
             if isinstance(one, Future):
                 reply = one.result()
                 status = {"memory": "crash", "died": "crash"}.get(reply["status"], reply["status"])
-                said = reply.get("why", said)
+                self.verifier.said = reply.get("why", self.verifier.said)
                 one = Verdict(self.verifier.worth(status, reply.get("reward")), status)
             verdicts.append(one)
         self.verifier.count(verdicts, time.perf_counter() - self.begin)
-        if verdicts and all(v.status == "error" for v in verdicts):
-            raise VerifyError(f"verify.kind: {self.verifier.kind!r} raised for every rollout: {said}")
         return verdicts
 
 
@@ -75,12 +75,13 @@ class Verifier:
         self.config, self.kind, self.pool = config, kind, None
         self.counts: Counter[str] = Counter()
         self.seconds, self.kills_told = 0.0, 0
+        self.said, self.raised = "", 0  # the last words of a callable that raised; steps in a row in which it did nothing else
         if kind == "exact":
             return
         for name, module, extra in (("math", "math_verify", "math"), ("reasoning_gym", "reasoning_gym", "reasoning-gym")):
             if kind == name and importlib.util.find_spec(module) is None:
                 raise ConfigError(f"verify.kind = {kind!r} needs {module.replace('_', '-')}: pip install -e '.[{extra}]'")
-        own = kind not in ("math", "reasoning_gym")
+        own = kind not in VERIFIERS
         setup = {"kind": kind, "memory_gb": config.memory_gb, "network": config.network, "talks": own}
         try:
             self.pool = Pool(setup, config.workers or min(8, os.cpu_count() or 1), config.timeout)
@@ -88,7 +89,19 @@ class Verifier:
             raise ConfigError(str(error)) from None
 
     def __call__(self, problems: list[Problem], responses: list[str]) -> list[Verdict]:
-        return self.submit(problems, responses).result()
+        verdicts = self.submit(problems, responses).result()
+        self.whole(problems, [v.status for v in verdicts])
+        return verdicts
+
+    def whole(self, problems: list[Problem], statuses: list[str]) -> None:
+        """Told of all rollouts of a step or an evaluation. A VerifyError where the callable raised for every one of several problems, or of one
+        problem LIMIT times in a row: there is nothing to train on."""
+        if not statuses or any(status != "error" for status in statuses):
+            self.raised = 0
+            return
+        self.raised += 1
+        if self.raised == LIMIT or len({(p.id, p.prompt) for p in problems}) > 1:
+            raise VerifyError(f"verify.kind: {self.kind!r} raised for every rollout: {self.said}")
 
     def submit(self, problems: list[Problem], responses: list[str]) -> Pending:
         """Hands the rollouts over and comes back at once; what needs no worker is judged here. Equal questions are asked once."""
@@ -108,14 +121,13 @@ class Verifier:
         """The verdict, or the job that a worker has to do for it."""
         if not well_formed(response, self.config.format):
             return Verdict(0.0, "malformed")
-        if self.kind not in ("exact", "math", "reasoning_gym"):
+        if self.kind not in VERIFIERS:
             return response, problem
         text = self._behind(response)
         if text is None:
             return Verdict(0.0, "unparseable")
         if self.kind == "reasoning_gym":
-            given = marked_answer(text, self.config.extract) or text.strip()
-            return problem.data["task"], problem.data["options"], problem.data["entry"], given
+            return problem.data["task"], problem.data["options"], problem.data["entry"], self._given(text)
         answer = self._answer(text)
         if answer is not None and (self.kind == "exact" or same(answer, problem.answer)):
             return Verdict(float(same(answer, problem.answer)), "judged")
@@ -138,10 +150,19 @@ class Verifier:
         return last_number(text) if how == "number" else marked_answer(text, how)
 
     def answer(self, response: str) -> str | None:
-        """The answer of a rollout in its normal form, for a vote."""
+        """The answer of a rollout in its normal form, for a vote: the one that is judged. A callable of the user's judges the whole response: there
+        it is what `verify.extract` finds, or all of it."""
         text = self._behind(response)
-        found = None if text is None else extract_answer(text, self.config.extract)
+        if text is None:
+            return None
+        found = self._given(text) if self.kind == "reasoning_gym" else extract_answer(text, self.config.extract)
+        if found is None and self.kind not in VERIFIERS:
+            found = text
         return None if found is None else normalise(found)
+
+    def _given(self, text: str) -> str:
+        """What a reasoning-gym task's scorer is given."""
+        return marked_answer(text, self.config.extract) or text.strip()
 
     def worth(self, status: str, reward: float | None) -> float | None:
         """The reward of a status (table above)."""

@@ -55,18 +55,17 @@ class Worker:
                 stdin=subprocess.DEVNULL, stdout=quiet if quiet else 2, stderr=quiet,
             )  # fmt: skip
         self.reader, self.writer = await asyncio.open_connection(sock=ours)
-        self.news = await self._within(self._exchange({**self.setup, "parent": os.getpid()}), START_SECONDS) or {}
+        self.news = await self._within(self._exchange(pickle.dumps({**self.setup, "parent": os.getpid()})), START_SECONDS) or {}
         if "ready" not in self.news:
             await self.kill()
             raise VerifyError(self.news.get("why") or f"a worker did not start within {START_SECONDS:.0f} s")
 
-    async def ask(self, job: tuple, seconds: float) -> dict[str, Any] | None:
+    async def ask(self, job: bytes, seconds: float) -> dict[str, Any] | None:
         """The worker's reply within so many seconds; {} where it is dead, None where the time is over."""
         return await self._within(self._exchange(job), seconds)
 
-    async def _exchange(self, message: Any) -> dict[str, Any]:
+    async def _exchange(self, data: bytes) -> dict[str, Any]:
         try:
-            data = pickle.dumps(message)
             self.writer.write(len(data).to_bytes(8, "little") + data)
             await self.writer.drain()
             found = json.loads(await self.reader.readline())  # never unpickled: what comes back was made from a model's text
@@ -168,10 +167,17 @@ class Pool:
             except asyncio.CancelledError:
                 future.set_exception(VerifyError("the verifier is closed"))
                 raise
-            except VerifyError as error:
+            except Exception as error:  # whoever waits is told, and the next job is served
                 future.set_exception(error)
 
     async def _judge(self, worker: Worker, job: tuple) -> dict[str, Any]:
+        try:
+            data = pickle.dumps(job)
+        except Exception as failure:  # a row of data that nests too deep, or holds what is no data
+            return {
+                "status": "error",
+                "why": f"the problem cannot be handed to a worker: {type(failure).__name__}: {' '.join(str(failure).split())[:300]}",
+            }
         left = self.seconds
         for _ in range(2):
             if worker.process is None:
@@ -179,7 +185,7 @@ class Pool:
                 if error is not None:
                     raise error
             begin = time.monotonic()
-            reply = await worker.ask(job, left)
+            reply = await worker.ask(data, left)
             if reply and reply.get("status") != "memory":
                 return reply
             self.kills += 1  # dead, late, or out of memory, and then nobody knows what it has forgotten

@@ -9,7 +9,7 @@ if [ ! -e "$folder/ready" ]; then
     touch "$folder/ready"
 fi
 # TRL without the vLLM that it would pin, and what of its requirements vLLM does not bring.
-pip install -q --no-deps -c tests/external/trl/constraints.txt trl accelerate datasets peft multiprocess xxhash pandas
+pip install -q --no-deps -c tests/external/trl/constraints.txt trl accelerate datasets peft multiprocess xxhash pandas pyarrow
 pip install -q --no-deps --no-build-isolation -e .
 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 python -m pytest -q -s -p no:cacheprovider --noconftest tests/external/vllm/check_engines.py \
     tests/external/vllm/check_trl.py
