@@ -22,6 +22,7 @@ from acpo import evidence
 RESULTS = Path(__file__).parent / "results" / "method"
 LEAST = {"t2": 0.05, "multiplication": 0.02, "no_attribution": -0.02}  # area over the best baseline, in equal tokens
 ENTROPY = 1.5  # times GRPO's at the end of stage 1
+NEAR = "grpo-kl"  # the method's loop without credit: what credit adds is over this one, whichever baseline is best
 
 
 LEFT_OUT = ("area, seconds", "reliability", "zero-variance groups")  # of the README's table; they stand in the files and the page
@@ -52,14 +53,19 @@ def bars(results: dict, default: str = "acpo") -> list[str]:
             continue
         met = found["iqm"] >= least and (found["low"] > 0 if least > 0 else True)
         lines.append(f"{verdict(met)}: {words}{' and its interval above 0' if least > 0 else ''}: {cell(found)}")
-    compared = [("against", results["against"])] + ([("best_baseline", best)] if best != results["against"] else [])
+    others = list(dict.fromkeys((results["against"], best, *((NEAR,) if NEAR in results["arms"] else ()))))
+    if best != NEAR:
+        for axis in ("tokens", "seconds"):
+            found = paired(results, default, NEAR, axis)
+            if found:
+                lines.append(f"beside it: over {NEAR} in equal {axis}: {cell(found)}")
     # Inside a rollout alone the control keeps what attribution says of whole rollouts and groups; the other keeps nothing.
     for name, words in (("shuffled", "the shuffled control"), ("everywhere", "the control shuffled over rollouts and groups as well")):
-        for key, other in compared:
-            found = results["arms"].get(f"{default}-{name}", {}).get(f"{key}_tokens")
-            if not found or found["low"] is None:
+        for other in others:
+            found = paired(results, f"{default}-{name}", other, "tokens")
+            if not found:
                 continue
-            if key == "against":
+            if other == results["against"]:
                 lines.append(f"{verdict(found['low'] <= 0)}: {words} does not gain over {other}: {cell(found)}")
             else:  # what credit in the wrong places adds to a loop that is held near its start
                 lines.append(f"beside it: over {other}: {cell(found)}")
@@ -75,6 +81,17 @@ def bars(results: dict, default: str = "acpo") -> list[str]:
     if before and "pass@8 after" in ours:
         lines.append(f"{verdict(ours['pass@8 after'] >= before)}: pass@8 not below the warm start's: {ours['pass@8 after']:.3f} after {before:.3f}")
     return lines
+
+
+def paired(results: dict, arm: str, other: str, axis: str) -> dict | None:
+    """The paired difference of two arms' areas; None where one was not run, or on too few seeds for an interval."""
+    known = {"against": results["against"], "best_baseline": results["best_baseline"]}
+    entry = results["arms"].get(arm, {})
+    found = next((entry[f"{key}_{axis}"] for key, name in known.items() if name == other and f"{key}_{axis}" in entry), None)
+    if found is None:
+        areas = [results["arms"].get(name, {}).get(f"area_{axis}_by_seed", {}) for name in (arm, other)]
+        found = evidence.difference(*areas)
+    return found if found and found["low"] is not None else None
 
 
 def entropy_behind_the_switch(results: dict, arm: str) -> float | None:

@@ -90,3 +90,14 @@ def test_entropy_behind_the_switch_is_that_of_the_first_interval_in_stage_2():
     assert "beside it: entropy at the start of stage 2, at the configured temperature: 0.75 times" in method.bars(found)
     found["arms"]["acpo"]["stage2_from"] = 41
     assert method.entropy_behind_the_switch(found, "acpo") is None, "no evaluation behind it"
+
+
+def test_what_credit_adds_is_over_the_loop_without_it():
+    """GRPO with the KL stands beside the bars where another baseline is the best, from the areas by seed; in seconds where both have them."""
+    found = results("t2", 0.01, 0.06) | {"best_baseline": "dapo-kl"}
+    for arm, gain in (("grpo-kl", 0.0), ("acpo", 0.1), ("acpo-shuffled", -0.2)):
+        areas = {str(s): 0.5 + gain + 0.001 * s for s in range(8)}
+        found["arms"].setdefault(arm, {**found["arms"]["grpo"]}).update(area_tokens_by_seed=areas)
+    lines = method.bars(found)
+    assert "beside it: over grpo-kl in equal tokens: +0.100 [+0.100, +0.100], 8 of 8 seeds" in lines
+    assert "beside it: over grpo-kl: -0.200 [-0.200, -0.200], 0 of 8 seeds" in lines and not [x for x in lines if "grpo-kl in equal seconds" in x]
