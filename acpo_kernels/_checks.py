@@ -96,7 +96,9 @@ def implementation(value: str | None) -> None:
 
 
 def ids_in_range(ids: Tensor, active: Tensor, vocab_size: int) -> None:
-    """On the host, every active id lies in [0, V): one pass, one error that names the first that does not."""
+    """On the host, every active id lies in [0, V): one pass, one error that names the first that does not. On a GPU nothing is read back."""
+    if ids.device.type != "cpu":
+        return
     bad = active & ((ids < 0) | (ids >= vocab_size))
     if bool(bad.any()):
         at = tuple(bad.nonzero()[0].tolist())
@@ -116,6 +118,8 @@ def head(
 ) -> None:
     """The arguments of an operation on hidden states: hidden[N,H], weight[V,H], ids[N], bias[V], temperature, softcap, mask[N]."""
     tensor("hidden", hidden, FLOAT, ndim=2)
+    if hidden.shape[1] == 0:
+        raise ValueError(f"hidden must be [N,H] with H >= 1, got {tuple(hidden.shape)}")
     tensor("weight", weight, FLOAT, ndim=2, device=hidden.device)
     if weight.shape[1] != hidden.shape[1]:
         raise ValueError(f"weight must be [V,H] with hidden's H = {hidden.shape[1]}, got {tuple(weight.shape)}")
@@ -138,10 +142,10 @@ def _ids_mask_temperature(ids, shape, device, temperature_, mask) -> None:
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Under autocast the operands of a matrix product, tensors or None behind the first, take its dtype (differentiably); outside they are left as
-    they are."""
+    """Under autocast the operands of a matrix product take its dtype (differentiably); outside they are left as they are, and what autocast casts
+    nowhere always is: no tensor, float64, integers."""
     kind = tensors[0].device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(None if t is None else t.to(dtype) for t in tensors)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in FLOAT[:3] else t for t in tensors)

@@ -50,6 +50,25 @@ def define(
     return _lean(getattr(getattr(torch.ops, NAMESPACE), name).default, plain_cpu)
 
 
+def once_differentiable(backward: Callable, through: Callable) -> Callable:
+    """The backward of an operation that has no second derivative: backward(ctx, *grads) gives a gradient an argument; through(ctx) a tensor that
+    they depend on.
+
+    Under create_graph every gradient hangs on that tensor by an operation without a derivative, so that whoever differentiates it is told. torch's
+    own decorator of this name looks at the incoming gradient alone: that of a loss is a constant, and second derivatives would be 0 without a word.
+    """
+
+    def run(ctx, *grads):
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        seen = through(ctx)
+        return tuple(g if g is None or seen is None else _first_derivative(g, seen) for g in found)
+
+    return run
+
+
 # Who may be watching a call, beside autograd: modes, transforms, a trace, a profiler. Names that PyTorch keeps private; where one is
 # missing, every call goes through the dispatcher.
 _WATCHERS = [
@@ -62,6 +81,12 @@ _WATCHERS = [
 ]
 _LEAN = _cpu.available and all(hasattr(module, name) for module, name in _WATCHERS)
 _PLAIN = (Tensor, torch.nn.Parameter)  # no other subclass: it may mean something else by its elements
+_transform = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
+
+
+def transformed() -> bool:
+    """Whether the call is inside of vmap, grad, jvp or functionalize: there a tensor does not say whether a gradient is asked for."""
+    return forward_ad._current_level >= 0 or _transform() is not None
 
 
 def _lean(operation: Callable, cpu: Callable) -> Callable:
@@ -77,7 +102,7 @@ def _lean(operation: Callable, cpu: Callable) -> Callable:
     compiling, grad_enabled, below_autograd = torch.compiler.is_compiling, torch.is_grad_enabled, torch._C._AutoDispatchBelowAutograd
 
     def run(*args):
-        if compiling() or forward_ad._current_level >= 0:
+        if compiling() or transformed():
             return operation(*args)
         answer = plain_call(args, grad_enabled(), watchers, _PLAIN, strided)
         if answer == 2:
@@ -92,7 +117,7 @@ def _lean(operation: Callable, cpu: Callable) -> Callable:
 
 def _below_autograd(operation: Callable) -> Callable:
     def run(*args):
-        if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        if torch.compiler.is_compiling() or transformed():
             return operation(*args)
         if torch.is_grad_enabled():
             for x in args:
@@ -131,3 +156,11 @@ def _without_autocast(function: Callable, device: str) -> Callable:
 def number_or_tensor(value: float | Tensor | None) -> tuple[float | None, Tensor | None]:
     """A schema holds either as two arguments: the number, or the tensor."""
     return (None, value) if isinstance(value, Tensor) else (value, None)
+
+
+_first_derivative = define(
+    "first_derivative(Tensor gradient, Tensor through) -> Tensor",
+    cpu=lambda gradient, through: gradient.clone(),
+    cuda=lambda gradient, through: gradient.clone(),
+    fake=lambda gradient, through: torch.empty_like(gradient),
+)

@@ -90,7 +90,9 @@ def _decode(tokens: list[str], decoder: list[dict], pre_tokenizer: list[dict]) -
     if "BPEDecoder" in kinds:
         suffix = kinds["BPEDecoder"]["suffix"]
         return [(t.removesuffix(suffix) + " " if suffix and t.endswith(suffix) else t).encode() for t in tokens]
-    replaced = [(p["pattern"]["String"], p["content"]) for p in decoder if p["type"] == "Replace" and "String" in p["pattern"]]
+    if patterns := [p["pattern"]["Regex"] for p in decoder if p["type"] == "Replace" and "Regex" in p["pattern"]]:
+        raise ValueError(f"{NO_ACCESS}, got a decoder that replaces by the pattern {patterns[0]!r}")
+    replaced = [(p["pattern"]["String"], p["content"]) for p in decoder if p["type"] == "Replace"]
     if "Metaspace" in kinds:
         replaced.append((kinds["Metaspace"].get("replacement", WORD_MARK), " "))
     for old, new in replaced:

@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from . import reference
 
-# Below this share of the log-prob's gradient the entropy's is raised to it: 1e-9, far inside float32, and never a division by 0.
-LEAST = 2.0**-30
+# Below this share of the log-prob's gradient the entropy's is raised to it: far inside the working dtype, and never a division by 0.
+LEAST = {torch.float32: 2.0**-30, torch.float64: 2.0**-56}
 
 
 class VocabularyParallel(torch.autograd.Function):
@@ -63,7 +63,7 @@ class VocabularyParallel(torch.autograd.Function):
         hidden, weight, bias, local, temperatures, mask, here, entropy, maximum, logsumexp = ctx.saved_tensors
         by_logp, by_entropy = (torch.zeros_like(entropy) if g is None else g for g in (by_logp, by_entropy))
         # Away from its target a row's gradient is -p (by_logp + by_entropy (log p + H)) = -p by_entropy (log p + H'), H' = H + by_logp / by_entropy.
-        least = LEAST * by_logp
+        least = LEAST[by_logp.dtype] * by_logp
         away = torch.where(by_entropy.abs() > least.abs(), by_entropy, least)
         shifted = entropy + torch.where(away == 0, 0.0, by_logp / away)
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[2]]

@@ -46,6 +46,7 @@ def hindsight_information(
     check.rows(logits, ids, temperature, mask)
     check.tensor("hindsight_logits", hindsight_logits, (logits.dtype,), shape=tuple(logits.shape), shape_name="that of logits", device=logits.device)
     if impl == "reference":
+        check.ids_in_range(ids, reference.active_rows(ids, mask), logits.shape[-1])
         return reference.hindsight_information(logits, hindsight_logits, ids, temperature=temperature, mask=mask)
     return HindsightInformation(*_op(logits, hindsight_logits, ids, *number_or_tensor(temperature), mask))
 

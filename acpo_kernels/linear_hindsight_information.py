@@ -47,6 +47,7 @@ def linear_hindsight_information(
     check.tensor("hindsight_hidden", hindsight_hidden, (hidden.dtype,))
     check.head(hidden, weight, ids, bias, temperature, softcap, mask)
     if impl == "reference":
+        check.ids_in_range(ids, reference.active_rows(ids, mask), weight.shape[0])
         return reference.linear_hindsight_information(
             hidden, hindsight_hidden, weight, ids, bias=bias, temperature=temperature, softcap=softcap, mask=mask
         )

@@ -58,6 +58,7 @@ def linear_logprob_entropy(
 
         return LogprobEntropy(*VocabularyParallel.apply(hidden, weight, bias, ids, *number_or_tensor(temperature), softcap, mask, group))
     if impl == "reference":
+        check.ids_in_range(ids, reference.active_rows(ids, mask), weight.shape[0])
         return reference.linear_logprob_entropy(hidden, weight, ids, bias=bias, temperature=temperature, softcap=softcap, mask=mask)
     return LogprobEntropy(*_op(hidden, weight, ids, bias, *number_or_tensor(temperature), softcap, mask)[:2])
 

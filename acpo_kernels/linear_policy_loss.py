@@ -6,11 +6,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _checks as check
 from . import _cpu, _linear_loss, _torch, reference
-from ._library import define, number_or_tensor
+from ._library import define, number_or_tensor, once_differentiable, transformed
 from ._results import LinearPolicyLoss
 from .policy_loss import check_arguments
 from .segments import Segments, check_segments
@@ -79,13 +78,14 @@ def linear_policy_loss(
     if kl_weight > 0 and ref_logp is None:
         raise ValueError("ref_logp must be given with kl_weight > 0, got None")
     if impl == "reference":
+        check.ids_in_range(ids, reference.active_rows(ids, mask), weight.shape[0])
         return reference.linear_policy_loss(
             hidden, weight, ids, old_logp, advantages, segments, bias=bias, temperature=temperature, softcap=softcap, mask=mask, clip=clip,
             ratio=ratio, entropy_weight=entropy_weight, ref_logp=ref_logp, kl_weight=kl_weight, rollout_logp=rollout_logp,
             rollout_cap=rollout_cap, denominator=denominator,
         )  # fmt: skip
-    grad = torch.is_grad_enabled()
-    needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    grad, unknown = torch.is_grad_enabled(), not torch.compiler.is_compiling() and transformed()
+    needs = [grad and x is not None and (unknown or x.requires_grad) for x in (hidden, weight, bias)]
     loss, metrics, logp, entropy, *_ = _op(
         hidden, weight, ids, bias, *number_or_tensor(temperature), softcap, old_logp, advantages, segments.token_offsets,
         segments.sequence_offsets, mask, low, high, ratio, *number_or_tensor(entropy_weight), ref_logp, kl_weight, rollout_logp, rollout_cap,
@@ -133,16 +133,15 @@ def _setup_context(ctx, inputs, output):
     again = output[4].dtype != reference.working_dtype(inputs[0].dtype)  # held rounded
     tensors = [x for x in inputs if isinstance(x, Tensor)] if again else []
     ctx.rest = [None if isinstance(x, Tensor) else (x,) for x in inputs] if again else None
-    ctx.save_for_backward(*output[4:], *tensors)
+    ctx.save_for_backward(*output[4:], inputs[1], inputs[3], *tensors)
 
 
-@once_differentiable
 def _backward(ctx, grad_loss, *_):
     grads = [None] * len(ctx.needs_input_grad)
     if grad_loss is not None:
         *held, bias = ctx.saved_tensors[:3]
         if ctx.rest is not None and not _is_one(grad_loss):
-            tensors = iter(ctx.saved_tensors[3:])
+            tensors = iter(ctx.saved_tensors[5:])
             inputs = [next(tensors) if value is None else value[0] for value in ctx.rest]
             *held, bias = _scaled_op(grad_loss, *held, bias, *inputs)
             grad_loss = torch.ones_like(grad_loss)
@@ -150,6 +149,13 @@ def _backward(ctx, grad_loss, *_):
             if need:
                 grads[at] = _scaled(grad, grad_loss, dtype)
     return tuple(grads)
+
+
+def _through(ctx) -> Tensor:
+    """weight or bias; a frozen head's loss depends on the hidden states alone, which are not held: then on a leaf of nobody's, which raises as well
+    where gradients of all leaves are asked for."""
+    held = [x for x in ctx.saved_tensors[3:5] if x is not None and x.requires_grad]
+    return held[0] if held else ctx.saved_tensors[0].new_empty(0, dtype=torch.float32).requires_grad_()
 
 
 def _is_one(grad_loss: Tensor) -> bool:
@@ -199,7 +205,7 @@ _op = define(
     cuda=_forward_cuda,
     fake=_fake,
     setup_context=_setup_context,
-    backward=_backward,
+    backward=once_differentiable(_backward, _through),
 )
 _scaled_op = define(
     f"linear_policy_loss_scaled(Tensor by, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, {_INPUTS}) -> (Tensor, Tensor, Tensor)",

@@ -49,8 +49,8 @@ def logprob_entropy(
     Errors
         TypeError for what is not a tensor or a number; ValueError for another dtype, shape or device, for V = 0, for a
         temperature that is not positive and finite, and on CPU for an active id outside [0, V). On CUDA nothing is read back:
-        such a row is NaN. With inplace_backward, ValueError for logits that are a leaf (its grad would be the logits themselves), whose
-        rows overlap, or whose layout would be copied; RuntimeError for a second backward or a backward with create_graph.
+        such a row is NaN. With inplace_backward, ValueError for logits that are a leaf or a view of one (its grad would be the logits
+        themselves), whose rows overlap, or whose layout would be copied; RuntimeError for a second backward or a backward with create_graph.
     Source
         logp = -softplus(logsumexp_{j != ids} z_j - z_ids) and its gradient (1 - p by expm1) are the log-sum-exp of
         Blanchard, Higham, Higham (2021), "Accurately computing the log-sum-exp and softmax functions", eq. 3.5; dentropy/dz_j
@@ -63,8 +63,7 @@ def logprob_entropy(
     if inplace_backward:
         _check_inplace(logits)
     if impl == "reference":
-        if ids.device.type == "cpu":
-            check.ids_in_range(ids, reference.active_rows(ids, mask), logits.shape[-1])
+        check.ids_in_range(ids, reference.active_rows(ids, mask), logits.shape[-1])
         return reference.logprob_entropy(logits, ids, temperature=temperature, mask=mask)
     number, tensor = (1.0, temperature.detach()) if isinstance(temperature, Tensor) else (float(temperature), None)
     logp, entropy, _, _ = _forward_op(logits, ids, number, tensor, mask, inplace_backward)
@@ -77,8 +76,12 @@ def _check_inplace(logits: Tensor) -> None:
             "inplace_backward needs logits whose rows do not overlap, at up to two leading strides and a contiguous last dimension, got shape"
             f" {tuple(logits.shape)} with strides {logits.stride()}"
         )
-    if torch.is_grad_enabled() and logits.requires_grad and logits.is_leaf:
-        raise ValueError("inplace_backward needs logits that an operation computed, got a leaf: its grad would be the logits themselves")
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and logits.requires_grad):
+        return  # a compiled graph leaves the logits alone
+    base = logits._base if logits._is_view() else logits
+    if base is not None and base.is_leaf and base.requires_grad:
+        what = "a leaf" if base is logits else "a view of a leaf"
+        raise ValueError(f"inplace_backward needs logits that an operation computed, got {what}: its grad would be the logits themselves")
 
 
 # The four results of the operation are logp, entropy, and for its backward the maximum of the logits (before the temperature)

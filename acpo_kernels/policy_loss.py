@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _checks as check
 from . import _cpu, _torch, reference
-from ._library import define, number_or_tensor, triton
+from ._library import define, number_or_tensor, once_differentiable, triton
 from ._results import PolicyLoss
 from .segments import Segments, check_segments
 
@@ -118,18 +117,21 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.dtypes = inputs[0].dtype, None if inputs[9] is None else inputs[9].dtype
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[2], output[3])
+    ctx.save_for_backward(output[2], output[3], inputs[0], inputs[9])
 
 
-@once_differentiable
 def _backward(ctx, grad_loss, *_):
     grads = [None] * 18
     if grad_loss is not None:
-        grad_logp, grad_entropy = ctx.saved_tensors
+        grad_logp, grad_entropy, *_ = ctx.saved_tensors
         of_logp, of_entropy = ctx.dtypes
         grads[0] = (grad_logp * grad_loss).to(of_logp)
         grads[9] = None if of_entropy is None else (grad_entropy * grad_loss).to(of_entropy)
     return tuple(grads)
+
+
+def _through(ctx) -> Tensor | None:
+    return next((x for x in ctx.saved_tensors[2:] if x is not None and x.requires_grad), None)
 
 
 _op = define(
@@ -140,5 +142,5 @@ _op = define(
     cuda=triton("policy_loss"),
     fake=_fake,
     setup_context=_setup_context,
-    backward=_backward,
+    backward=once_differentiable(_backward, _through),
 )

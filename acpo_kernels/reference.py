@@ -131,14 +131,18 @@ def segment_reduce(values: Tensor, segments: Segments, *, reduce: str = "sum", l
     index = segments.segment_ids() if level == "segment" else segments.sequence_ids()
     size = segments.num_segments if level == "segment" else segments.num_sequences
     channels = (values if values.ndim == 2 else values.unsqueeze(0)).to(working_dtype(values.dtype))
-    neutral = -math.inf if reduce == "max" else 0.0
-    if mask is not None:
-        channels = torch.where(mask, channels, neutral)
-    out = channels.new_full((channels.shape[0], size), neutral)
     if reduce == "max":
-        out = out.scatter_reduce(1, index.expand_as(channels), channels, "amax")
-    else:
-        out = out.index_add(1, index, channels)
+        if mask is not None:
+            channels, index = channels[:, mask], index[mask]
+        # Not begun at -inf, which would share the gradient of a maximum of -inf.
+        out = channels.new_full((channels.shape[0], size), math.nan).scatter_reduce(
+            1, index.expand_as(channels), channels, "amax", include_self=False
+        )
+        some = torch.zeros(size, dtype=torch.bool, device=out.device).index_fill(0, index, True)
+        return torch.where(some, out, -math.inf).reshape(*values.shape[:-1], size)
+    if mask is not None:
+        channels = torch.where(mask, channels, 0.0)
+    out = channels.new_zeros(channels.shape[0], size).index_add(1, index, channels)
     if reduce == "mean":
         ones = torch.ones(segments.num_tokens, dtype=out.dtype, device=out.device) if mask is None else mask.to(out.dtype)
         out = out / out.new_zeros(size).index_add(0, index, ones).clamp(min=1.0)

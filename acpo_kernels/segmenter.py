@@ -140,7 +140,7 @@ class Segmenter:
             weights[name] = float(value)
         self.tokens, self.vocab_size, self.threads = tokens, vocab_size, threads
         self.min_tokens, self.max_tokens, self.max_segments, self.target_tokens = min_tokens, max_tokens, max_segments, target_tokens
-        lengths = torch.tensor([len(t) for t in tokens], dtype=torch.int64)
+        lengths = torch.tensor([len(t) for t in tokens], dtype=torch.int64, device="cpu")
         self._native = _extension().Segmenter(
             b"".join(tokens), lengths.data_ptr(), len(tokens), vocab_size, _patterns(markers, aloud),
             [0.0, *(weights[rule] for rule in _RULES[1:8])], weights["entropy"], min_tokens, max_tokens, max_segments, target_tokens,
@@ -178,8 +178,8 @@ class Segmenter:
         (-1: nowhere), on the device of ids. Needs no entropy, so it can run beside the forward that gives it; handed to
         `segmenter(..., scores=reading)` the text is not read again. A sequence's reading depends on that sequence alone."""
         host, offsets = self._packed(ids, cu_seqlens)
-        scores = torch.empty(host.shape[0], dtype=torch.float32)
-        answer_start = torch.empty(offsets.shape[0] - 1, dtype=torch.int64)
+        scores = torch.empty(host.shape[0], dtype=torch.float32, device="cpu")
+        answer_start = torch.empty(offsets.shape[0] - 1, dtype=torch.int64, device="cpu")
         self._native.read(*_batch(host, offsets), self._threads(), scores.data_ptr(), answer_start.data_ptr())
         return Reading(scores.to(ids.device), answer_start.to(ids.device))
 
@@ -248,9 +248,9 @@ class Segmenter:
             *_batch(host, offsets), *address, entropy_threshold, 0 if answer_start is None else answer_start.data_ptr(), detected,
             explain, self._threads(),
         )  # fmt: skip
-        token_offsets = torch.zeros(cuts.num_segments + 1, dtype=torch.int64)
-        sequence_offsets = torch.zeros(sequences + 1, dtype=torch.int64)
-        terminal = torch.zeros(sequences, dtype=torch.bool)
+        token_offsets = torch.zeros(cuts.num_segments + 1, dtype=torch.int64, device="cpu")
+        sequence_offsets = torch.zeros(sequences + 1, dtype=torch.int64, device="cpu")
+        terminal = torch.zeros(sequences, dtype=torch.bool, device="cpu")
         cuts.write(offsets.data_ptr(), token_offsets.data_ptr(), sequence_offsets.data_ptr(), terminal.data_ptr())
         segments = Segments(token_offsets, sequence_offsets, terminal=terminal, num_tokens=host.shape[0])
         return segments.to(ids.device), [_RULES[r] for r in cuts.rules()]

@@ -193,8 +193,9 @@ Cut Segmenter::cut_one(const PackedIds& batch, int64_t b, const Evidence& eviden
 int64_t Segmenter::answer(const Marks& marks, int64_t count, const uint8_t* rules) const {
   const int64_t earliest = count - limits_.max_tokens;
   if (marks.thinking) return -1;
-  if (marks.boxed >= 0 && marks.boxed >= earliest) return marks.boxed;
-  if (marks.stated >= 0 && marks.stated >= earliest) return marks.stated;
+  // A sentence that ends in the last token begins its successor behind it, even where that token also states the answer: then it is the answer.
+  if (marks.boxed >= 0 && marks.boxed >= earliest) return std::min(marks.boxed, count - 1);
+  if (marks.stated >= 0 && marks.stated >= earliest) return std::min(marks.stated, count - 1);
   if (marks.after_think < 0 || marks.after_think >= count) return -1;
   if (marks.after_think >= earliest) return marks.after_think;
   const RuleScores& scores = score_rules(marks);
@@ -210,7 +211,7 @@ int64_t Segmenter::answer(const Marks& marks, int64_t count, const uint8_t* rule
 void Segmenter::forks(const float* entropy, int64_t count, int64_t reasoning, const double* threshold, Scratch& s) const {
   double level = 0;
   if (threshold) {
-    level = *threshold;
+    level = static_cast<float>(*threshold);  // as the entropies are: one that equals it forks
   } else {
     // The quantile with linear interpolation. Floats that are not negative are ordered as their bits are.
     std::vector<int32_t>& bits = s.partition.from;

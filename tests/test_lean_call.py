@@ -200,6 +200,26 @@ def test_not_taken_in_a_transform(taken):
     assert torch.equal(mapped, torch.stack([ops.segment_reduce(x, segments) for x in rows]))
 
 
+@pytest.mark.parametrize("operation", ["segment_reduce", "policy_loss", "logprob_entropy", "linear_logprob_entropy", "linear_policy_loss"])
+@pytest.mark.parametrize("lean", [True, False])
+def test_a_gradient_reaches_through_vmap(operation, lean, monkeypatch):
+    """A tensor of torch.vmap's does not say that a gradient is asked for: the rows' gradient is what it is without vmap, of the head's weight too."""
+    if not lean:
+        op = _library._below_autograd(getattr(torch.ops.acpo_kernels, operation).default)
+        monkeypatch.setattr(importlib.import_module(f"acpo_kernels.{operation}"), operator(operation), op)
+    (first, *rest), keywords = arguments(operation)
+    rows, others = torch.stack([first, 2 * first]).requires_grad_(), [x for x in rest if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    weight = others[0].requires_grad_() if operation == "linear_policy_loss" else None
+
+    def value(row):
+        return tensors(getattr(ops, operation)(row, *rest, **keywords))[0].sum()
+
+    leaves = [rows] if weight is None else [rows, weight]
+    wanted = torch.autograd.grad(sum(value(row) for row in rows), leaves)
+    found = torch.autograd.grad(torch.vmap(value)(rows).sum(), leaves)
+    assert wanted[0].any() and all(torch.allclose(x, y, rtol=1e-5, atol=1e-6) for x, y in zip(found, wanted, strict=True))
+
+
 def test_a_tensor_that_is_not_what_lies_in_its_memory(taken):
     calls = taken("segment_reduce")
     segments = segments_of([[2, 1]])

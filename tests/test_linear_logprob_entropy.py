@@ -227,6 +227,7 @@ def test_compiles_in_one_graph():
 BAD = [
     ({"hidden": torch.ones(3)}, "hidden must have 2 dimensions"),
     ({"hidden": torch.ones(3, 4, dtype=torch.int64)}, "hidden must have dtype float32"),
+    ({"hidden": torch.ones(3, 0), "weight": torch.ones(5, 0)}, r"hidden must be \[N,H\] with H >= 1, got \(3, 0\)"),
     ({"weight": torch.ones(5, 3)}, r"weight must be \[V,H\] with hidden's H = 4, got \(5, 3\)"),
     ({"weight": torch.ones(0, 4)}, r"weight must be \[V,H\] with V >= 1, got \(0, 4\)"),
     ({"weight": torch.ones(5, 4, dtype=torch.bfloat16)}, r"weight must have hidden's dtype float32 \(outside autocast\), got bfloat16"),

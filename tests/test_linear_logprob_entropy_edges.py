@@ -189,5 +189,11 @@ def test_autocast_casts_both_operands(dtype):
         assert torch.equal(x, y.to(x.dtype)), name
     assert [x.dtype for x in actual] == [torch.float32, torch.float32, torch.float32, dtype, torch.float32]
     assert double.logp.dtype == torch.float64
+    with torch.autocast("cpu", dtype=dtype):  # what autocast casts nowhere is refused here too, by its name
+        for own, message in ({"bias": bias.long()}, "bias must have dtype"), ({"weight": weight.double()}, "weight must have hidden's dtype"):
+            with pytest.raises(ValueError, match=message):
+                linear_logprob_entropy(**{"hidden": hidden, "weight": weight, "ids": ids} | own)
+        with pytest.raises(TypeError, match=r"bias must be a torch\.Tensor, got list"):
+            linear_logprob_entropy(hidden, weight, ids, bias=bias.tolist())
     outside = linear_hindsight_information(low[0], (hidden * 2).to(dtype), low[1], ids, bias=low[2])
     assert all(torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(both, outside, mixed, strict=True))

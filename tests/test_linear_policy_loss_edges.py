@@ -107,9 +107,17 @@ def test_second_derivatives_raise_and_a_graph_may_be_walked_twice():
     for x, y, z in zip(once, twice, scaled, strict=True):
         assert torch.equal(x, y)
         assert torch.equal(2 * x, z)
-    (grad,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        grad.sum().backward()
+    for objective in (loss.square(), loss):
+        for grad in torch.autograd.grad(objective, (hidden, weight), create_graph=True):
+            for total in (grad.sum(), hidden.sum() + grad.square().sum()):  # also where something else of the sum does depend on them
+                with pytest.raises(RuntimeError, match="no derivative: second derivatives"):
+                    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="no derivative: second derivatives"):
+        torch.autograd.grad(weight.sum() + grad.square().sum(), weight)
+    frozen = linear_policy_loss(hidden, weight.detach(), values["ids"], values["old_logp"], values["advantages"], segments).loss
+    (grad,) = torch.autograd.grad(frozen, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="no derivative: second derivatives"):
+        (hidden.sum() + grad.square().sum()).backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

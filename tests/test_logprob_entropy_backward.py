@@ -207,6 +207,13 @@ def test_which_logits_cannot_hold_their_gradient():
     leaf = torch.randn(4, 9, requires_grad=True)
     with pytest.raises(ValueError, match="got a leaf"):
         logprob_entropy(leaf, ids, inplace_backward=True)
+    block = torch.randn(2, 2, 9, requires_grad=True)
+    for view in (block.view(4, 9), block.view(4, 9)[:, :5], block.transpose(0, 1)[:, 1].view(2, 9)):
+        with pytest.raises(ValueError, match="got a view of a leaf"):
+            logprob_entropy(view, ids[: len(view)], inplace_backward=True)
+    computed = (block * 1.0).view(4, 9)  # a view of what was computed
+    logprob_entropy(computed, ids, inplace_backward=True).logp.sum().backward()
+    assert block.grad.data_ptr() != block.data_ptr() and torch.allclose(block.grad.view(4, 9).sum(1), torch.zeros(4), atol=1e-6)
     with torch.no_grad():
         logprob_entropy(leaf, ids, inplace_backward=True)  # no backward comes
     logits = leaf * 2.0

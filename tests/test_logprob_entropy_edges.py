@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from implementations import INTERPRETED, exact, implementation  # noqa: F401  (the fixture `run`)
 from logprob_entropy_cases import DTYPES, INF, NAN, case, check, torch_only
 
+import acpo_kernels as ops
+from acpo_kernels import Segments
 from acpo_kernels._layout import row_layout
 
 
@@ -238,3 +242,21 @@ def test_same_bits_in_any_batch(run):
     moved = torch.empty(n * 4500 + 1)[1:].view(n, 4500).copy_(logits)
     for a, b in zip(whole, run(moved, ids, **grads), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_reference_refuses_ids_outside_of_the_vocabulary_too():
+    """Every operation by name: one error, that says where; a masked or ignored row may hold anything."""
+    logits, ids = torch.randn(3, 5), torch.tensor([0, 9, 1])
+    hidden, weight, segments = torch.randn(3, 4), torch.randn(5, 4), Segments(torch.tensor([0, 3]), torch.tensor([0, 1]))
+    calls = (
+        lambda ids, **k: ops.logprob_entropy(logits, ids, **k),
+        lambda ids, **k: ops.hindsight_information(logits, logits, ids, **k),
+        lambda ids, **k: ops.linear_logprob_entropy(hidden, weight, ids, **k),
+        lambda ids, **k: ops.linear_hindsight_information(hidden, hidden, weight, ids, **k),
+        lambda ids, **k: ops.linear_policy_loss(hidden, weight, ids, None, torch.ones(3), segments, **k),
+    )
+    for call, impl in itertools.product(calls, (None, "reference")):
+        with pytest.raises(ValueError, match=r"ids must lie in \[0, V\) with V = 5, or be -100, got 9 at index 1"):
+            call(ids, impl=impl)
+        call(ids, mask=ids < 5, impl=impl)
+        call(torch.tensor([0, -100, 1]), impl=impl)

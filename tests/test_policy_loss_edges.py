@@ -116,11 +116,16 @@ def test_second_derivatives_raise():
     segments = segments_of([[3]])
     values = inputs(segments)
     logp = values["logp"].requires_grad_()
-    loss = policy_loss(logp, values["old_logp"], values["advantages"], segments).loss
-    for objective, message in ((loss.square(), "differentiate twice"), (loss, "does not require grad")):
-        (grad,) = torch.autograd.grad(objective, logp, create_graph=True)
-        with pytest.raises(RuntimeError, match=message):
-            grad.sum().backward(retain_graph=True)
+    entropy = values["entropy"].requires_grad_()
+    loss = policy_loss(logp, values["old_logp"], values["advantages"], segments, entropy=entropy, entropy_weight=0.3).loss
+    for objective in (loss.square(), loss):
+        for grad in torch.autograd.grad(objective, (logp, entropy), create_graph=True):
+            for total in (grad.sum(), logp.sum() + grad.square().sum()):  # also where something else of the sum does depend on logp
+                with pytest.raises(RuntimeError, match="no derivative: second derivatives"):
+                    total.backward(retain_graph=True)
+                with pytest.raises(RuntimeError, match="no derivative: second derivatives"):
+                    torch.autograd.grad(total, logp, retain_graph=True)
+    assert torch.equal(*(torch.autograd.grad(loss, logp, retain_graph=True, create_graph=graph)[0] for graph in (False, True)))
 
 
 def test_only_the_gradients_that_are_wanted():

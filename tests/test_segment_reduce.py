@@ -237,6 +237,10 @@ def test_maxima_of_infinite_values(device):
     assert out.tolist() == [-math.inf, -200.0, -math.inf]
     (grad,) = torch.autograd.grad(out, values, torch.tensor([2.0, 1.0, 5.0], device=device))
     assert grad.tolist() == [1.0, 1.0, 0.0, 1.0]  # as torch.amax: equally among those that attain it
+    mask[0] = False
+    for impl in (None, "reference"):
+        out = segment_reduce(values, segments, reduce="max", mask=mask, impl=impl)
+        assert torch.autograd.grad(out[0], values)[0].tolist() == [0.0, 1.0, 0.0, 0.0], "a masked token attains nothing"
 
 
 def test_views_are_read_in_place(device):

@@ -40,6 +40,18 @@ def test_answer_span_is_detected(text, answer):
         assert segmenter.explain(ids, cu)[-2:] == ["answer", "end"]
 
 
+@pytest.mark.parametrize("last", ["so.\nAnswer:", "。答案", ". The answer is", "</think>\\boxed{", "so.\n\n\\boxed{"])
+def test_an_answer_that_begins_inside_the_last_token(last):
+    """The boundary and the statement are one token's: the answer begins inside the sequence all the same, and what was read can be handed over."""
+    segmenter = Segmenter([b"hello ", b"world. ", last.encode(), b" 5"], min_tokens=1)
+    ids, cu = torch.tensor([0, 1, 2, 0, 1, 2, 3]), torch.tensor([0, 3, 7])
+    reading = segmenter.read(ids, cu)
+    assert all(-1 <= start < length for start, length in zip(reading.answer_start.tolist(), (3, 4), strict=True))
+    assert reading.answer_start[0] in (-1, 2)
+    segments = segmenter(ids, cu, scores=reading)
+    assert (segments.lengths > 0).all() and torch.equal(segments.token_offsets, segmenter(ids, cu).token_offsets)
+
+
 def test_answer_far_from_the_end_is_not_final():
     ids, cu = text_ids("The answer is 5. But " + "x" * 60)
     assert Segmenter(BYTES, max_tokens=100)(ids, cu).terminal.tolist() == [True]
@@ -108,6 +120,11 @@ def test_forking_tokens_cut_where_the_text_does_not():
     assert segmenter.explain(ids, cu, entropy=entropy, entropy_threshold=0.5) == ["entropy", "entropy", "end"]
     assert segmenter(ids, cu, entropy=entropy, entropy_threshold=1.5).token_offsets.tolist() == [0, 8, 20]
     assert segmenter(ids, cu, entropy=torch.zeros(20)).num_segments == 1  # nothing forks where nothing is open
+    for level in (0.7, 1.1, 1e-30):  # one that no float32 is: an entropy that equals it forks, of either type
+        for dtype in (torch.float32, torch.float64):
+            own = torch.zeros(20, dtype=dtype)
+            own[8] = level
+            assert segmenter(ids, cu, entropy=own, entropy_threshold=level).token_offsets.tolist() == [0, 8, 20]
 
 
 def test_explain_names_every_rule():

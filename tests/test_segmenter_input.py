@@ -68,8 +68,20 @@ def test_wordpiece_wordlevel_and_plain_tokenizers():
 # ---- bad input
 
 
+def test_a_default_device_is_not_the_segmenters():
+    """What C++ writes into lies in the host's memory, whatever torch would make by default."""
+    tokens = [b"ok", b". ", b"Wait"]
+    wanted = Segmenter(tokens, min_tokens=1)
+    ids, cu = one([0, 1, 2, 0])
+    with torch.device("meta"):
+        segmenter = Segmenter(tokens, min_tokens=1)
+        scores, starts = segmenter.read(ids, cu)
+        offsets = segmenter(ids, cu).token_offsets
+    assert torch.equal(scores, wanted.scores(ids, cu)) and starts.tolist() == [-1] and torch.equal(offsets, wanted(ids, cu).token_offsets)
+
+
 def test_bad_tokenizers(tmp_path):
-    from tokenizers import Tokenizer, decoders, models
+    from tokenizers import Regex, Tokenizer, decoders, models
 
     with pytest.raises(ValueError, match=r"tokenizer must be a fast tokenizer .* got object, which has no backend_tokenizer"):
         Segmenter.from_tokenizer(object())
@@ -80,6 +92,9 @@ def test_bad_tokenizers(tmp_path):
     backend = Tokenizer(models.BPE({"中": 0}, []))
     backend.decoder = decoders.CTC()
     with pytest.raises(ValueError, match="decoder of type CTC"):
+        Segmenter.from_tokenizer(backend)
+    backend.decoder = decoders.Sequence([decoders.Replace(Regex("▁+"), " "), decoders.Fuse()])
+    with pytest.raises(ValueError, match=r"got a decoder that replaces by the pattern '▁\+'"):
         Segmenter.from_tokenizer(backend)
     backend.decoder = decoders.ByteLevel()
     with pytest.raises(ValueError, match="the character '中', which is no byte"):

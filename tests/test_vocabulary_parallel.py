@@ -18,6 +18,7 @@ CASES = {
     "float64": {"dtype": torch.float64},
     "bias, cap, temperatures": {"bias": True, "softcap": 5.0, "temperature": True},
     "log-probs alone": {"by_entropy": 0.0},
+    "log-probs alone, float64": {"by_entropy": 0.0, "dtype": torch.float64},
     "entropies alone": {"by_logp": 0.0},
     "a little entropy": {"by_entropy": 1e-6},
     "confident": {"scale": 12.0},
