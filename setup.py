@@ -48,7 +48,9 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}", f"-DPYTHON_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]  # fmt: skip
-        if shutil.which("ninja") and not (build / "CMakeCache.txt").exists():
+        # A build folder that was kept names the ninja of its own build environment, which is gone: pip makes a new one each time.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)

@@ -4,7 +4,7 @@ A comparison is a YAML file:
 
     settings:             # of every run, as for `acpo train`, warm-up included; or another comparison, named from here, whose settings they are
       ...
-    seeds: 0-15           # one run an arm and seed; the same seed draws the same problems for every arm
+    seeds: 0-15           # one run an arm and seed; the same seed draws the same problems for every arm (*)
     warm_starts: 0-3      # seeds of the warm starts that the runs' seeds go round by turns (default: one, by the settings' own seed)
     tuning:               # each arm's learning rate, from one grid, on seeds that are used for nothing else
       seeds: 900-903
@@ -17,6 +17,9 @@ A comparison is a YAML file:
       acpo-shuffled: {rate: acpo}        # takes acpo's learning rate instead of a choice of its own; a number fixes it
       tempo: {seeds: 0-5}                # fewer of the seeds than the others
       gentle: {method: acpo, credit.gain: 0.25}
+
+(*) as long as nothing else of the same generator depends on the policy: luck that pays right answers (T3) and groups that are sampled again (DAPO)
+do, and from the first such draw on the problems are others.
 
 Every run is a plain run directory in a process of its own with one thread. A warm start is one too: it is trained once, and every arm's run of a
 seed begins with the same weights, bit for bit. What is finished is not repeated; a run that was broken off goes on by the trainer's own resume.
@@ -82,7 +85,7 @@ def load(path: str | Path) -> Comparison:
     for name, own in _mapping(path, "arms", tree["arms"]).items():
         own = configuration.flatten(_mapping(path, f"arms.{name}", own or {}))
         if "rate" in own:
-            rates[name] = own.pop("rate")
+            rates[name] = _rate(own.pop("rate"))
         if "seeds" in own:
             fewer[name] = _seeds(path, f"arms.{name}.seeds", own.pop("seeds"))
         if name not in ARMS and not own:
@@ -110,6 +113,14 @@ def _settings(path: Path, given: Any) -> dict:
         path = path.parent / given
         given = configuration.read_yaml(path).get("settings")
     return _mapping(path, "settings", given)
+
+
+def _rate(value: Any) -> Any:
+    """A number where it is one: YAML 1.1 reads 5e-4 as a string."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _mapping(path: Path, key: str, value: Any) -> dict:
@@ -192,7 +203,7 @@ class Comparer:
         record = json.loads(path.read_text(encoding="utf-8"))
         # Read through the present settings: one that is newer than the run stood at its default.
         past = configuration.from_layers((str(path), configuration.flatten(record["config"])))
-        changed = differences(configuration.to_dict(past), configuration.to_dict(self.settings(job)))
+        changed = differences(state.lasting(configuration.to_dict(past)), state.lasting(configuration.to_dict(self.settings(job))))
         if changed:
             raise ConfigError(f"{path.parent} holds a run with other settings ({'; '.join(changed[:3])}): give another --dir, or remove it")
         self._records[job.key] = record

@@ -27,7 +27,7 @@ def _failed(record: dict) -> int:
 def warnings(record: dict, config: Config) -> list[str]:
     """What is wrong with the first step, each with the way out; empty where nothing is."""
     out = []
-    rollouts = config.rollout.prompts * config.rollout.group_size
+    rollouts = int(record["rollout/sampled"])  # with dynamic sampling more than the batch holds
     if _failed(record) >= 0.5 * rollouts:
         how = f"{int(record['verify/timeouts'])} timeouts, {int(record['verify/kills'])} workers killed"
         out.append(

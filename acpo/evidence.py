@@ -132,8 +132,9 @@ def summarise(runs: dict[str, dict[int, dict]], against: str, baselines: list[st
             areas["tokens"][arm][s] = area([p["tokens"] for p in points], accuracy, budget["tokens"])
             if "extra" in points[0] and "extra" in budget:
                 areas["all_tokens"][arm][s] = area([p["tokens"] + p["extra"] for p in points], accuracy, budget["tokens"] + budget["extra"])
-            if arm in seconds and against in seconds:
-                areas["seconds"][arm][s] = area(seconds[arm], accuracy[: len(seconds[arm])], seconds[against][-1])
+            if arm in seconds and against in seconds:  # by steps: a run that broke down has points of its own
+                steps, taken = seconds[arm]
+                areas["seconds"][arm][s] = area(np.interp([p["step"] for p in points], steps, taken).tolist(), accuracy, seconds[against][1][-1])
     gain = {b: [a - areas["tokens"][against][s] for s, a in areas["tokens"][b].items()] for b in baselines if b in runs}
     best = max((b for b in gain if 2 * len(gain[b]) > len(reference)), key=lambda b: float(np.mean(gain[b])), default=against)
     for arm, found in runs.items():
@@ -152,7 +153,7 @@ def summarise(runs: dict[str, dict[int, dict]], against: str, baselines: list[st
                 if arm != other
             },
             **_ends({s: found[s] for s in values["tokens"]}),
-            "seconds": round(seconds[arm][-1], 2) if arm in seconds else None,
+            "seconds": round(seconds[arm][1][-1], 2) if arm in seconds else None,
         }
     return {"against": against, "best_baseline": best, "arms": arms}
 
@@ -165,12 +166,12 @@ def _timed(runs: dict[str, dict[int, dict]], reference: dict[int, dict]) -> dict
     return {arm: found for arm, found in own.items() if found}
 
 
-def _median_seconds(records: list[dict]) -> list[float]:
-    """Seconds at each evaluation: the sum of the medians over the runs of the seconds between evaluations."""
+def _median_seconds(records: list[dict]) -> tuple[list[int], list[float]]:
+    """The steps of the evaluations, and the seconds until each: the sum of the medians over the runs of the seconds between evaluations."""
     whole = [r for r in records if not r.get("failure")] or records
     length = min(len(r["points"]) for r in whole)
     taken = np.array([[p["seconds"] for p in r["points"][:length]] for r in whole])
-    return [0.0, *np.cumsum(np.median(np.diff(taken, axis=1), 0)).tolist()]
+    return [p["step"] for p in whole[0]["points"][:length]], [0.0, *np.cumsum(np.median(np.diff(taken, axis=1), 0)).tolist()]
 
 
 def _ends(found: dict[int, dict]) -> dict[str, Any]:
@@ -195,7 +196,7 @@ def _ends(found: dict[int, dict]) -> dict[str, Any]:
     for name in ("reliability", "zero_variance"):
         out[name] = over([float(np.mean([p[name] for p in r["points"] if name in p] or [np.nan])) for r in records])
     for name in sorted({k for r in records for p in r["passes"] for k in p}):
-        out[f"{name} after"] = over([r["passes"][-1].get(name) for r in records if r["passes"]])
+        out[f"{name} after"] = over([0.0 if r.get("failure") else r["passes"][-1].get(name) for r in records if r["passes"] or r.get("failure")])
     return out
 
 
@@ -272,11 +273,14 @@ def draw(results: dict, runs: dict[str, dict[int, dict]], path: Path) -> None:
             records = [r for r in (runs if kind == "tokens" else timed).get(arm, {}).values() if not r.get("failure")]
             if not records:
                 continue
-            length = min(len(r["points"]) for r in records)
-            x = _median_seconds(records) if kind == "seconds" else np.mean([[p["tokens"] for p in r["points"][:length]] for r in records], 0)
-            y = interquartile_mean(np.array([[p["accuracy"] for p in r["points"][:length]] for r in records]).T)
+            steps, taken = _median_seconds(records)
+            tokens, accuracy = (
+                np.array([np.interp(steps, [p["step"] for p in r["points"]], [p[name] for p in r["points"]]) for r in records])
+                for name in ("tokens", "accuracy")
+            )
+            x, y = taken if kind == "seconds" else tokens.mean(0), interquartile_mean(accuracy.T)
             label = f"{arm} ({len(records)} seed{'s' * (len(records) > 1)})"
-            axis.plot(x[:length], y, color=f"C{arms.index(arm) % 10}", linestyle="-" if arms.index(arm) < 10 else "--", label=label, linewidth=1.3)
+            axis.plot(x, y, color=f"C{arms.index(arm) % 10}", linestyle="-" if arms.index(arm) < 10 else "--", label=label, linewidth=1.3)
         axis.set_xlabel("generated tokens" if kind == "tokens" else "CPU seconds of training, median over seeds", fontsize=9)
         axis.set_title("held-out greedy accuracy, interquartile mean over seeds", fontsize=10)
         axis.grid(alpha=0.3)

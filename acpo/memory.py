@@ -4,7 +4,7 @@ Held from the first step to the last:
 
     weights       4 bytes a parameter (float32 always; `policy.dtype` is that of the computation)
     optimizer     8 a trained parameter (AdamW)
-    reference     4 a parameter, with loss.kl_weight > 0
+    reference     4 a trained parameter, with loss.kl_weight > 0 (what adapters leave alone is not held twice)
     libraries     on the host, what torch, pyarrow and matplotlib take at their first use, measured; the last two where they are not loaded yet
 
 While sampling (engine `local`):
@@ -66,7 +66,7 @@ def estimate(config: Config, policy: Policy, longest_prompt: int, held_out: int)
         Term("activations", micro * kept, UPDATE), Term("workspace", 5 * 4 * max(trained, default=0), UPDATE),
     ]  # fmt: skip
     if config.loss.kl_weight > 0:
-        terms.append(Term("reference", 4 * parameters, HELD))
+        terms.append(Term("reference", 4 * sum(trained), HELD))
     if policy.device.type == "cpu":
         terms.append(Term("libraries", TORCH + sum(size for name, size in LIBRARIES.items() if _to_come(name)), HELD))
     if config.rollout.engine == "local":

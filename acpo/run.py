@@ -113,9 +113,9 @@ class Run:
             self.tracker.log(record)
         self.display.show(record)
 
-    def track(self, step: int) -> None:
-        """From here on trainer.log is told too; the run continues behind `step`."""
-        self.tracker = trackers.build(self.config, self.directory, step)
+    def track(self, step: int, warmup_step: int) -> None:
+        """From here on trainer.log is told too; the run continues behind these steps of its training and its warm-up."""
+        self.tracker = trackers.build(self.config, self.directory, step, warmup_step)
 
     def start_phase(self, name: str, total: int, done: int) -> None:
         self.display.start_phase(name, total, done)

@@ -50,8 +50,9 @@ MAY_CHANGE = (
 
 
 def lasting(config: dict) -> dict:
-    """The settings, dotted, without MAY_CHANGE: those that the run's numbers follow from."""
-    return {key: value for key, value in flatten(config).items() if key not in MAY_CHANGE}
+    """The settings, dotted, without MAY_CHANGE: those that the run's numbers follow from. A folder or file is the same however it is named."""
+    out = {key: value for key, value in flatten(config).items() if key not in MAY_CHANGE}
+    return out | {key: str(Path(out[key]).resolve()) for key in ("policy.path", "problems.path") if out.get(key) and Path(out[key]).exists()}
 
 
 def settings_changed(state: dict, config: Config) -> list[str]:

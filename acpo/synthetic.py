@@ -96,8 +96,8 @@ class Multiplication:
 
     def exact_values(self, problem: Problem, response: str) -> list[float]:
         """V before the first line and after each line of the response, under the process that writes the traces (nan from the first
-        line on that it could not have written). By recursion from the last column: V_i(carry) = sum over outcomes of this column with
-        the right unit of P(outcome) V_{i+1}(its tens)."""
+        line on that is not of its form; a value that it never writes is gone on from like any other). By recursion from the last
+        column: V_i(carry) = sum over outcomes of this column with the right unit of P(outcome) V_{i+1}(its tens)."""
         digits, multiplier, answer = problem.data["digits"], problem.data["multiplier"], problem.answer
         after = {carry: float(str(carry) == answer[-1]) for carry in range(9)}
         tables = [after]
@@ -172,7 +172,8 @@ class Chain:
 
     def exact_values(self, problem: Problem, response: str) -> list[float]:
         """V before the first line and after each line of the response, under the process that writes the traces (nan from the first
-        line on that it could not have written); with luck the last V is luck, not 1."""
+        line on that is not of its form; a value that it never writes is gone on from like any other); with luck the last V is
+        luck, not 1."""
         operands = problem.data["operands"]
         after = np.array([self.luck * (str(v) == problem.answer) for v in range(self.modulus)])
         tables = [after]

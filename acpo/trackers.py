@@ -26,11 +26,12 @@ def check(config: Config) -> None:
         raise ConfigError(f"trainer.log = {name!r} needs {name}: pip install -e '.[{name}]'")
 
 
-def build(config: Config, directory: Path, step: int) -> Tracker | None:
-    """The tracker of a run that continues behind `step`. TensorBoard drops what a part that was broken off had logged later."""
+def build(config: Config, directory: Path, step: int, warmup_step: int) -> Tracker | None:
+    """The tracker of a run that continues behind these steps of its training and of its warm-up (0: none yet). TensorBoard drops what a part that was
+    broken off had logged later."""
     check(config)
     if config.trainer.log == "tensorboard":
-        return _TensorBoard(directory, step)
+        return _TensorBoard(directory, step, warmup_step)
     return _Weights(config, directory) if config.trainer.log else None
 
 
@@ -41,18 +42,24 @@ def numbers(record: dict) -> dict[str, float]:
 class _TensorBoard:
     """Event files in tensorboard/ of the run directory."""
 
-    def __init__(self, directory: Path, step: int):
+    def __init__(self, directory: Path, step: int, warmup_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1 if step else None)
+        # The warm-up counts for itself, and what is dropped is dropped of all that one writer shows.
+        self.steps, self.warmup = (
+            SummaryWriter(str(folder), purge_step=behind + 1 if behind else 0)
+            for folder, behind in ((directory / "tensorboard", step), (directory / "tensorboard" / "warmup", warmup_step))
+        )
 
     def log(self, record: dict) -> None:
+        writer = self.warmup if record.get("phase") == "warmup" else self.steps
         for name, value in numbers(record).items():
-            self.writer.add_scalar(name, value, record["step"])
-        self.writer.flush()  # a run that is killed has shown all its steps
+            writer.add_scalar(name, value, record["step"])
+        writer.flush()  # a run that is killed has shown all its steps
 
     def close(self) -> None:
-        self.writer.close()
+        self.steps.close()
+        self.warmup.close()
 
 
 class _Weights:

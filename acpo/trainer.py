@@ -110,7 +110,7 @@ class Trainer:
     def _train(self) -> dict[str, float]:
         trackers.check(self.config)
         state.resume(self)
-        self.run.track(self.step_number)
+        self.run.track(self.step_number, self.warmup_step)
         self.engine.sync()  # before the warm-up: an engine that cannot start is known at once
         warm_up(self)
         steps = self.config.trainer.steps
@@ -171,7 +171,7 @@ class Trainer:
         metrics = {
             **step_metrics(batch, outcome, attribution, advantages, weights, self.config.rollout.group_size, self.filler),
             **self.source_metrics, "entropy/target": target, "entropy/weight": self.entropy.weight, "rollout/temperature": batch.temperature,
-            "stage": self.stages.stage,
+            "stage": self.stages.stage, "rollout/sampled": sum(len(group.samples) for group in self.tried),
         }  # fmt: skip
         if self.run.keeps_rollouts:
             problems = [self.train_problems[i] for i in indices for _ in range(self.config.rollout.group_size)]

@@ -242,6 +242,9 @@ def test_an_engine_that_fails_is_no_result(tmp_path, monkeypatch):
     assert comparer.finished(job) is None and job.key in [j.key for j in comparer.outstanding(["grpo"])]
     comparer.run(arms=["grpo"])
     assert sampled == [1, 2, 3, 3, 4] and comparer.finished(job)["failure"] == ""
+    monkeypatch.chdir(tmp_path)
+    again = Comparer("tiny.yaml", "out")  # the same folder by another name
+    assert again.finished(job) == comparer.finished(job)
 
 
 def test_other_settings_are_refused(tmp_path, compared):
@@ -286,6 +289,8 @@ def test_the_recipes_comparison_loads(tmp_path):
     block = next(text for text in re.findall(r"^```\n(.*?)^```$", page, flags=re.M | re.S) if text.startswith("# compare.yaml"))
     chosen = compare.load(written(tmp_path, block))
     assert chosen.settings["policy.path"] == "Qwen2.5-0.5B" and chosen.arms["gentle"]["method"] == "acpo"
+    spelled = compare.load(written(tmp_path, block.replace("{rate: acpo}", "{rate: 5e-4}")))  # a string to YAML 1.1
+    assert spelled.rates["acpo-everywhere"] == 5e-4
     assert chosen.rates == {"acpo-everywhere": "acpo", "gentle": "acpo"} and len(chosen.learning_rates) == 3
 
 
@@ -374,6 +379,25 @@ def test_seconds_are_the_medians_over_seeds():
     runs["other"][3] = record([0.0, 0.5, 1.0], seconds=9.0)
     out = evidence.summarise(runs, "grpo", ["grpo"])
     assert out["arms"]["other"]["against_seconds"]["iqm"] == 0.0 and out["arms"]["other"]["seconds"] == 2.0
+
+
+@pytest.mark.parametrize("broken_at", [5, 35, 85, 95])
+def test_a_run_that_broke_down_has_its_seconds_by_its_steps(broken_at):
+    """Its points are fewer than those of a whole run, and two of them its own: the table is made all the same, on both axes."""
+    whole = [0.1 * i for i in range(11)]  # 100 steps
+    runs = {arm: {s: record(whole) for s in range(4)} for arm in ("grpo", "other")}
+    steps = [{"phase": "stage1", "step": s, "time/cpu": 0.1, "tokens/generated": 10.0 * s, "tokens/forward_extra": 0.0} for s in range(1, broken_at)]
+    series = dict.fromkeys(evidence.SERIES.values(), 0.0)
+    records = [{"phase": "start", "step": 0, "eval/accuracy": 0.0}]
+    records += [{**r, **series} | ({"eval/accuracy": whole[r["step"] // 10]} if r["step"] % 10 == 0 else {}) for r in steps]
+    runs["other"][1] = {**evidence.run_record(records, 100, True), "failure": "nan", "passes": [{"pass@1": 0.9}]}
+    out = evidence.summarise(runs, "grpo", ["grpo"])["arms"]["other"]
+    assert out["area_seconds_by_seed"][1] == pytest.approx(out["area_tokens_by_seed"][1], abs=1e-4)
+    assert out["seconds"] == 10.0 and out["area_seconds_by_seed"][0] == pytest.approx(0.5)
+    runs["other"] |= dict.fromkeys((2, 3), runs["other"][1])
+    assert evidence.summarise(runs, "grpo", ["grpo"])["arms"]["other"]["pass@1 after"] == 0.0, (
+        "what broke down passes nothing, whatever it did before"
+    )
 
 
 def test_seconds_are_those_of_one_version_of_the_code():

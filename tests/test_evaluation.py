@@ -168,6 +168,8 @@ def test_a_model_folder_on_all_problems_of_a_file(tmp_path, capsys, finished_run
     shown = capsys.readouterr().out
     assert "2 problems of" in shown
     assert "majority@3" in shown and "3 samples a problem at temperature 1" in shown
+    word = evaluated(capsys, *arguments[:3], "eval.samples=2", "verify.extract=line", "policy.device=cpu", "rollout.max_new_tokens=14")
+    assert word["samples"] == 2 and {"eval/pass@1", "eval/pass@2"} <= set(word), "the setting as well as the option"
 
 
 def test_a_run_on_other_problems(tmp_path, capsys, finished_run):

@@ -12,7 +12,7 @@ from loop import records, steps, train, trainer_of, without_times
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from acpo import state
+from acpo import memory, state
 from acpo.checkpoint import latest
 from acpo.config import ConfigError
 from acpo.policy import Policy
@@ -100,6 +100,13 @@ def test_the_reference_shares_what_is_not_trained(tmp_path, base):
     reference = dict(own.policy.frozen_copy().named_parameters())
     for name, value in own.policy.named_parameters():
         assert (reference[name].data_ptr() == value.data_ptr()) != is_adapter(name) and not (is_adapter(name) and reference[name].requires_grad)
+
+
+def test_the_estimate_counts_the_reference_as_it_is_held(tmp_path, base):
+    own = trainer_of(tmp_path, *lora(base))
+    term = next(t for t in memory.estimate(own.config, own.policy, 10, 4) if t.name == "reference")
+    assert own.config.loss.kl_weight > 0
+    assert term.bytes == sum(4 * p.numel() for name, p in own.policy.frozen_copy().named_parameters() if is_adapter(name))
 
 
 def test_what_cannot_be(tmp_path, base, monkeypatch):

@@ -201,7 +201,7 @@ def test_quiet(tmp_path, monkeypatch, capsys):
 
 GOOD = {
     "credit/nonzero_ratio": 0.8, "grad_norm": 0.5, "ratio/min": 0.98, "ratio/max": 1.02, "ratio/first_off": 1e-7, "reward": 0.4, "sampling/kl": 1e-4,
-    "verify/unparseable": 1, "verify/timeouts": 0, "verify/crashes": 0, "verify/kills": 0, "completions/clipped_ratio": 0.1,
+    "rollout/sampled": 16, "verify/unparseable": 1, "verify/timeouts": 0, "verify/crashes": 0, "verify/kills": 0, "completions/clipped_ratio": 0.1,
 }  # fmt: skip
 
 
@@ -218,6 +218,7 @@ GOOD = {
             r"the verifier lost 9 of 16 rollouts \(9 timeouts, 9 workers killed\).*Raise verify.timeout \(now 5 s\)",
         ),
         ({"verify/unparseable": 16, "completions/clipped_ratio": 1.0}, "no answer could be read from 16 of 16 rollouts, 100% were cut"),
+        ({"verify/unparseable": 16, "rollout/sampled": 48}, None),  # of three rounds of dynamic sampling
     ],
 )
 def test_what_is_wrong_with_a_first_step(tmp_path, change, said):
@@ -254,7 +255,7 @@ def test_trackers_are_told_the_numbers(tmp_path, monkeypatch):
     )
     monkeypatch.setitem(__import__("sys").modules, "wandb", fake)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: fake)
-    tracker = trackers.build(settings(tmp_path, "trainer.log=wandb"), tmp_path / "run", 0)
+    tracker = trackers.build(settings(tmp_path, "trainer.log=wandb"), tmp_path / "run", 0, 0)
     tracker.log({"phase": "warmup", "step": 50, "warmup/loss": 1.0})
     tracker.log(recorded(reason="words are no number"))
     tracker.close()

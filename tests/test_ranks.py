@@ -127,7 +127,8 @@ def one_of_two(rank: int, port: int, folder: Path, jobs: dict[str, tuple]) -> No
 @pytest.fixture(scope="module")
 def both(request, tmp_path_factory, warmed) -> dict[str, tuple[dict, list[dict]]]:
     """The variants and dtypes that are asked for, on one process and on two."""
-    calls = [item.callspec.params for item in request.session.items if "both" in item.fixturenames and hasattr(item, "callspec")]
+    own = [item for item in request.session.items if item.path == request.path and "both" in item.fixturenames]
+    calls = [item.callspec.params for item in own if hasattr(item, "callspec")]
     asked = {f"{params['variant']} {params['dtype']}" for params in calls} | {f"acpo {torch.float32}"}
     folder, ones, jobs = tmp_path_factory.mktemp("ranks"), {}, {}
     for variant, overrides in VARIANTS.items():

@@ -74,6 +74,21 @@ def test_what_is_taken_back_is_gone(tmp_path):
     one[0], one[1] = sample(0), sample(1)
     del one[0]
     assert list(kept(tmp_path)) == [1]
+    again = kept(tmp_path)
+    again[0] = sample(2)
+    del again[1]
+    found = kept(tmp_path)
+    assert list(found) == [0] and torch.equal(found[0].ids, sample(2).ids)
+
+
+def test_taking_back_writes_a_line_and_not_the_file_anew(tmp_path):
+    one = kept(tmp_path)
+    for i in range(50):
+        one[i] = sample(i, 1000)
+    before = one.path.stat().st_size
+    for i in range(50):
+        del one[i]
+    assert 0 < one.path.stat().st_size - before < 50 * 40 and not kept(tmp_path)
 
 
 def test_many_threads(tmp_path):

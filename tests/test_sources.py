@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -19,6 +20,22 @@ from acpo.problems import Problem, ProblemError, load
 from acpo.sources import load_problems, place, question_key, split
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("task", ["chain", "multiplication"])
+def test_what_one_seed_holds_out_another_does_not_train_on(task):
+    """`acpo eval RUN problems.seed=1` asks for fresh problems: they are no more often those of the training set than chance has it."""
+
+    def made(seed: int) -> tuple[list[str], list[str]]:
+        small = {"steps": 8, "modulus": 10} if task == "chain" else {"digits": 5}
+        words = [f"problems.{k}={v}" for k, v in {"task": task, "train": 300, "held_out": 100, "seed": seed, **small}.items()]
+        _, train, held_out = load_problems(config.load(None, [*words, "policy.from_config=tiny", "method=grpo"]))
+        return [p.prompt for p in train], [p.prompt for p in held_out]
+
+    drawn = [made(seed) for seed in range(4)]
+    for (train, _), (_, held_out) in itertools.product(drawn, drawn):
+        assert len(set(train) & set(held_out)) < 10
+    assert drawn[1][1] != drawn[0][1]
 
 
 def problems(count: int, start: int = 0) -> list[Problem]:

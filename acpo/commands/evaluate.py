@@ -35,20 +35,19 @@ def run(options) -> int:
     from ..trainer import Trainer
 
     settings, run, all_of_it = _evaluated(options)
-    ks = _ks(options.k, options.samples)
+    samples = settings.eval.samples  # --samples, or a word behind it
+    ks = _ks(options.k, samples)
     trainer = Trainer(settings, Run(settings), problems=read(settings.problems) if all_of_it else None)
     console = Console(stderr=True)
     try:
         step = {"step": state.load_newest(trainer)} if run else {}
         asked = len(trainer.held_out[: settings.eval.max_problems or None])
         with Progress(console=console, transient=True, disable=options.json or not console.is_terminal) as progress:
-            task = progress.add_task("rollouts", total=asked * (1 + options.samples))
-            found = trainer.evaluate(
-                trainer.held_out, 0, samples=options.samples, ks=ks, intervals=True, advance=lambda n: progress.update(task, advance=n)
-            )
+            task = progress.add_task("rollouts", total=asked * (1 + samples))
+            found = trainer.evaluate(trainer.held_out, 0, samples=samples, ks=ks, intervals=True, advance=lambda n: progress.update(task, advance=n))
     finally:
         trainer.close()
-    about = {**step, "problems": asked, "samples": options.samples, "verifier": trainer.verifier.describe(), **found.verify}
+    about = {**step, "problems": asked, "samples": samples, "verifier": trainer.verifier.describe(), **found.verify}
     if options.json:
         print_json({**about, **found.values, "intervals": found.intervals})
     else:

@@ -11,11 +11,13 @@ import json
 import os
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checkpoint import put
 from .functional import Credited, StepCredit
 
 TESTED = ("0.9",)
@@ -163,8 +165,8 @@ def register() -> type:
 
         def _save_checkpoint(self):
             super()._save_checkpoint()
-            with open(os.path.join(self._acpo_folder(), STATE), "w", encoding="utf-8") as file:
-                json.dump(self.acpo.state(), file)
+            text = json.dumps(self.acpo.state())
+            put(Path(self._acpo_folder(), STATE), lambda path: path.write_text(text, encoding="utf-8"))
 
         def _load_checkpoint(self):
             super()._load_checkpoint()

@@ -17,7 +17,7 @@ from . import Sample
 class Kept(MutableMapping[int, Sample]):
     """Rollouts by their place. key names what they are rollouts of (settings, seed, prompts, limits): a file of another key is begun anew.
 
-    One JSON line a rollout; a last line that a kill cut off is left out.
+    One JSON line a rollout, and one for each that was taken back; a last line that a kill cut off is left out.
     """
 
     def __init__(self, path: Path, key: str, device: torch.device):
@@ -34,6 +34,9 @@ class Kept(MutableMapping[int, Sample]):
                 return {}
             for line in lines[1:]:
                 record = json.loads(line)
+                if "ids" not in record:
+                    out.pop(record["place"], None)
+                    continue
                 ids, logp = _decoded(record["ids"], torch.int64), _decoded(record["logp"], torch.float32)
                 out[record["place"]] = Sample(ids.to(self.device), logp.to(self.device), record["finished"])
         except (OSError, ValueError, IndexError, KeyError, TypeError):
@@ -49,13 +52,16 @@ class Kept(MutableMapping[int, Sample]):
     def __setitem__(self, place: int, sample: Sample) -> None:
         with self.lock:
             self.samples[place] = sample
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(_line((place, sample)) + "\n")
+            self._append(_line((place, sample)))
 
     def __delitem__(self, place: int) -> None:
         with self.lock:
             del self.samples[place]
-            self._write()
+            self._append(json.dumps({"place": place}))
+
+    def _append(self, line: str) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
     def __getitem__(self, place: int) -> Sample:
         return self.samples[place]

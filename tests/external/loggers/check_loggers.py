@@ -17,6 +17,7 @@ os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": s
 from loop import records, write_config  # noqa: E402
 
 from acpo.cli import main  # noqa: E402
+from acpo.trainer import Trainer  # noqa: E402
 
 
 def train(name: str, steps: int) -> Path:
@@ -33,6 +34,35 @@ def tensorboard(run: Path) -> dict[int, float]:
     found = EventAccumulator(str(run / "tensorboard"))
     found.Reload()
     return {e.step: e.value for e in found.Scalars("grad_norm")}
+
+
+def continued() -> bool:
+    """A run that is broken off in its fourth step and continued behind the second: TensorBoard drops the third that was shown, nothing of the warm-up,
+    and every step is there once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, step = FOLDER / "continued" / "run", Trainer.step
+    shared = ["eval.samples=0", "problems.held_out=4", "trainer.checkpoint_every=2", "trainer.steps=5", "warmup.steps=100", "trainer.log=tensorboard"]
+    words = ["train", str(write_config(FOLDER / "continued")), f"run_dir={run}", *shared, "--quiet"]
+
+    def breaks_off(self):
+        if self.step_number == 4:
+            raise KeyboardInterrupt
+        return step(self)
+
+    Trainer.step = breaks_off
+    assert main(words) == 130
+    Trainer.step = step
+    assert main(words) == 0
+    found = {}
+    for folder, tag in ((run / "tensorboard", "grad_norm"), (run / "tensorboard" / "warmup", "warmup/loss")):
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        found[tag] = [e.step for e in events.Scalars(tag)]
+    wanted = [r["step"] for r in records(run) if r["phase"] == "warmup"]
+    right = found == {"grad_norm": [1, 2, 3, 4, 5], "warmup/loss": wanted} and len(wanted) > 1
+    print(f"tensorboard, continued: {'right' if right else 'WRONG'}, steps {found['grad_norm']}, warm-up {found['warmup/loss']} of {wanted}")
+    return right
 
 
 def wandb(run: Path) -> dict[int, float]:
@@ -82,4 +112,5 @@ if __name__ == "__main__":
         right = found.keys() == wanted.keys() and all(abs(found[s] - v) <= 1e-6 * abs(v) for s, v in wanted.items())
         bad += not right
         print(f"{name}: {'right' if right else 'WRONG'}, steps {sorted(found)} of {sorted(wanted)}")
+    bad += importlib.util.find_spec("tensorboard") is not None and not continued()
     sys.exit(int(bad > 0))  # wandb's own exit hook takes no truth value
