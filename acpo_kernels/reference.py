@@ -131,17 +131,16 @@ def segment_reduce(values: Tensor, segments: Segments, *, reduce: str = "sum", l
     index = segments.segment_ids() if level == "segment" else segments.sequence_ids()
     size = segments.num_segments if level == "segment" else segments.num_sequences
     channels = (values if values.ndim == 2 else values.unsqueeze(0)).to(working_dtype(values.dtype))
-    if reduce == "max":
-        if mask is not None:
-            channels, index = channels[:, mask], index[mask]
-        # Not begun at -inf, which would share the gradient of a maximum of -inf.
-        out = channels.new_full((channels.shape[0], size), math.nan).scatter_reduce(
-            1, index.expand_as(channels), channels, "amax", include_self=False
-        )
-        some = torch.zeros(size, dtype=torch.bool, device=out.device).index_fill(0, index, True)
-        return torch.where(some, out, -math.inf).reshape(*values.shape[:-1], size)
     if mask is not None:
         channels = torch.where(mask, channels, 0.0)
+    if reduce == "max":
+        if mask is not None:
+            index = torch.where(mask, index, size)  # one more place, for what does not count
+        # Not begun at -inf, which would share the gradient of a maximum of -inf.
+        out = channels.new_full((channels.shape[0], size + 1), math.nan)
+        out = out.scatter_reduce(1, index.expand_as(channels), channels, "amax", include_self=False)
+        some = torch.zeros(size + 1, dtype=torch.bool, device=out.device).index_fill(0, index, True)
+        return torch.where(some, out, -math.inf)[:, :size].reshape(*values.shape[:-1], size)
     out = channels.new_zeros(channels.shape[0], size).index_add(1, index, channels)
     if reduce == "mean":
         ones = torch.ones(segments.num_tokens, dtype=out.dtype, device=out.device) if mask is None else mask.to(out.dtype)
@@ -170,7 +169,8 @@ def segment_credit(
     ordinary = (~apart).to(dtype)
     phi = torch.nan_to_num(scores.to(dtype), nan=0.0, posinf=0.0, neginf=0.0)
     advantages = advantages.to(dtype)
-    rho = torch.as_tensor(reliability, dtype=dtype, device=scores.device).expand(segments.num_sequences)[sequence]
+    rho = reliability.to(dtype) if isinstance(reliability, Tensor) else scores.new_full((), reliability, dtype=dtype)
+    rho = rho.expand(segments.num_sequences)[sequence]
     if scale is None:
         # The additive form's scores come centred, so its scale is a standard deviation about 0.
         spread = phi.abs() if form == "weights" else phi.square()
@@ -285,9 +285,8 @@ def policy_loss(
 
 
 def _clamp(r: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    return torch.minimum(
-        torch.maximum(r, torch.as_tensor(low, dtype=r.dtype, device=r.device)), torch.as_tensor(high, dtype=r.dtype, device=r.device)
-    )
+    low, high = (x if isinstance(x, Tensor) else r.new_full((), x) for x in (low, high))  # on a GPU nothing waits for the host
+    return torch.minimum(torch.maximum(r, low), high)
 
 
 def linear_policy_loss(

@@ -10,7 +10,7 @@ import triton.language as tl
 from contract import assert_within_budget
 from linear_kernels import DTYPES, NAMES, inputs, narrow_slices  # noqa: F401  (the fixture `narrow`)
 
-from acpo_kernels import linear_logprob_entropy, reference
+from acpo_kernels import _vocabulary_parallel, linear_logprob_entropy, reference
 from acpo_kernels._triton import linear_gradient_slice, linear_gradients
 from acpo_kernels._triton import linear_logprob_entropy as kernels
 
@@ -220,3 +220,39 @@ def test_three_products_of_tf32_keep_the_budget_and_one_does_not():
     assert_within_budget(b @ c + a @ d + a @ c, single, exact, factor=4.0)
     with pytest.raises(AssertionError, match="budget"):
         assert_within_budget(a @ c, single, exact, factor=4.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("by_entropy", [0.0, 1e-3, 1.0])
+def test_a_slice_of_the_vocabulary_without_the_targets(by_entropy, dtype):
+    """What a rank of `group` hands over: the log-prob's gradient as a tiny one of an entropy that lies far off. It takes part in float16's scale."""
+    rows, half = 20, 300
+    hidden, weight, ids, _ = inputs(rows, 2 * half, 16, dtype)
+    ids = ids % half  # all in the first slice; this is the second
+    _, entropy, *rest = kernels.forward(hidden, weight, ids, None, 1.0, None, None, None)
+    by_logp, given = torch.randn(rows), torch.full((rows,), by_entropy)
+    least = _vocabulary_parallel.LEAST[torch.float32] * by_logp
+    away = torch.where(given.abs() > least.abs(), given, least)
+    head = (hidden, weight[half:], torch.zeros_like(ids), None, 1.0, None, None, None)
+    found = linear_gradients.backward(*head, torch.zeros(rows), away, (entropy + by_logp / away, *rest), (True, True, False))
+    wanted = []
+    for kind in (torch.float32, torch.float64):
+        h, w = (x.to(kind).requires_grad_() for x in (hidden, weight))
+        logits = h @ w.T
+        log_p = logits.log_softmax(-1)
+        own = -torch.cat([torch.zeros(rows, half), torch.ones(rows, half)], 1).to(kind) * log_p.exp()
+        own = own * (by_logp.to(kind).unsqueeze(1) + given.to(kind).unsqueeze(1) * (log_p + -(log_p.exp() * log_p).sum(-1, keepdim=True)))
+        wanted.append((own @ w, (own.T @ h)[half:]))
+    for name, x, y, z in zip(("gradient of hidden", "gradient of weight"), found, *wanted, strict=False):
+        assert_within_budget(x, y.detach(), z.detach(), name, factor=4.0, gradient_dtype=dtype)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-18, 1e-20, 1e-30, 1e-36, 1e30])
+def test_temperatures_whose_square_is_no_float(temperature):
+    """One below 1e-19: with the chosen token the most likely one all gradients are 0, and none is NaN."""
+    hidden, weight, _, _ = inputs(5, 300, 8, torch.float32)
+    ids = (hidden @ weight.T).argmax(-1)
+    _, _, *grads = run(hidden, weight, ids, None, torch.ones(5), torch.ones(5), temperature=temperature)
+    assert all(g is None or g.isfinite().all() for g in grads)
+    if temperature <= 1e-18:
+        assert all(g is None or not g.any() for g in grads)

@@ -153,6 +153,9 @@ def test_masked_rows_are_zero_and_not_read(run, dtype):
         assert (result[[1, 2, 4]] == 0).all()
         assert result[0].isfinite().all()
     assert (result[3] == 0).all()
+    # Nor has such a row a temperature: what `unpack` made of one is 0 there.
+    for result in run(logits, ids, mask=mask, temperature=torch.tensor([0.7, 0.0, NAN, 1.0, INF]), **grads):
+        assert (result[[1, 2, 4]] == 0).all() and result[0].isfinite().all()
 
 
 def test_strided_rows_are_read_in_place(run):
@@ -188,6 +191,7 @@ def test_which_layouts_are_copied():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_empty(run, dtype):
+    run(torch.zeros(0, 3, 5, dtype=dtype)[:, :-1], torch.zeros(0, 2, dtype=torch.int64))  # a view whose rows would not lie side by side
     for shape in ((0, 5), (3, 0, 5)):
         logp, entropy, gradient = run(torch.zeros(shape, dtype=dtype), torch.zeros(shape[:-1], dtype=torch.int64))
         assert logp.shape == entropy.shape == shape[:-1] and gradient.shape == shape

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .linear_tiles import INF, LOG2E, _finish_logits, _multiply, _place, _rounded, _row_scale, _tile
+from .linear_tiles import INF, LN2, LOG2E, _finish_logits, _multiply, _place, _rounded, _row_scale, _tile
 from .logits_rows import _expm1_series
 
 FLAG = tl.constexpr(64)  # rows and columns of a flagged block: the products' own step
@@ -34,7 +34,7 @@ def _upstream(source, valid, grad_logp_ptr, grad_entropy_ptr, HAS_LOGP: tl.const
 
 @triton.jit(do_not_specialize=["inverse_temperature"])
 def _scales_kernel(
-    grad_logp_ptr, grad_entropy_ptr, temperatures_ptr, index_ptr, count_ptr, scales_ptr, shares_ptr, least_ptr, inverse_temperature,
+    grad_logp_ptr, grad_entropy_ptr, entropy_ptr, temperatures_ptr, index_ptr, count_ptr, scales_ptr, shares_ptr, least_ptr, inverse_temperature,
     HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_TEMPERATURES: tl.constexpr, LOG2E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """scales[i]: the power of two that brings row i's gradient into float16's middle; shares[i] = min(scales) / scales[i] <= 1, for the other
@@ -47,7 +47,9 @@ def _scales_kernel(
         source = tl.load(index_ptr + offs, mask=valid, other=0)
         per_t, _, _ = _row_scale(source, valid, inverse_temperature, temperatures_ptr, HAS_TEMPERATURES, LOG2E)
         g_logp, g_entropy = _upstream(source, valid, grad_logp_ptr, grad_entropy_ptr, HAS_LOGP, HAS_ENTROPY)
-        size = per_t * (tl.abs(g_logp) + tl.abs(g_entropy))
+        # A slice of the vocabulary without the row's target has the log-prob's gradient in a far entropy (_vocabulary_parallel.py).
+        far = tl.maximum(tl.abs(tl.load(entropy_ptr + source, mask=valid, other=0.0)) * 0.0625, 1.0)
+        size = per_t * (tl.abs(g_logp) + tl.abs(g_entropy) * far)
         scale = tl.exp2(-tl.ceil(tl.log2(tl.minimum(tl.maximum(size, 1e-30), 1e30))) + HEADROOM)
         tl.store(scales_ptr + offs, scale, mask=valid)
         least = tl.minimum(least, tl.min(tl.where(valid, scale, INF), 0))
@@ -83,11 +85,12 @@ def _gradient_of(
     # exp(u / T) (first + second u); below, the chosen token's own entry by expm1
     p_top = tl.exp(-l)
     first = per_t * p_top * (g_entropy * (l - entropy) - g_logp)
-    second = -per_t * per_t * p_top * g_entropy
+    second = -per_t * p_top * g_entropy * LN2  # of u / T in units of log 2: 1/T^2 overflows below 1e-19
     first = tl.where(valid, tl.where(bad, float("nan"), first), 0.0)
 
     u = tl.maximum(x - top[:, None], limit[:, None], propagate_nan=tl.PropagateNan.ALL)
-    g = tl.exp2(u * k[:, None]) * (first[:, None] + second[:, None] * u)
+    z = u * k[:, None]
+    g = tl.exp2(z) * (first[:, None] + second[:, None] * z)
     target = tl.load(ids_ptr + source, mask=valid, other=-1)
     if tl.max(((target >= v) & (target < v + BLOCK_V)).to(tl.int32), 0) > 0:
         chosen = columns[None, :] == target[:, None]
@@ -98,7 +101,8 @@ def _gradient_of(
         g = tl.where(chosen & valid[:, None], own[:, None], g)
     if HAS_SOFTCAP:
         t = x / softcap
-        g = tl.where((columns < V)[None, :], g * (1.0 - t) * (1.0 + t), 0.0)
+        # Held logits are -inf in a row that is not there: its gradient of 0 times their slope is none.
+        g = tl.where(valid[:, None] & (columns < V)[None, :], g * (1.0 - t) * (1.0 + t), 0.0)
     if NEEDS_BIAS:
         tl.store(column_sums_ptr + row_tile.to(tl.int64) * WIDTH + local + tl.arange(0, BLOCK_V), tl.sum(g, 0))
     scale = per_t

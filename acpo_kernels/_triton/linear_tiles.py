@@ -36,6 +36,7 @@ from ..reference import IGNORED
 from .logprob_entropy import _bytes
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 GROUP = tl.constexpr(16)

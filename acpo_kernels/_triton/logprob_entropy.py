@@ -93,6 +93,7 @@ def _logprob_entropy_bwd_kernel(
     g_logp = tl.load(grad_logp_ptr + row) if HAS_LOGP else 0.0
     g_entropy = tl.load(grad_entropy_ptr + row) if HAS_ENTROPY else 0.0
     active = active & ((g_logp != 0.0) | (g_entropy != 0.0))
+    per_t = tl.where(active, per_t, 1.0)  # a row that takes no part may have no temperature
     entropy = tl.load(entropy_ptr + row)
     l = tl.load(logsumexp_ptr + row)  # noqa: E741
     bad = l != l
@@ -169,12 +170,12 @@ def backward(
     gradient: Tensor,
 ) -> None:
     """gradient is contiguous, or the logits themselves (the same address and strides): then it takes their place."""
+    if ids.numel() == 0:  # and every address is 0
+        return
     inplace = gradient.data_ptr() == logits.data_ptr()
     if inplace and (gradient.stride() != logits.stride() or row_layout(logits)[0] is not logits):
         raise ValueError("gradient must have the strides of logits that can be read in place, where it takes their place")
     logits, inner, stride_outer, stride_inner = row_layout(logits)
-    if ids.numel() == 0:
-        return
     incoming = [None if g is None else g.contiguous() for g in (grad_logp, grad_entropy)]
     with _device(logits):
         _logprob_entropy_bwd_kernel[(ids.numel(), triton.cdiv(logits.shape[-1], CHUNK))](

@@ -28,6 +28,7 @@ LAUNCH = {"num_warps": 8, "maxnreg": 255}
 REDUNDANT = 2**24  # bytes: 3 us of an H200's L2 at 5.5 TB/s, what the launch that they spare would cost
 
 LOG2E = tl.constexpr(1.4426950408889634)
+TINY = tl.constexpr(2.0**-126)  # the least normal float32
 LN2_HIGH = tl.constexpr(0.693115234375)  # 13 bits: its product with an integer of up to 11 bits is exact
 LN2_LOW = tl.constexpr(0.693147180559945309 - 0.693115234375)
 
@@ -82,9 +83,9 @@ def _reciprocal(x):
 
 @triton.jit
 def _inverse_root(x):
-    """1/sqrt(x) likewise; 0 of what is 0 in float32."""
+    """1/sqrt(x) likewise; 0 of what is 0 in float32, or so small that the approximation takes it for 0."""
     x = tl.cast(x, tl.float64)
-    y = tl.where(x.to(tl.float32) > 0.0, tl.rsqrt(x.to(tl.float32)), 0.0).to(tl.float64)
+    y = tl.where(x.to(tl.float32) >= TINY, tl.rsqrt(x.to(tl.float32)), 0.0).to(tl.float64)
     half = tl.full([], 0.5, tl.float64)
     y = tl.fma(y * half, tl.fma(-x * y, y, 2.0 * half), y)
     return tl.fma(y * half, tl.fma(-x * y, y, 2.0 * half), y)

@@ -37,8 +37,8 @@ def tensorboard(run: Path) -> dict[int, float]:
 
 
 def continued() -> bool:
-    """A run that is broken off in its fourth step and continued behind the second: TensorBoard drops the third that was shown, nothing of the warm-up,
-    and every step is there once."""
+    """A run that is broken off in its fourth step and continued behind the second: TensorBoard drops the third that was shown, nothing of the
+    warm-up, and every step is there once."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run, step = FOLDER / "continued" / "run", Trainer.step
