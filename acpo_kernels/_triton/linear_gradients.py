@@ -261,20 +261,9 @@ def add(
     if scaled:
         scales, shares, least = (torch.empty(n, dtype=torch.float32, **new) for n in (rows.padded, rows.padded, 1))
         _scales_kernel[(1,)](
-            grad_logp,
-            grad_entropy,
-            statistics[0],
-            temperatures,
-            rows.index,
-            rows.count,
-            scales,
-            shares,
-            least,
-            head.inverse,
-            LOG2E=LOG2E.value,
-            BLOCK=1024,
-            **given,
-        )
+            grad_logp, grad_entropy, statistics[0], temperatures, rows.index, rows.count, scales, shares, least, head.inverse, LOG2E=LOG2E.value,
+            BLOCK=1024, **given,
+        )  # fmt: skip
     gathered = rows.gather(hidden)
     other = rows.gather(hidden, shares) if scaled and need_weight else gathered
     vocab, wide = weight.shape
