@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -30,6 +31,14 @@ def budget(single: Tensor, exact: Tensor, *, factor: float = 2.0, gradient_dtype
         info = torch.finfo(gradient_dtype)
         allowed += 0.5 * max(info.eps * largest, info.smallest_normal * info.eps)
     return allowed
+
+
+def assert_no_second_derivative(grads, leaf: Tensor) -> None:
+    """Whoever differentiates one of these gradients hears of it, also where something else of the sum does depend on the leaf."""
+    for grad in grads:
+        for total in (grad.sum(), leaf.sum() + grad.square().sum()):
+            with pytest.raises(RuntimeError, match="no derivative: second derivatives"):
+                total.backward(retain_graph=True)
 
 
 def assert_within_budget(actual: Tensor, single: Tensor, exact: Tensor, name: str = "result", **options) -> None:

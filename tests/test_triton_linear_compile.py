@@ -92,9 +92,10 @@ def linear(which: str, element: str, architecture: int, extras: bool = False) ->
     divisible = {name for name in types if name.endswith("_ptr") or (name.endswith("_ref") and not tile.tma)}
     divisible |= {"V", "H", "stride_weight", "stride_held", "width_out"} & set(types)
     compiled = compile_kernel(kernel, types, constants, divisible, architecture, tile.warps, tile.stages)
-    # Nothing spilled; but for at most 32 registers, once a tile, of the gradient of 256 columns, which was faster on an H100 than 128 without.
-    spilled = 128 if (which, held, architecture, extras) == ("gradient", "", 90, False) and tile.n == 256 else 0
-    assert compiled.stack <= spilled and compiled.local == 0, (which, held, element, architecture)
+    # Nothing spilled; but for 32 registers or 30, once a tile, of the gradient of 256 columns, which was faster on an H100 than 128 without.
+    wide = (which, held, architecture, extras) == ("gradient", "", 90, False) and tile.n == 256
+    spilled = 0 if not wide else 120 if (element, triton.__version__) == ("bf16", "3.7.1") else 128
+    assert compiled.stack == spilled and compiled.local == 0, (which, held, element, architecture)
     return compiled
 
 
