@@ -264,6 +264,32 @@ def test_trackers_are_told_the_numbers(tmp_path, monkeypatch):
     assert told[-2] == ("log", {k: v for k, v in recorded().items() if k != "phase"})
 
 
+@pytest.mark.parametrize(("steps", "purged"), [((0, 0), (0, 0)), ((0, 50), (0, 51)), ((4, 100), (5, 101))])
+def test_tensorboard_drops_later_steps_of_each_phase_by_itself(tmp_path, monkeypatch, steps, purged):
+    """A stand-in for its writer; the real one, in a run that is continued: tests/external/loggers/run.sh."""
+    told: dict[str, list] = {}
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            self.told = told[Path(folder).name] = [purge_step]
+
+        def add_scalar(self, name, value, step):
+            self.told.append((name, step))
+
+        def flush(self):
+            pass
+
+        close = flush
+
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: name)
+    tracker = trackers.build(settings(tmp_path, "trainer.log=tensorboard"), tmp_path / "run", *steps)
+    tracker.log({"phase": "warmup", "step": 50, "warmup/loss": 1.0})
+    tracker.log({"phase": "stage1", "step": 5, "grad_norm": 1.0})
+    tracker.close()
+    assert told == {"tensorboard": [purged[0], ("grad_norm", 5)], "warmup": [purged[1], ("warmup/loss", 50)]}
+
+
 def test_a_tracker_that_is_not_installed_stops_the_run_before_it_begins(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a, _real=importlib.util.find_spec: None if name == "trackio" else _real(name, *a))
     trainer = trainer_of(tmp_path, "trainer.log=trackio")
