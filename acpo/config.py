@@ -180,6 +180,7 @@ class CurriculumConfig:
     sampler: Literal["thompson", "uniform"] = "thompson"  # by a Beta posterior of success, or all alike
     cells: Literal["named", "problems"] = "named"  # of the posteriors: those that the data names, else uniform draws; or each problem its own
     centre: float = 0.25  # success that is looked for
+    band: float = 0.0  # around it: sampled successes within are equally good; 0: the nearest first
     candidates: int = 2  # problems drawn for each that is taken
     decay: float = 0.9  # of the posterior, a visit
     uniform_share: float = 0.1  # of the problems, drawn from all alike

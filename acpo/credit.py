@@ -149,8 +149,11 @@ def assign(
     (None: all).
     """
     tokens, weights = token_advantages(advantages, attribution, segments, config, mask, entropy)
-    if config.form == "branch":  # TEMPO
-        tokens = tokens + branch_differences(list(ids.split(segments.cu_seqlens.diff().tolist())), outcome, group_size)
+    if config.form == "branch":  # TEMPO: in the unit of the outcome's advantage
+        differences = branch_differences(list(ids.split(segments.cu_seqlens.diff().tolist())), outcome, group_size)
+        if config.advantage == "grpo":
+            differences = differences / (group_std(outcome, group_size) + 1e-6).repeat_interleave(group_size)[segments.sequence_ids()]
+        tokens = tokens + differences
     elif config.form == "ratio":
         tokens = bounded_ratio(advantages[segments.sequence_ids()], log_ratio, config.bound)
     if config.token == "entropy":

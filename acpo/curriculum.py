@@ -31,9 +31,8 @@ class Curriculum:
         self.a, self.b = np.ones(len(self.cells)), np.ones(len(self.cells))
         self.uniform = self.config.sampler == "uniform" or (self.config.cells == "named" and not any(p.cell for p in self.problems))
 
-    @staticmethod
-    def _name(problem: Problem) -> str:
-        return problem.cell or f"id:{problem.id}"
+    def _name(self, problem: Problem) -> str:
+        return (problem.cell if self.config.cells == "named" else "") or f"id:{problem.id}"
 
     def prior(self, indices: np.ndarray) -> np.ndarray:
         """Posterior mean of success for the given problems: what is known before they are tried again."""
@@ -64,11 +63,12 @@ class Curriculum:
         return rng.permutation(np.flatnonzero((self.a / (self.a + self.b))[self.cell] > MASTERED))
 
     def _open(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Of `candidates` times as many problems drawn at random those whose sampled success is nearest to the centre. Taking them
-        from all problems instead would give one cell at a time, and a policy that sees one kind of problem forgets the others."""
+        """Of `candidates` times as many problems drawn at random those whose sampled success is nearest to the centre; all within `band` of it are
+        equally near. Taking them from all problems instead would give one cell at a time, and a policy that sees one kind of problem forgets the
+        others."""
         pool = rng.permutation(len(self.problems))[: self.config.candidates * count]
         drawn = rng.beta(self.a[self.cell[pool]], self.b[self.cell[pool]])
-        return pool[np.argsort(np.abs(drawn - self.config.centre), kind="stable")]
+        return pool[np.argsort(np.maximum(np.abs(drawn - self.config.centre) - self.config.band, 0.0), kind="stable")]
 
     def update(self, indices: np.ndarray, successes: np.ndarray, trials: int) -> None:
         """Adds what was seen: successes[i] of `trials` rollouts of problem indices[i]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,16 +76,25 @@ def missing(trainer: Trainer) -> list[str]:
     return out
 
 
-def _longest_prompt(trainer: Trainer, most: int = 256) -> int:
-    """Tokens, hint included where a source reads one; of so many problems."""
-    hinted = "hindsight" in trainer.config.attribution.source
-    problems = trainer.train_problems[:most]
-    return max(len(trainer.prompts.hinted(p) if hinted else trainer.prompts.prompt(p.prompt)) for p in problems)
+def _longest_prompt(trainer: Trainer, most: int = 256) -> tuple[int, str]:
+    """Tokens, and the problem's id; with the hint where a source reads one. Of so many problems to train on and as many held out, those whose text is
+    longest in bytes: no byte-level tokenizer makes more tokens than those."""
+    prompts, hinted = trainer.prompts, "hindsight" in trainer.config.attribution.source
+    size = lambda problem: len(problem.prompt.encode(errors="replace"))  # noqa: E731
+    found = [
+        (len(encode(problem)), problem.id)
+        for problems, encode in (
+            (trainer.train_problems, prompts.hinted if hinted else lambda p: prompts.prompt(p.prompt)),
+            (trainer.held_out[: trainer.config.eval.max_problems or None], lambda p: prompts.prompt(p.prompt)),
+        )
+        for problem in heapq.nlargest(most, problems, key=size)
+    ]
+    return max(found, key=lambda pair: pair[0])
 
 
 def _needed(trainer: Trainer) -> tuple[int, str]:
     asked = len(trainer.held_out[: trainer.config.eval.max_problems or None])
-    terms = memory.estimate(trainer.config, trainer.policy, _longest_prompt(trainer), asked)
+    terms = memory.estimate(trainer.config, trainer.policy, _longest_prompt(trainer)[0], asked)
     text = ", ".join(f"{t.name} {memory.human(t.bytes)}" for t in terms if t.bytes >= 2**20 or t.name == "weights")
     # The weights are there already, and on the host with them what Python, torch and the tokenizer take.
     return memory.total([t for t in terms if t.name != "weights"]), text
@@ -116,8 +126,8 @@ def checks(trainer: Trainer) -> Iterator[Check]:
     yield Check("settings", True, f"method {config.method}, seed {config.seed}, {config.trainer.steps} steps")
     yield Check("problems", True, f"{len(trainer.train_problems):,} to train on, {len(trainer.held_out):,} held out")
     yield Check("policy", True, _policy(trainer))
-    for check in (_batch, _lengths, _verifier, _engine, _memory_fits, _log, _directory):
-        name = check.__name__.split("_")[1]
+    for check in (_batch, lengths, _verifier, _engine, _memory_fits, _log, _directory):
+        name = check.__name__.lstrip("_").split("_")[0]
         yield _checked(name, check, trainer)
 
 
@@ -141,18 +151,20 @@ def _batch(trainer: Trainer) -> str:
     return f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, {segments.num_segments} segments; the first prompt ends {end!r}"
 
 
-def _lengths(trainer: Trainer) -> str:
-    config, longest = trainer.config, _longest_prompt(trainer)
+def lengths(trainer: Trainer) -> str:
+    """Whether the longest prompt and its response fit into the policy and the engine; ConfigError where they do not."""
+    config, (longest, name_of_it) = trainer.config, _longest_prompt(trainer)
     needed = longest + config.rollout.max_new_tokens
     most = getattr(trainer.policy.model.config.get_text_config(), "max_position_embeddings", None)
     limit = config.rollout.vllm.max_model_len if config.rollout.engine != "local" else 0
     for name, bound in (("the policy's max_position_embeddings", most), ("rollout.vllm.max_model_len", limit)):
         if bound and needed > bound:
-            raise ValueError(
-                f"a prompt of {longest} tokens and rollout.max_new_tokens = {config.rollout.max_new_tokens} need {needed}, {name} is {bound}"
+            raise ConfigError(
+                f"the prompt of problem {name_of_it!r} has {longest} tokens, with rollout.max_new_tokens = {config.rollout.max_new_tokens} that is "
+                f"{needed}, and {name} is {bound}"
             )
     if needed > config.rollout.batch_tokens and config.rollout.engine == "local":
-        raise ValueError(f"rollout.batch_tokens = {config.rollout.batch_tokens} holds no single rollout of {needed} tokens")
+        raise ConfigError(f"rollout.batch_tokens = {config.rollout.batch_tokens} holds no single rollout of {needed} tokens")
     return f"longest prompt {longest}, with its response {needed} tokens" + (f" of {most:,}" if most else "")
 
 

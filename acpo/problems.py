@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+_HALF = re.compile("[\ud800-\udfff]")
 HINT = "The answer is {answer}.\n{prompt}"  # the prompt of the hindsight stream
 
 
@@ -70,18 +73,28 @@ def load(
         if not right:
             raise ProblemError(f"{where}: wanted an answer behind {answer_after!r} in the field {answer!r}, got nothing")
         prompt = template.replace("{problem}", asked)
-        problems.append(Problem(str(row.get("id", number)), prompt, right, cell=kind, data=row, question=asked, hint=hint or HINT))
+        name = number if row.get("id") is None else row["id"]
+        problems.append(Problem(str(name), prompt, right, cell=kind, data=row, question=asked, hint=hint or HINT))
     if not problems:
         raise ProblemError(f"problems.path: {path} holds no problem")
     return problems
 
 
 def _field(row: dict, name: str, where: str) -> str:
-    value = next((row[n] for n in name.split("|") if n in row), None)
-    if not isinstance(value, (str, int, float)) or isinstance(value, bool) or str(value).strip() == "":
+    """The text of a field; a number in decimal digits, as somebody would write it down."""
+    there = next((n for n in name.split("|") if n in row), None)
+    if there is None:
         fields = ", ".join(map(reprlib.repr, list(row)[:20])) + (f" and {len(row) - 20} more" if len(row) > 20 else "")
-        raise ProblemError(f"{where}: wanted a non-empty field {name!r}, got the fields {fields or 'none'}")
-    return str(value)
+        raise ProblemError(f"{where}: wanted a field {name!r}, got the fields {fields or 'none'}")
+    value = row[there]
+    if isinstance(value, (float, Decimal)) and math.isfinite(value):
+        value = format(Decimal(repr(value)) if isinstance(value, float) else value, "f")
+    if not isinstance(value, (str, int)) or isinstance(value, bool) or str(value).strip() == "":
+        raise ProblemError(f"{where}: wanted a text or a number in the field {there!r}, got {type(value).__name__} {reprlib.repr(value)}")
+    text = str(value)
+    if half := _HALF.search(text):
+        raise ProblemError(f"{where}: wanted text in the field {there!r}, got half of a surrogate pair, \\u{ord(half[0]):04x}, at character {half.start()}")
+    return text
 
 
 def rows(path: str, subset: str, split: str) -> Iterator[tuple[str, int, dict]]:

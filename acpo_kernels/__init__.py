@@ -1,4 +1,4 @@
-"""Operations for step-level credit assignment: one contract each, on CPU and CUDA. See README.md, "what runs where"."""
+"""Operations for step-level credit assignment: one contract each, on CPU and CUDA. README.md, "Which kernels", says what runs where."""
 
 from ._results import HindsightInformation, LinearPolicyLoss, LogprobEntropy, PolicyLoss, SegmentCredit
 from .hindsight_information import hindsight_information

@@ -227,8 +227,12 @@ def test_assign_gives_the_form_and_masks_what_is_known_to_be_filler():
     plain = advantages[batch.segments.sequence_ids()]
     packed = batch.token["ids"]
     tokens, weights = assign(advantages, outcome, None, batch.segments, 4, CreditConfig(form="branch", mask="none"), ids=packed)
-    torch.testing.assert_close(tokens, plain + branch_differences(ids, outcome, 4))
+    differences = branch_differences(ids, outcome, 4)
+    torch.testing.assert_close(tokens, plain + differences / 0.5, msg="over the std of the outcomes, as the advantage is")
     assert (weights == 1).all()
+    config, centred = CreditConfig(form="branch", mask="none", advantage="rloo"), outcome_advantages(outcome, 4, "rloo")
+    tokens, _ = assign(centred, outcome, None, batch.segments, 4, config, ids=packed)
+    torch.testing.assert_close(tokens, centred[batch.segments.sequence_ids()] + differences)
     filler = torch.tensor([9])
     config = CreditConfig(form="none", mask="filler")
     tokens, _ = assign(advantages, outcome, None, batch.segments, 4, config, ids=packed, filler=filler)

@@ -51,6 +51,25 @@ def test_problems_without_a_cell_are_their_own():
     assert curriculum.prior(np.array([0, 1])).tolist() == [0.9, 0.5]
 
 
+def test_each_problem_its_own_cell_whatever_the_data_names():
+    named = [Problem(str(i), "p", "1", cell="easy" if i % 2 else "hard") for i in range(10)]
+    assert len(Curriculum(named, CurriculumConfig(cells="problems")).cells) == 10 and len(Curriculum(named, CurriculumConfig()).cells) == 2
+
+
+def test_within_the_band_all_are_equally_near():
+    """Cells known to succeed at 0.2, 0.3 and 0.9: nearest to 0.22 is the first alone, within 0.15 of it the first two."""
+    problems = [Problem(str(i), "p", "1", cell=str(i % 3)) for i in range(300)]
+    share = {}
+    for band in (0.0, 0.15):
+        config = CurriculumConfig(centre=0.22, band=band, candidates=3, uniform_share=0.0, mastered_share=0.0)
+        curriculum, rng = Curriculum(problems, config), np.random.default_rng(0)
+        curriculum.a, curriculum.b = np.array([20_000.0, 30_000, 90_000]), np.array([80_000.0, 70_000, 10_000])
+        taken = np.concatenate([curriculum.cell[curriculum.sample(30, rng)] for _ in range(20)])
+        share[band] = np.bincount(taken, minlength=3) / len(taken)
+    assert share[0.0][0] > 0.9 and share[0.0][2] == 0
+    assert 0.4 < share[0.15][0] < 0.6 and share[0.15][2] == 0
+
+
 def test_without_named_cells_draws_are_those_without_a_curriculum():
     """To the number: what the method adds is then compared on the same problems."""
     bare = [Problem(str(i), "p", "1") for i in range(100)]

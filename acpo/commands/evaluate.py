@@ -29,7 +29,7 @@ def run(options) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from .. import state
+    from .. import preflight, state
     from ..run import Run
     from ..sources import read
     from ..trainer import Trainer
@@ -40,6 +40,7 @@ def run(options) -> int:
     trainer = Trainer(settings, Run(settings), problems=read(settings.problems) if all_of_it else None)
     console = Console(stderr=True)
     try:
+        preflight.lengths(trainer)
         step = {"step": state.load_newest(trainer)} if run else {}
         asked = len(trainer.held_out[: settings.eval.max_problems or None])
         with Progress(console=console, transient=True, disable=options.json or not console.is_terminal) as progress:

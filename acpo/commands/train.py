@@ -32,6 +32,7 @@ def run(options) -> int:
     try:
         if options.dry_run:
             return _dry(preflight.checks(trainer), run_, options.json)
+        preflight.lengths(trainer)
         run_.facts(preflight.summary(trainer))
         with _ends_at_sigterm(trainer):
             last = trainer.train()
@@ -39,6 +40,8 @@ def run(options) -> int:
         trainer.ranks.close()
     except Stopped as stopped:
         run_.say(f"ended by SIGTERM at {stopped}, saved: the same command continues from there")
+        if options.json and trainer.ranks.leads:
+            print_json({"stopped": str(stopped), "run": str(run_.directory)})
         return 0
     finally:
         trainer.close()

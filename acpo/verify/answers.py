@@ -85,8 +85,8 @@ def last_number(text: str) -> str | None:
 
 
 def normalise(answer: str) -> str:
-    """The form in which answers are compared: no surrounding space or $, no thousands commas, no decimal zeros, no full stop."""
-    text = answer.strip().strip("$").strip()
+    r"""The form in which answers are compared: no surrounding space, $ or \$, no thousands commas, no decimal zeros, no full stop."""
+    text = answer.replace("\\$", "$").strip().strip("$").strip()
     if text.endswith("."):
         text = text[:-1]
     if not _NUMBER.fullmatch(text):
