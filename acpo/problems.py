@@ -85,7 +85,7 @@ def _field(row: dict, name: str, where: str) -> str:
     there = next((n for n in name.split("|") if n in row), None)
     if there is None:
         fields = ", ".join(map(reprlib.repr, list(row)[:20])) + (f" and {len(row) - 20} more" if len(row) > 20 else "")
-        raise ProblemError(f"{where}: wanted a field {name!r}, got the fields {fields or 'none'}")
+        raise ProblemError(f"{where}: wanted a non-empty field {name!r}, got the fields {fields or 'none'}")
     value = row[there]
     if isinstance(value, (float, Decimal)) and math.isfinite(value):
         value = format(Decimal(repr(value)) if isinstance(value, float) else value, "f")
@@ -93,7 +93,9 @@ def _field(row: dict, name: str, where: str) -> str:
         raise ProblemError(f"{where}: wanted a text or a number in the field {there!r}, got {type(value).__name__} {reprlib.repr(value)}")
     text = str(value)
     if half := _HALF.search(text):
-        raise ProblemError(f"{where}: wanted text in the field {there!r}, got half of a surrogate pair, \\u{ord(half[0]):04x}, at character {half.start()}")
+        raise ProblemError(
+            f"{where}: wanted text in the field {there!r}, got half of a surrogate pair, \\u{ord(half[0]):04x}, at character {half.start()}"
+        )
     return text
 
 

@@ -13,7 +13,7 @@ from acpo.verify.answers import extract_answer, last_boxed, last_boxes, last_tag
     ("one", "other"),
     [
         ("1,234", "1234"), ("1234.00", "1234"), ("0.50", "0.5"), (" 7 ", "7"), ("$7$", "7"), ("$1,234.50", "1234.5"), ("7.", "7"), ("-3.0", "-3"),
-        ("x + 1", "x + 1"), (r"\frac{1}{2}", r"$\frac{1}{2}$"),
+        ("x + 1", "x + 1"), (r"\frac{1}{2}", r"$\frac{1}{2}$"), (r"\$480", "480"), (r"$\$1,234.50$", "1234.5"),
     ],
 )  # fmt: skip
 def test_same(one, other):

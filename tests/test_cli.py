@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from loop import records, write_config
 from acpo.cli import main
 from acpo.policy import Policy
 from acpo.synthetic import tokenizer
+from acpo.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = "".join(f'{{"problem": "{i}+1", "answer": "{i + 1}"}}\n' for i in range(10))
@@ -60,6 +62,10 @@ BAD = [
         "field missing", ["mini.yaml", "problems.task=", "problems.path=good.jsonl", "problems.answer=solution"], 1,
         "good.jsonl, line 1: wanted a non-empty field 'solution'",
     ),
+    (
+        "too long", ["mini.yaml", "problems.task=", "problems.path=long.jsonl", "policy.tokenizer=bytes"], 2,
+        "the prompt of problem '400' has 40017 tokens, with rollout.max_new_tokens = 14 that is 40031, and the policy's max_position_embeddings is",
+    ),
     ("too many digits", ["mini.yaml", "problems.modulus=1"], 2, "problems.modulus must lie in [2, 10], got 1"),
     ("no tokenizer", ["mini.yaml", "problems.task=", "problems.path=good.jsonl"], 2, "policy.tokenizer must name a tokenizer folder"),
     ("tokenizer missing", ["mini.yaml", "policy.tokenizer=absent"], 2, "policy.tokenizer: no such file or folder: absent"),
@@ -80,6 +86,8 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, code, m
     write_config(tmp_path)
     (tmp_path / "good.jsonl").write_text(GOOD)
     (tmp_path / "malformed.jsonl").write_text(GOOD + '{"problem": "2+2", "answer" "4"}\n')
+    long = [json.dumps({"problem": "1" * (40_000 if i == 400 else i), "answer": "1"}) for i in range(1, 401)]  # none but the last is too long
+    (tmp_path / "long.jsonl").write_text("\n".join(long))
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "few.jsonl").write_text(GOOD[: len(GOOD) // 10 * 4])
     (tmp_path / "one.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n' * 10)
@@ -91,6 +99,19 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, code, m
     left = {p.name for p in tmp_path.iterdir()}
     if code == 2 or "problem" in error:
         assert "runs" not in left, "a run that did not begin leaves nothing behind"
+
+
+def test_a_run_that_sigterm_ends_says_so_as_json_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    step = Trainer.step
+
+    def signalled(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", signalled)
+    assert main(["train", str(write_config(tmp_path)), "warmup.steps=0", "eval.samples=0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"stopped": "step 1", "run": "runs/mini-acpo-0"}
 
 
 def test_a_real_process_says_one_line(tmp_path):

@@ -148,6 +148,8 @@ def test_segment_prints_reasons(tmp_path, capsys):
         (["absent.jsonl", "--tokenizer", "bytes"], 1, "no such file: absent.jsonl"),
         (["absent.txt", "--tokenizer", "bytes"], 1, "no such file: absent.txt"),
         (["bad.jsonl", "--tokenizer", "bytes"], 1, "bad.jsonl, line 1: not valid JSON"),
+        (["digits.jsonl", "--tokenizer", "bytes"], 1, "digits.jsonl, line 1: not valid JSON: Exceeds the limit (4300 digits)"),
+        (["huge.jsonl", "--tokenizer", "bytes"], 1, "huge.jsonl, line 1: wanted an outcome in [0, 1], or true or false, got 1000"),
         (["good.jsonl", "--tokenizer", "absent"], 2, "policy.tokenizer: no such file or folder: absent"),
         (["good.jsonl", "--tokenizer", "bytes", "policy.path=x"], 2, "wanted settings of the segmenter as segmenter.NAME=VALUE, got 'policy.path=x'"),
         (["good.jsonl", "--tokenizer", "bytes", "segmenter.max_segments=0"], 2, "segmenter.max_segments must be greater than 0"),
@@ -158,6 +160,8 @@ def test_segment_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys, a
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text("{\n")
     (tmp_path / "good.jsonl").write_text('{"solution": "x"}\n')
+    (tmp_path / "digits.jsonl").write_text('{"solution": "x", "n": ' + "1" * 5000 + "}\n")
+    (tmp_path / "huge.jsonl").write_text('{"solution": "x", "reward": 1' + "0" * 400 + "}\n")
     assert main(["segment", *arguments]) == code
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("acpo: ") and message in error

@@ -104,7 +104,7 @@ def test_a_dry_run_checks_everything_and_leaves_nothing(tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("overrides", "code", "said"),
     [
-        (["rollout.max_new_tokens=40000"], 1, "FAIL lengths    a prompt of 10 tokens and rollout.max_new_tokens = 40000 need 40010, "),
+        (["rollout.max_new_tokens=40000"], 1, "has 10 tokens, with rollout.max_new_tokens = 40000 that is 40010, and "),
         (["rollout.batch_tokens=16"], 1, "FAIL lengths    rollout.batch_tokens = 16 holds no single rollout"),
         (["rollout.engine=vllm_server", "rollout.server.url=http://127.0.0.1:9"], 1, "FAIL engine     no server answers at rollout.server.url"),
         (["run_dir=mini.yaml/run"], 1, "FAIL directory  mini.yaml/run: "),

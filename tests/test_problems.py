@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -55,10 +56,13 @@ def test_separators_inside_a_string_do_not_end_a_line(tmp_path):
         ('{"question": "a", "answer": "1"}', "line 1: wanted a non-empty field 'problem', got the fields 'question', 'answer'"),
         ('{"problem": "a", "answer": "1"}\n{"problem": "a"}', "line 2: wanted a non-empty field 'answer', got the fields 'problem'"),
         ("{}", "line 1: wanted a non-empty field 'problem', got the fields none"),
-        ('{"problem": " ", "answer": "1"}', "line 1: wanted a non-empty field 'problem'"),
-        ('{"problem": "a", "answer": null}', "line 1: wanted a non-empty field 'answer'"),
-        ('{"problem": "a", "answer": ["1"]}', "line 1: wanted a non-empty field 'answer'"),
-        ('{"problem": "a", "answer": true}', "line 1: wanted a non-empty field 'answer'"),
+        ('{"problem": " ", "answer": "1"}', "line 1: wanted a text or a number in the field 'problem', got str ' '"),
+        ('{"problem": "a", "answer": null}', "line 1: wanted a text or a number in the field 'answer', got NoneType None"),
+        ('{"problem": "a", "answer": ["1"]}', r"line 1: wanted a text or a number in the field 'answer', got list \['1'\]"),
+        ('{"problem": "a", "answer": true}', "line 1: wanted a text or a number in the field 'answer', got bool True"),
+        ('{"problem": "a", "answer": NaN}', "line 1: wanted a text or a number in the field 'answer', got float nan"),
+        ('{"problem": "a", "answer": -1e999}', "line 1: wanted a text or a number in the field 'answer', got float -inf"),
+        ('{"problem": "a \\ud83d b", "answer": "1"}', r"line 1: .* 'problem', got half of a surrogate pair, \\ud83d, at character 2"),
         ("", "problems.path: .*problems.jsonl holds no problem"),
         ("\n \n", "holds no problem"),
     ],
@@ -79,6 +83,19 @@ def test_missing_and_unreadable_file(tmp_path):
         load(tmp_path / "latin.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("value", "answer"), [("0.00001", "0.00001"), ("1e23", "100000000000000000000000"), ("1.50", "1.5"), ("7", "7"), ('"1e5"', "1e5")]
+)
+def test_numbers_are_written_in_digits(tmp_path, value, answer):
+    """As a rollout writes them and a verifier reads them, not as Python prints them."""
+    assert load(write(tmp_path, f'{{"problem": "a", "answer": {value}}}'))[0].answer == answer
+
+
+def test_an_id_that_is_null_is_none(tmp_path):
+    path = write(tmp_path, '{"id": null, "problem": "a", "answer": "1"}\n{"id": 0, "problem": "b", "answer": "2"}')
+    assert [p.id for p in load(path)] == ["1", "0"]
+
+
 def test_hinted_prompt(tmp_path):
     path = write(tmp_path, '{"problem": "with {answer} in it", "answer": "{prompt}"}')
     (problem,) = load(path, hint="[{answer}] {prompt}")
@@ -94,6 +111,12 @@ def test_parquet_rows_are_problems(tmp_path):
     path = tmp_path / "p.parquet"
     parquet.write_table(pyarrow.table({"id": ["x", "y"], "problem": ["1+1?", "2+2?"], "answer": [2, 4]}), path)
     assert [(p.id, p.prompt, p.answer) for p in load(path)] == [("x", "1+1?", "2"), ("y", "2+2?", "4")]
+    parquet.write_table(pyarrow.table({"problem": ["price?"], "answer": [Decimal("1.50")]}), path)
+    assert load(path)[0].answer == "1.50"
+    parquet.write_table(pyarrow.table({"problem": ["1?", "2?"], "answer": [1.0, float("nan")]}), path)
+    with pytest.raises(ProblemError, match=r"p\.parquet, row 2: wanted a text or a number in the field 'answer', got float nan"):
+        load(path)
+    parquet.write_table(pyarrow.table({"id": ["x", "y"], "problem": ["1+1?", "2+2?"], "answer": [2, 4]}), path)
     with pytest.raises(ProblemError, match=r"p\.parquet, row 1: wanted a non-empty field 'question', got the fields 'id', 'problem', 'answer'"):
         load(path, question="question")
     path.write_bytes(b"not parquet")
