@@ -25,7 +25,8 @@ POSITIVE = (
 )  # fmt: skip
 SHARES = (
     "warmup.hinted", "segmenter.forking_share", "curriculum.centre", "curriculum.band", "curriculum.decay", "curriculum.uniform_share",
-    "curriculum.mastered_share", "stages.switch_success", "stages.switch_share", "problems.hard", "problems.wrong_low", "problems.wrong_high", "problems.luck",
+    "curriculum.mastered_share", "stages.switch_success", "stages.switch_share", "problems.hard", "problems.wrong_low",
+    "problems.wrong_high", "problems.luck",
     "loss.clip_low", "credit.difficulty", "entropy.covariance_share", "warmup.probed", "rollout.vllm.gpu_memory_utilization",
 )  # fmt: skip
 NOT_NEGATIVE = (

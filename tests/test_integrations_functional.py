@@ -240,6 +240,8 @@ def test_stages_switch_once_and_confidence_needs_what_it_needs():
 
     found, same = assigned(credit, advantages=own, normalise=normalise), assigned(credit)
     assert found.stage == 2 and found.metrics["acpo/confidence"] == same.metrics["acpo/confidence"] > 0
+    with pytest.raises(ValueError, match="the result of normalise must be finite, got NaN or infinity for 8 of 8 rollouts"):
+        assigned(credit, advantages=own, normalise=lambda rewards: rewards * math.nan)
     assert torch.equal(seen[0][4:], OUTCOME[4:]) and (seen[0][:4] <= OUTCOME[:4]).all() and not torch.equal(seen[0][:4], OUTCOME[:4])
     plain = assigned(credit_of({**FIXED, "stages.two": True, "stages.confidence": 0.0}, total_steps=4)).advantages
     assert not torch.equal(found.advantages[:4], plain[:4])
@@ -280,6 +282,9 @@ def test_state_goes_on_where_it_was():
     assert one.state() == two.state()
     with pytest.raises(ValueError, match=r"state must be of attribution\.source = 'tree', got one of 'hindsight, tree'"):
         credit_of({**SMALL, "attribution.source": "tree"}).load(one.state())
+    for broken, got in (({}, r"got \[\]"), (None, "got NoneType")):
+        with pytest.raises(ValueError, match=rf"state must be what StepCredit\.state\(\) gave, with panel, .*, {got}"):
+            one.load(broken)
 
 
 # --- what it refuses ------------------------------------------------------------------------------------------------------------------------
@@ -295,12 +300,15 @@ def test_state_goes_on_where_it_was():
         ({"stages.two": True}, {}, "total_steps must be given with stages.two"),
         ({"entropy": {"controller": "target"}}, {}, "total_steps must be given with stages.two or entropy.controller = 'target'"),
         ({}, {"group_size": 1}, "group_size must be an integer of at least 2"),
+        ({"stages.two": True}, {"total_steps": 0}, "total_steps must be an integer of at least 1, got 0"),
     ],
 )
 def test_settings_that_cannot_be(settings, options, message):
     with pytest.raises(ValueError, match=message):
         StepCredit(TOKENIZER, **{"group_size": 4, "settings": settings, **options})
     assert issubclass(ConfigError, ValueError)
+    with pytest.raises(TypeError, match="settings must be a mapping of the method's settings, got str"):
+        StepCredit(TOKENIZER, group_size=4, settings="tree")
 
 
 @pytest.mark.parametrize(
@@ -324,13 +332,20 @@ def test_settings_that_cannot_be(settings, options, message):
         ({"outcome": OUTCOME.tolist()}, r"outcome must be a torch\.Tensor, got list"),
         ({"mask": [[True]]}, r"mask must be a torch\.Tensor, got list"),
         ({"groups": [[0]] * 8}, "groups must hold a hashable name a rollout"),
-        ({"entropy": batch()["entropy"] * math.nan}, "entropy must be a number at every token that the policy wrote, got NaN at 227"),
+        ({"entropy": batch()["entropy"] * math.nan}, "entropy must be finite at every token that the policy wrote, got NaN or inf at 227"),
+        ({"entropy": batch()["entropy"] * math.inf}, "entropy must be finite at every token that the policy wrote, got NaN or inf at 227"),
+        ({"outcome": None}, r"outcome must be a torch\.Tensor, got NoneType"),
+        ({"outcome": torch.tensor(1.0)}, r"outcome must be \[B\], got \(\)"),
+        ({"advantages": torch.tensor([math.nan, *[1.0] * 6, math.inf])}, "advantages must be finite, got NaN or infinity for 2 of 8 rollouts"),
         ({"logp": batch()["logp"] * math.nan}, "logp must be a number at every token that the policy wrote, got NaN at 227"),
     ],
 )
 def test_batches_that_cannot_be(change, message):
+    credit = credit_of()
+    before = credit.state()
     with pytest.raises((ValueError, TypeError), match=message):
-        credit_of()(**{**batch(), "outcome": OUTCOME, "answers": ANSWERS, **change})
+        credit(**{**batch(), "outcome": OUTCOME, "answers": ANSWERS, **change})
+    assert credit.state() == before, "a batch that is refused teaches nothing"
 
 
 def test_what_a_tool_wrote_needs_no_entropy():

@@ -15,7 +15,7 @@ import torch
 
 from acpo.attribution import Attributor, Evidence, hindsight_evidence, leave_one_out, tree_evidence, zero_variance
 from acpo.config import AttributionConfig, CreditConfig
-from acpo.credit import outcome_advantages, token_advantages
+from acpo.credit import assign, outcome_advantages, token_advantages
 from acpo.panel import Panel
 from acpo.tree import Prefixes, tree_values
 from acpo_kernels import Segments, segment_credit
@@ -238,14 +238,15 @@ def test_the_whole_method_with_the_tree_keeps_the_direction(form):
     assert cosine(total, chain.truth()) > cosine(plain, chain.truth()) - 0.02
 
 
-def test_the_shipped_default_keeps_the_direction():
-    """Hindsight in groups without variance, the tree in the others, priors, gates and the pick, as the default configuration has them; the sum over
-    batches of the sampled update. A tenth of the groups have no variance: the outcome alone leaves those without a gradient. The last
-    step's hindsight ratio is infinite where it decides the outcome (a policy hinted with the answer cannot have it), so it carries none here."""
+def test_the_shipped_default_and_the_forms_of_others_keep_the_direction():
+    """Hindsight in groups without variance, the tree in the others, priors, gates, the pick and the weights of groups, as the default configuration
+    has them, beside TEMPO's and RLSD's forms; the sum over batches of the sampled update. A tenth of the groups have no variance: the outcome alone
+    leaves those without a gradient. The last step's hindsight ratio is infinite where it decides the outcome (a policy hinted with the answer
+    cannot have it), so it carries none here."""
     chain, size, groups = Chain(0.62), 8, 32
-    panel, config = Panel(AttributionConfig(), CreditConfig(), size), CreditConfig()
+    panel = Panel(AttributionConfig(), CreditConfig(), size)
     log_ratio, kl = chain.hindsight()
-    total, silent = torch.zeros(M**3, dtype=torch.float64), torch.zeros(M**3, dtype=torch.float64)
+    total = {name: torch.zeros(M**3, dtype=torch.float64) for name in ("default", "silent", "weights", "branch", "ratio")}
     gates, without = [], []
     for batch in range(60):
         index, prefixes = drawn(chain, groups, size, seed=batch)
@@ -261,17 +262,29 @@ def test_the_shipped_default_keeps_the_direction():
         prior = torch.full((len(index),), chain.start, dtype=torch.float64)
         found, metrics = panel.attribute(evidence, outcome, prior, segments)
         advantages = outcome_advantages(outcome, size, "grpo")
-        credit = token_advantages(advantages, found, segments, config).token_advantages.view(-1, K + 1)[:, :K]
         gates.append((metrics["attribution/reliability/hindsight"], metrics["attribution/reliability/tree"]))
         same = zero_variance(outcome, size)
         without.append(float(same.double().mean()))
-        for weight, into in ((credit, total), (credit * same.unsqueeze(1), silent)):
+        tokens = {"ids": torch.cat([torch.tensor([*chain.rollouts[i], M]) for i in index.tolist()]), "log_ratio": log_ratio[index].flatten()}
+        tokens["entropy"] = torch.ones(len(tokens["ids"]), dtype=torch.float64)
+
+        def credit(attribution, **settings) -> torch.Tensor:
+            config = CreditConfig(**settings)
+            return assign(advantages, outcome, attribution, segments, size, config, **tokens).token_advantages.view(-1, K + 1)[:, :K]  # noqa: B023
+
+        rules = {
+            "default": credit(found), "silent": credit(found) * same.unsqueeze(1), "weights": credit(found, form="weights"),
+            "branch": credit(None, form="branch", mask="none"), "ratio": credit(None, form="ratio", mask="none", bound=0.2),
+        }  # fmt: skip
+        for name, weight in rules.items():
             spread = torch.zeros(len(chain.rollouts), K, dtype=torch.float64).index_add(0, index, weight.double())
-            into += chain.gradient(spread / chain.probability.unsqueeze(1))
+            total[name] += chain.gradient(spread / chain.probability.unsqueeze(1))
     assert np.mean(without) > 0.1 and min(gates[-1]) > 0.3, (np.mean(without), gates[-1])
-    assert cosine(total, chain.truth()) >= 0.95
+    for name in ("default", "weights", "branch", "ratio"):
+        assert cosine(total[name], chain.truth()) >= 0.95, name
     steps = chain.values.diff(dim=1)[:, :K] * (torch.arange(K) < K - 1)  # of what hindsight sees here
-    assert cosine(silent, chain.gradient(steps)) > 0.9, "the groups that say nothing to GRPO point the right way by themselves"
+    assert cosine(total["silent"], chain.gradient(steps)) > 0.9, "the groups that say nothing to GRPO point the right way by themselves"
+    assert cosine(total["silent"], chain.truth()) > 0.5, "and of the whole gradient, the last step in it, along more than half"
 
 
 def test_noise_is_gated_to_the_plain_update():

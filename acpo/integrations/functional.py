@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import NoneType
 from typing import Any
 
 import torch
@@ -67,7 +68,9 @@ class StepCredit:
     ):
         if not isinstance(group_size, int) or group_size < 2:
             raise ValueError(f"group_size must be an integer of at least 2, the rollouts of one prompt, got {group_size!r}")
-        self.settings = config = method_settings({**LOOPS_OWN, **dict(settings or {})}, where)
+        if not isinstance(settings, (Mapping, NoneType)):
+            raise TypeError(f"{where} must be a mapping of the method's settings, got {type(settings).__name__}")
+        self.settings = config = method_settings({**LOOPS_OWN, **(settings or {})}, where)
         names = [] if config.attribution.source == "none" else config.attribution.source.split(",")
         for name in ("probe", "head"):
             if name in names:
@@ -78,6 +81,8 @@ class StepCredit:
             raise ValueError(f"{where}: segmenter.fixed, attribution.control and credit.mask = 'filler' are experiments of our own loop")
         if total_steps is None and (config.stages.two or config.entropy.controller in ("target", "step")):
             raise ValueError(f"{where}: total_steps must be given with stages.two or entropy.controller = {config.entropy.controller!r}")
+        if total_steps is not None and (not isinstance(total_steps, int) or total_steps < 1):
+            raise ValueError(f"total_steps must be an integer of at least 1, got {total_steps!r}")
         self.tokenizer, self.group_size = tokenizer, group_size
         self.segmenter = Segmenter.from_tokenizer(
             tokenizer, vocab_size=vocab_size, min_tokens=config.segmenter.min_tokens, max_tokens=config.segmenter.max_tokens,
@@ -129,7 +134,7 @@ class StepCredit:
 
     def looks(self, outcome: Tensor, *, groups: Sequence[Hashable] | None = None) -> Tensor:
         """Which rollouts [B] the next batch's hindsight stream is wanted for: log_ratio and kl of the others are not read."""
-        order = self._order(groups, len(outcome))
+        order = self._order(groups, _count(outcome))
         judged = _outcome(outcome, order)
         out = torch.empty(len(order), dtype=torch.bool)
         out[order] = self.panel.looks("hindsight", judged)
@@ -176,22 +181,22 @@ class StepCredit:
         Errors
             ValueError or TypeError that names the argument.
         """
-        order = self._order(groups, len(outcome))
+        order = self._order(groups, _count(outcome))
         judged = _outcome(outcome, order)
         batch = _Packed(ids, mask, written, order)
         values = {"entropy": entropy, "log_ratio": log_ratio, "kl": kl, "logp": logp}
         tokens = {name: batch.pack(name, value) for name, value in values.items() if value is not None}
         self._check(tokens, batch.written, advantages, normalise, answers, len(order))
         stage, config, size = self.stage, self.settings, self.group_size
-        segments = self._segments(batch, tokens.get("entropy"), None if answer_start is None else _rows("answer_start", answer_start, order))
-        metrics: dict[str, float] = {}
-        evidence = self._evidence(batch, tokens, segments, judged, answers, order, metrics)
         known = torch.full_like(judged, 0.5 if self.success is None else self.success) if prior is None else _rows("prior", prior, order)
         if not bool(((known >= 0) & (known <= 1)).all()):
             raise ValueError(f"prior must lie in [0, 1], got {known.tolist()}")
         ended = None if finished is None else _rows("finished", finished, order).bool()
+        own = credit.outcome_advantages(judged, size, config.credit.advantage) if advantages is None else _finite("advantages", advantages, order)
+        segments = self._segments(batch, tokens.get("entropy"), None if answer_start is None else _rows("answer_start", answer_start, order))
+        metrics: dict[str, float] = {}
+        evidence = self._evidence(batch, tokens, segments, judged, answers, order, metrics)
         attribution, reliabilities = self.panel.attribute(evidence, judged, known, segments, ended)
-        own = credit.outcome_advantages(judged, size, config.credit.advantage) if advantages is None else _rows("advantages", advantages, order)
         if stage == 2 and config.stages.confidence > 0:
             own = self._confident(own, judged, tokens["logp"], segments, batch.written, normalise, order, metrics)
         assigned, weights = credit.assign(
@@ -229,10 +234,13 @@ class StepCredit:
 
     def _check(self, tokens: dict[str, Tensor], written: Tensor, advantages, normalise, answers, count: int) -> None:
         source = self.settings.attribution.source
-        for name in ("entropy", "logp"):  # a NaN would stay in the fork threshold, and make a rollout one that has no outcome
-            missing = int(tokens[name][written].isnan().sum()) if name in tokens else 0
+        # It would stay in the fork threshold, and make a rollout one that has no outcome. A log-prob may be -inf: of a confidence of 0.
+        for name, wanted, wrong in (("entropy", "finite", lambda x: ~x.isfinite()), ("logp", "a number", torch.isnan)):
+            missing = int(wrong(tokens[name][written]).sum()) if name in tokens else 0
             if missing:
-                raise ValueError(f"{name} must be a number at every token that the policy wrote, got NaN at {missing}")
+                raise ValueError(
+                    f"{name} must be {wanted} at every token that the policy wrote, got NaN{' or inf' * (name == 'entropy')} at {missing}"
+                )
         if self.needs_hindsight and not {"log_ratio", "kl"} <= tokens.keys():
             raise ValueError(f"log_ratio and kl must be given with attribution.source = {source!r} ('tree' alone needs neither), got None")
         if self.needs_hindsight and self.settings.attribution.mask_answer_copies and answers is None:
@@ -299,7 +307,7 @@ class StepCredit:
         else:
             back = torch.empty_like(rewards)
             back[order] = rewards
-            weighted = _rows("the result of normalise", normalise(back), order)
+            weighted = _finite("the result of normalise", normalise(back), order)
         return credit.keep_side(weighted, plain)
 
     def _learn(self, outcome: Tensor, entropy: Tensor | None, written: Tensor, step: int | None, metrics: dict[str, float]) -> None:
@@ -342,6 +350,11 @@ class StepCredit:
         }  # fmt: skip
 
     def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state` gave; ValueError for anything else."""
+        wanted = self.state().keys()
+        if not isinstance(state, Mapping) or not wanted <= state.keys():
+            got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"state must be what StepCredit.state() gave, with {', '.join(wanted)}, got {got}")
         if state["panel"].keys() != self.panel.by_name.keys():
             wanted, got = ", ".join(self.panel.by_name) or "none", ", ".join(state["panel"]) or "none"
             raise ValueError(f"state must be of attribution.source = {wanted!r}, got one of {got!r}")
@@ -394,6 +407,13 @@ def _outcome(outcome: Tensor, order: Tensor) -> Tensor:
     return rows
 
 
+def _count(outcome: Tensor) -> int:
+    _tensor("outcome", outcome)
+    if outcome.ndim != 1:
+        raise ValueError(f"outcome must be [B], got {tuple(outcome.shape)}")
+    return len(outcome)
+
+
 def _tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
@@ -404,6 +424,13 @@ def _rows(name: str, values: Tensor, order: Tensor) -> Tensor:
     if tuple(values.shape) != (len(order),):
         raise ValueError(f"{name} must be [B] = ({len(order)},), got {tuple(values.shape)}")
     return values.detach().cpu()[order].float()
+
+
+def _finite(name: str, values: Tensor, order: Tensor) -> Tensor:
+    rows = _rows(name, values, order)
+    if wrong := int((~rows.isfinite()).sum()):
+        raise ValueError(f"{name} must be finite, got NaN or infinity for {wrong} of {len(rows)} rollouts")
+    return rows
 
 
 def hinted_prompt(prompt: str | list[dict], answer: str, hint: str = HINT) -> str | list[dict]:

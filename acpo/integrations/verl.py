@@ -112,8 +112,9 @@ def register() -> type:
     """Makes the trainer known to verl as `acpo_sync`."""
     import transfer_queue as tq
     import verl
-    from omegaconf import OmegaConf
+    from omegaconf import OmegaConf, open_dict
     from tensordict import TensorDict
+    from verl.trainer.distillation import is_distillation_enabled
     from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.utils.padding import response_to_nested
@@ -124,27 +125,48 @@ def register() -> type:
     class ACPOTrainer(PPOTrainerSync):
         """PPOTrainerSync whose advantages are those of reasoning steps."""
 
+        def __init__(self, config):
+            with open_dict(config):  # verl asks for its synchronous mode by name, and under any other takes the asynchronous paths
+                config.trainer.v1.trainer_mode = "sync"
+            super().__init__(config)
+
         @property
         def acpo(self) -> StepCredit:
             if getattr(self, "_acpo", None) is None:
                 settings = OmegaConf.select(self.config, "algorithm.acpo")
                 settings = {} if settings is None else OmegaConf.to_container(settings, resolve=True)
-                self._acpo = make_credit(self.tokenizer, settings, self.config.actor_rollout_ref.rollout.n, self.total_training_steps)
+                model = omega_conf_to_dataclass(self.config.actor_rollout_ref.model)
+                self._acpo = make_credit(
+                    self.tokenizer, settings, self.config.actor_rollout_ref.rollout.n, self.total_training_steps,
+                    model.hf_config.get_text_config().vocab_size,
+                )  # fmt: skip
             return self._acpo
+
+        @property
+        def acpo_has_entropy(self) -> bool:
+            """verl computes entropies where it computes the old log-probs, which it leaves out in the bypass mode."""
+            return not OmegaConf.select(self.config, "algorithm.rollout_correction.bypass_mode")
 
         def on_init_end(self):
             super().on_init_end()
+            if self.acpo.needs_entropy and not self.acpo_has_entropy:
+                raise ValueError(
+                    "algorithm.rollout_correction.bypass_mode must be False with algorithm.acpo.entropy.controller, credit.token = 'entropy' or "
+                    "attribution.source = 'entropy': verl computes no entropy in it"
+                )
             if self.acpo.settings.entropy.controller != "none":
                 actor = self.config.actor_rollout_ref.actor
                 if not actor.calculate_entropy:
                     raise ValueError("actor_rollout_ref.actor.calculate_entropy must be True with algorithm.acpo.entropy.controller")
+                if is_distillation_enabled(self.config.get("distillation")):
+                    raise ValueError("distillation.enabled must be False with algorithm.acpo.entropy.controller: both bring a loss of their own")
                 self.actor_rollout_wg.set_loss_fn(partial(ppo_loss, config=omega_conf_to_dataclass(actor)))
 
         def _compute_advantage(self, batch, metrics):
             batch = super()._compute_advantage(batch, metrics)
             credit = self.acpo
             fields = ["uid", "responses", "response_mask", "rm_scores", "advantages"]
-            if credit.needs_entropy or credit.settings.segmenter.entropy:
+            if self.acpo_has_entropy and (credit.needs_entropy or credit.settings.segmenter.entropy):
                 fields.append("entropy")
             data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
             nested, lengths = data["response_mask"], data["responses"].offsets().diff().cpu()

@@ -198,7 +198,7 @@ class ACPOTrainer(GRPOTrainer):
             column = self.args.acpo_answer_column
             if column not in inputs[0]:
                 raise ValueError(_no_column("acpo_answer_column", column, inputs[0]))
-            answers = [str(example[column]) for example in inputs]
+            answers = [_answer(example[column], column) for example in inputs]
             values = scoring.with_hindsight(self, inputs, output, answers, credit.looks(outcome)[here].tolist(), scored)
         else:
             values = scored or scoring.plain(self, output)
@@ -278,6 +278,13 @@ class ACPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             state.load(self, Path(checkpoint))
+
+
+def _answer(value, column: str) -> str:
+    """The reference answer as text. What is none would be read out to the policy as its answer: "The answer is None."."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value != value or value == "":
+        raise ValueError(f"the column {column!r} (acpo_answer_column) must hold a text or a number in every row, got {value!r}")
+    return str(value)
 
 
 def _no_column(option: str, column: str, names) -> str:

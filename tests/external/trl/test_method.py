@@ -294,6 +294,10 @@ def test_rewards_that_are_no_outcome_and_columns_that_are_missing(tmp_path):
         trainer(ACPOTrainer, tmp_path, reward_funcs=[chance, length])
     with pytest.raises(ValueError, match="acpo_answer_column='gold' is no column of the dataset, which has 'prompt', 'answer', 'level'"):
         trainer(ACPOTrainer, tmp_path, acpo_answer_column="gold")
+    for answer in (None, ["5"]):
+        answers = [answer] * len(problems())
+        with pytest.raises(ValueError, match=r"the column 'answer' \(acpo_answer_column\) must hold a text or a number in every row, got"):
+            trainer(ACPOTrainer, tmp_path, dataset=problems().remove_columns("answer").add_column("answer", answers), **ON).train()
     with pytest.raises(ValueError, match="acpo_difficulty_column='hard' is no column"):
         trainer(ACPOTrainer, tmp_path, acpo_curriculum=True, acpo_difficulty_column="hard")
     with pytest.raises(TypeError, match="args must be an ACPOConfig, got GRPOConfig"):

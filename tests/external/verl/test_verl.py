@@ -90,17 +90,70 @@ def test_what_cannot_be():
             ours.make_credit(TOKENIZER, settings, 4, 10)
 
 
-def test_the_trainer_reads_and_writes_the_queue(monkeypatch):
+def verls_config(*overrides: str):
+    with initialize_config_dir(str(Path(verl.__file__).parent / "trainer/config"), version_base=None):
+        return compose("ppo_trainer", list(overrides))
+
+
+def test_the_trainer_is_verls_synchronous_one():
+    """verl asks for its modes by name: under another its buffer throws away a prompt with a failed session and generates another one, and each
+    checkpoint holds the queue."""
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+
+    own = get_trainer_cls("acpo_sync")(verls_config("trainer.v1.trainer_mode=acpo_sync", "actor_rollout_ref.rollout.n=4"))
+    plain = get_trainer_cls("sync")(verls_config("trainer.v1.trainer_mode=sync", "actor_rollout_ref.rollout.n=4"))
+    assert type(own.replay_buffer) is type(plain.replay_buffer) is ReplayBuffer
+    assert own.trainer_mode == plain.trainer_mode == "sync" and own.parameter_sync_step == plain.parameter_sync_step
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["actor_rollout_ref.actor.calculate_entropy=False"], r"actor\.calculate_entropy must be True"),
+        (["distillation.enabled=True"], r"distillation\.enabled must be False with algorithm\.acpo\.entropy\.controller"),
+        (["algorithm.rollout_correction.bypass_mode=True"], r"bypass_mode must be False with algorithm\.acpo\.entropy\.controller"),
+    ],
+)
+def test_settings_of_verl_that_cannot_be_with_the_bonus(monkeypatch, model, overrides, message):
+    cls = get_trainer_cls("acpo_sync")
+    trainer = object.__new__(cls)
+    trainer.tokenizer, trainer.total_training_steps = TOKENIZER, 10
+    trainer.config = verls_config(
+        "+algorithm.acpo.entropy.controller=constant", f"actor_rollout_ref.model.path={model}", "actor_rollout_ref.rollout.n=4",
+        "actor_rollout_ref.actor.calculate_entropy=True", *overrides,
+    )  # fmt: skip
+    monkeypatch.setattr(cls.__mro__[1], "on_init_end", lambda self: None)
+    with pytest.raises(ValueError, match=message):
+        trainer.on_init_end()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A folder with a model whose vocabulary is padded beyond its tokenizer's, as most are."""
+    from transformers import Qwen2Config
+
+    folder = tmp_path_factory.mktemp("model")
+    TOKENIZER.save_pretrained(folder)
+    Qwen2Config(vocab_size=len(TOKENIZER) + 6, hidden_size=8, num_attention_heads=1, num_key_value_heads=1).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("bypass", [False, True])
+def test_the_trainer_reads_and_writes_the_queue(monkeypatch, model, bypass):
+    """An id of the model's that the tokenizer does not know among the responses; with bypass_mode no entropy in the queue."""
     import transfer_queue as tq
 
     nested = lambda rows: torch.nested.as_nested_tensor(rows, layout=torch.jagged)  # noqa: E731
     tensors = batch()
     rows = [tensors["responses"][b, :n] for b, n in enumerate(tensors["lengths"].tolist())]
+    rows[3][0] = len(TOKENIZER)
     scores = [torch.cat([torch.zeros(len(r) - 1), OUTCOME[b : b + 1]]) for b, r in enumerate(rows)]
     store = {
         "responses": nested(rows), "response_mask": nested([torch.ones_like(r) for r in rows]), "rm_scores": nested(scores),
-        "old_log_probs": nested([torch.zeros(len(r)) for r in rows]), "entropy": nested([torch.full((len(r),), 0.5) for r in rows]),
+        "old_log_probs": nested([torch.zeros(len(r)) for r in rows]),
     }  # fmt: skip
+    if not bypass:
+        store["entropy"] = nested([torch.full((len(r),), 0.5) for r in rows])
 
     def get(keys, partition_id, select_fields):
         found = TensorDict({name: store[name] for name in select_fields if name in store}, batch_size=8)
@@ -115,11 +168,12 @@ def test_the_trainer_reads_and_writes_the_queue(monkeypatch):
     cls = get_trainer_cls("acpo_sync")
     trainer = object.__new__(cls)
     trainer.tokenizer, trainer.total_training_steps, trainer.global_steps = TOKENIZER, 10, 1
-    trainer.config = OmegaConf.create({
-        "algorithm": {"use_kl_in_reward": False, "adv_estimator": "grpo", "gamma": 1.0, "lam": 1.0,
-                      "acpo": {"segmenter": SETTINGS["segmenter"], "attribution": {"reliability": 0.8}, "entropy": {"controller": "constant"}}},
-        "actor_rollout_ref": {"rollout": {"n": 4, "response_length": 64}, "actor": {"calculate_entropy": True}},
-    })  # fmt: skip
+    trainer.config = verls_config(
+        "algorithm.adv_estimator=grpo", f"algorithm.rollout_correction.bypass_mode={bypass}", "actor_rollout_ref.rollout.n=4",
+        "data.max_response_length=64", f"actor_rollout_ref.model.path={model}", "actor_rollout_ref.actor.calculate_entropy=True",
+        "+algorithm.acpo.attribution.reliability=0.8", f"+algorithm.acpo.entropy.controller={'none' if bypass else 'constant'}",
+        *(f"+algorithm.acpo.segmenter.{name}={value}" for name, value in SETTINGS["segmenter"].items()),
+    )  # fmt: skip
 
     class Meta:
         keys = [f"{UID[b]}_{b}_0" for b in range(8)]  # noqa: RUF012
@@ -130,9 +184,12 @@ def test_the_trainer_reads_and_writes_the_queue(monkeypatch):
 
     meta, metrics = Meta(), {}
     cls._compute_advantage(trainer, meta, metrics)
-    advantages, weights = store["advantages"].to_padded_tensor(0.0), store[ours.WEIGHT].to_padded_tensor(0.0)
-    assert advantages.shape == weights.shape == tensors["responses"].shape and metrics["acpo/segments"] > 1
-    assert advantages[1][: tensors["lengths"][1]].unique().numel() > 1 and weights.sum() > 0
+    advantages = store["advantages"].to_padded_tensor(0.0)
+    assert advantages.shape == tensors["responses"].shape and metrics["acpo/segments"] > 1
+    assert advantages[1][: tensors["lengths"][1]].unique().numel() > 1
+    if not bypass:
+        weights = store[ours.WEIGHT].to_padded_tensor(0.0)
+        assert weights.shape == advantages.shape and weights.sum() > 0
 
 
 def test_the_loss_takes_the_bonus_token_by_token():
@@ -189,8 +246,7 @@ def test_the_command_fits_verls_settings():
     command = next(line for line in text.splitlines() if "verl.trainer.main_ppo" in line and not line.startswith("#"))
     overrides = [word for word in shlex.split(command) if "=" in word]
     assert len(overrides) > 15
-    with initialize_config_dir(str(Path(verl.__file__).parent / "trainer/config"), version_base=None):
-        config = compose("ppo_trainer", overrides)
+    config = verls_config(*overrides)
     actor = config.actor_rollout_ref.actor
     assert actor.use_kl_loss and actor.kl_loss_coef == METHODS["acpo"]["loss.kl_weight"] and actor.kl_loss_type == "low_var_kl+"
     assert config.actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu == 8, "verl refuses a reference without one"
@@ -198,8 +254,5 @@ def test_the_command_fits_verls_settings():
     settings = OmegaConf.to_container(config.algorithm.acpo)
     credit = ours.make_credit(TOKENIZER, settings, config.actor_rollout_ref.rollout.n, config.trainer.total_training_steps)
     assert credit.settings.entropy.controller == "target" and credit.settings.segmenter.target_tokens == 32 and credit.group_size == 8
-    with (
-        pytest.raises(Exception, match="not_a_setting"),
-        initialize_config_dir(str(Path(verl.__file__).parent / "trainer/config"), version_base=None),
-    ):
-        compose("ppo_trainer", ["actor_rollout_ref.not_a_setting=1"])
+    with pytest.raises(Exception, match="not_a_setting"):
+        verls_config("actor_rollout_ref.not_a_setting=1")
