@@ -49,7 +49,9 @@ def save(directory: Path, label: str, tensors: dict[str, dict[str, Tensor]], sta
         _sync(directory)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write the checkpoint {target}: {error}; earlier checkpoints are untouched") from None
-    for old in _labels(directory)[:-keep]:
+    labels = _labels(directory)
+    labels = labels[: labels.index(label) + 1]  # later ones could not be read, or the run would stand behind them: they count for nothing
+    for old in labels[:-keep]:
         try:
             _remove(directory / old)
         except OSError as error:  # whoever made it read-only wants to keep it: no reason to end the run

@@ -36,9 +36,9 @@ def finite(what: str, value: Tensor) -> float:
 
 
 class Guard:
-    def __init__(self, path: Path):
-        """path: where the diagnosis goes."""
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True):
+        """path: where the diagnosis goes; writes: whether this process is the one that writes it."""
+        self.path, self.writes = path, writes
         self.left_out = 0  # optimiser steps of the run
         self.in_a_row: list[str] = []
 
@@ -67,7 +67,8 @@ class Guard:
             "gradients_not_finite": [name for name, p in weights.items() if p.grad is not None and not bool(p.grad.isfinite().all())],
             "batch": {name: _look(v) for name, v in batch.items() if v.is_floating_point()},
         }
-        put(self.path, lambda path: path.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8"))
+        if self.writes:
+            put(self.path, lambda path: path.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8"))
 
     def state(self) -> dict[str, Any]:
         return {"left_out": self.left_out, "in_a_row": self.in_a_row}

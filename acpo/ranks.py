@@ -87,7 +87,7 @@ class Ranks:
         self.sharded, self.own_group = False, False
         if self.size == 1:
             return
-        _check(config)
+        _check(config, self.size)
         cuda = torch.cuda.is_available() and config.policy.device in ("auto", "cuda")
         if cuda:
             torch.cuda.set_device(local)
@@ -191,6 +191,7 @@ class Ranks:
         segments = Segments(torch.tensor([0, 1], device=policy.device), torch.tensor([0, 1], device=policy.device))
         with torch.no_grad():  # the whole learns of its layers in its first forward, and they must not have theirs before
             policy([[0]], [one], None, one.float(), segments)
+        policy.reshard()  # behind a forward the root stays whole, and an optimiser made now would hold parameters that no gradient reaches
         self.sharded = True
 
     @contextlib.contextmanager
@@ -269,7 +270,7 @@ def _machines() -> int:
     return int(os.environ["WORLD_SIZE"]) // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
 
 
-def _check(config: Config) -> None:
+def _check(config: Config, size: int) -> None:
     """What several processes cannot do, by name."""
     full_ = config.trainer.sharding == "full"
     for wrong, text in (
@@ -280,6 +281,8 @@ def _check(config: Config) -> None:
         (full_ and config.warmup.steps > 0, "trainer.sharding = 'full' needs warmup.steps = 0"),
         (full_ and config.entropy.controller != "none" and config.entropy.covariance != "never", "trainer.sharding = 'full' needs entropy.covariance "
          "= 'never': its passes differ from rank to rank"),
+        (config.rollout.prompts * config.rollout.group_size < size, f"rollout.prompts * rollout.group_size must be at least {size}, a rollout for "
+         f"each process, got {config.rollout.prompts} * {config.rollout.group_size}"),
         (full_ and config.policy.lora_rank > 0, "trainer.sharding = 'full' needs policy.lora_rank = 0: adapters are small, share nothing out"),
     ):  # fmt: skip
         if wrong:

@@ -83,7 +83,7 @@ class Trainer:
         self.counters = {"tokens/generated": 0, "tokens/forward_extra": 0, "seconds": 0.0}
         self.clock = Clock(self.policy.device)
         self.warmup_step = self.step_number = 0
-        self.guard = Guard(run.directory / "diagnosis.json")
+        self.guard = Guard(run.directory / "diagnosis.json", writes=self.ranks.leads)
         self.stopping = False  # set from outside: the step under way is the last one, and Stopped comes behind its checkpoint
         if config.trainer.sharding == "full" and self.ranks.size > 1:
             self.ranks.shard(self.policy)
@@ -208,7 +208,8 @@ class Trainer:
             chosen = [(index, self.prompts.prompt(self.train_problems[index].prompt)) for index in indices]
             problems = [self.train_problems[i] for i in indices for _ in range(size)]
             samples = self._generate(self.ranks.share([prompt for _, prompt in chosen for _ in range(size)]), round_)
-            texts = self.tokenizer.batch_decode(on_host([s.ids for s in samples]), skip_special_tokens=True)
+            # Of no rollout (a process's share of a few that are sampled again) transformers makes one empty text.
+            texts = self.tokenizer.batch_decode(on_host([s.ids for s in samples]), skip_special_tokens=True) if samples else []
             pending = self.verifier.submit(self.ranks.share(problems), texts)
             with self.clock("verify"):
                 verdicts = self.ranks.concat(pending.result())

@@ -68,6 +68,16 @@ def test_an_old_one_that_cannot_be_removed_ends_nothing(tmp_path, monkeypatch, c
     assert latest(tmp_path / "c")[1]["value"] == 6.0 and names(tmp_path / "c") == ["step-4", "step-6"]
 
 
+def test_one_written_behind_a_damaged_one_stays(tmp_path):
+    """A run that passed over step-4 stands before it: what it writes is what there is."""
+    for step in (1, 2, 4):
+        write(tmp_path, f"step-{step}", float(step), keep=9)
+    flip = tmp_path / "step-4" / "policy.safetensors"
+    flip.write_bytes(flip.read_bytes()[:-1] + b"?")
+    write(tmp_path, "step-3", 3.0, keep=1)
+    assert names(tmp_path) == ["step-3", "step-4"] and latest(tmp_path)[1]["value"] == 3.0
+
+
 def test_training_is_newer_than_warm_up(tmp_path):
     write(tmp_path, "warmup-900", 1.0)
     write(tmp_path, "step-1", 2.0)

@@ -222,6 +222,12 @@ def test_what_several_processes_cannot_do(tmp_path, monkeypatch, override, messa
         Ranks(settings(tmp_path, override))
 
 
+def test_a_rollout_for_each_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "20")
+    with pytest.raises(ConfigError, match=r"rollout\.prompts \* rollout\.group_size must be at least 20, a rollout for each process, got 4 \* 4"):
+        Ranks(settings(tmp_path))
+
+
 def test_a_server_of_our_own_serves_one_machine(tmp_path, monkeypatch):
     for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,18 +23,18 @@ from acpo.state import resume as state_of
 pytestmark = pytest.mark.slow
 
 LAUNCHERS = {  # accelerate's --cpu would start one process
-    "torchrun": ("torch.distributed.run", "--nproc-per-node", "2", "--master-port"),
-    "accelerate": ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port"),
+    "torchrun": ("torch.distributed.run", "--nproc-per-node", "{}", "--master-port"),
+    "accelerate": ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "{}", "--main_process_port"),
 }
 
 
 @pytest.fixture
 def launched():
-    """`acpo train` on two processes, which do not outlive the test."""
+    """`acpo train` on two processes or more, which do not outlive the test."""
     jobs = []
 
-    def start(folder: Path, *overrides: str, launcher: str = "torchrun") -> subprocess.Popen:
-        command = [sys.executable, "-m", *LAUNCHERS[launcher], str(free_port()), "-m", "acpo.cli"]
+    def start(folder: Path, *overrides: str, launcher: str = "torchrun", processes: int = 2) -> subprocess.Popen:
+        command = [sys.executable, "-m", *(word.format(processes) for word in LAUNCHERS[launcher]), str(free_port()), "-m", "acpo.cli"]
         arguments = ["train", str(write_config(folder)), f"run_dir={folder / 'run'}", *overrides]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         jobs.append(subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment))
@@ -67,6 +68,40 @@ def test_sharded_parameters_train_and_their_checkpoint_goes_on_alone(tmp_path, f
     assert moments and all(torch.equal(v, tensors["optimizer"][n]) for n, v in moments.items())
     steps(own, 1)
     own.close()
+
+
+def test_sharded_parameters_are_the_whole_ones_shared_out(tmp_path, finished_run, launched):
+    """The same two processes with and without: losses, norms and weights are those of whole parameters, no parameter stays behind, and a sharded
+    run that goes on from its checkpoint comes to the same bits."""
+    start = (f"policy.path={finished_run / 'policy'}", "policy.from_config=", *FULL, "optimizer.learning_rate=0.001", "optimizer.warmup_steps=0")
+    start = (*start, "trainer.steps=4", "eval.samples=0")
+    found = {}
+    for name, more in {"none": ("trainer.sharding=none",), "full": (), "again": ()}.items():
+        if name == "again":
+            shutil.copytree(tmp_path / "full", tmp_path / name)
+            shutil.rmtree(tmp_path / name / "run" / "checkpoints" / "step-4")
+        job = launched(tmp_path / name, *start, *more)
+        _, err = job.communicate(timeout=1500)
+        assert job.returncode == 0, err[-3000:]
+        found[name] = list(map(without_times, records(tmp_path / name / "run"))), latest(tmp_path / name / "run" / "checkpoints")[0]["policy"]
+    (whole, weights), (sharded, shared_out) = found["none"], found["full"]
+    for a, b in zip(whole[1:], sharded[1:], strict=True):
+        assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-5, abs=1e-7)
+    before = latest(finished_run / "checkpoints")[0]["policy"]
+    for name, value in shared_out.items():
+        moved = (weights[name] - before[name]).abs().max()
+        assert moved > 1e-3 and (value - weights[name]).abs().max() < 1e-3 * moved, name
+    assert found["again"][0] == sharded and all(torch.equal(value, shared_out[name]) for name, value in found["again"][1].items())
+
+
+def test_a_process_without_a_rollout_to_sample_again(tmp_path, finished_run, launched):
+    """Dynamic sampling asks for one group of two more, of three processes."""
+    start = (f"policy.path={finished_run / 'policy'}", "policy.from_config=", "warmup.steps=0", "trainer.steps=3", "eval.samples=0")
+    few = ("rollout.prompts=3", "rollout.group_size=2", "loss.minibatches=1", "curriculum.dynamic_sampling=true")
+    job = launched(tmp_path, *start, *few, processes=3)
+    _, err = job.communicate(timeout=1500)
+    assert job.returncode == 0, err[-3000:]
+    assert any(r["rollout/sampled"] % 6 for r in records(tmp_path / "run")[1:]), "some round asked for fewer"
 
 
 def test_accelerate_launch_is_torchrun(tmp_path, launched):

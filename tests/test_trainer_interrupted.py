@@ -14,6 +14,7 @@ from loop import parameters, records, settings, steps, trainer_of, without_times
 from acpo import checkpoint, config, state, update
 from acpo import trainer as module
 from acpo.config import ConfigError
+from acpo.guard import Guard, NotFinite
 from acpo.policy import Policy
 from acpo.run import Run
 from acpo.trainer import Trainer, TrainingError
@@ -99,6 +100,15 @@ def broken_losses(monkeypatch, *which: int) -> list[int]:
 
     monkeypatch.setattr(Policy, "forward", broken)
     return calls
+
+
+def test_of_several_processes_one_writes_the_diagnosis(tmp_path):
+    for writes in (False, True):
+        guard = Guard(tmp_path / "diagnosis.json", writes=writes)
+        with pytest.raises(TrainingError, match="3 times in a row"):
+            for step in range(3):
+                guard.leave_out(NotFinite("the loss is nan"), f"step {step}", torch.nn.Linear(1, 1), {})
+        assert (tmp_path / "diagnosis.json").exists() == writes
 
 
 def test_three_losses_in_a_row_that_are_no_numbers_stop_and_say_what_was_at_hand(tmp_path, warmed, monkeypatch):
