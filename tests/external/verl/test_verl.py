@@ -134,7 +134,8 @@ def model(tmp_path_factory) -> str:
 
     folder = tmp_path_factory.mktemp("model")
     TOKENIZER.save_pretrained(folder)
-    Qwen2Config(vocab_size=len(TOKENIZER) + 6, hidden_size=8, num_attention_heads=1, num_key_value_heads=1).save_pretrained(folder)
+    shape = {"vocab_size": len(TOKENIZER) + 6, "hidden_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}
+    Qwen2Config(architectures=["Qwen2ForCausalLM"], **shape).save_pretrained(folder)
     return str(folder)
 
 
