@@ -125,11 +125,13 @@ def summarise(runs: dict[str, dict[int, dict]], against: str, baselines: list[st
     arms: dict[str, dict[str, Any]] = {}
     seconds = {arm: _median_seconds(list(found.values())) for arm, found in _timed(runs, reference).items()}
     areas: dict[str, dict[str, dict[int, float]]] = {axis: {arm: {} for arm in runs} for axis in AXES}
+    at_budget: dict[str, list[float]] = {arm: [] for arm in runs}
     for arm, found in runs.items():
         for s in sorted(set(found) & set(reference)):
             points, budget = found[s]["points"], reference[s]["points"][-1]
             accuracy = [p["accuracy"] for p in points]
             areas["tokens"][arm][s] = area([p["tokens"] for p in points], accuracy, budget["tokens"])
+            at_budget[arm].append(float(np.interp(budget["tokens"], [p["tokens"] for p in points], accuracy)))
             if "extra" in points[0] and "extra" in budget:
                 areas["all_tokens"][arm][s] = area([p["tokens"] + p["extra"] for p in points], accuracy, budget["tokens"] + budget["extra"])
             if arm in seconds and against in seconds:  # by steps: a run that broke down has points of its own
@@ -152,6 +154,7 @@ def summarise(runs: dict[str, dict[int, dict]], against: str, baselines: list[st
                 for name, other in (("against", against), ("best_baseline", best))
                 if arm != other
             },
+            "at_budget": _round(interquartile_mean(np.array(at_budget[arm]))),
             **_ends({s: found[s] for s in values["tokens"]}),
             "seconds": round(seconds[arm][1][-1], 2) if arm in seconds else None,
         }
@@ -175,8 +178,8 @@ def _median_seconds(records: list[dict]) -> tuple[list[int], list[float]]:
 
 
 def _ends(found: dict[int, dict]) -> dict[str, Any]:
-    """Accuracy, pass@k, entropy (where filler is known, that of the other tokens as well: the decisions), reliability and groups without variance,
-    interquartile means over the seeds."""
+    """Of the runs' own ends: accuracy, pass@k, entropy (where filler is known, that of the other tokens as well: the decisions), reliability and
+    groups without variance, interquartile means over the seeds."""
     records = list(found.values())
 
     def over(values: list[float]) -> float | None:
@@ -217,8 +220,9 @@ COLUMNS = (
     ("arm", "arm"), ("learning rate", "rate"), ("seeds", "n"), ("area, tokens", "area_tokens"), ("against {against}, tokens", "against_tokens"),
     ("against {best_baseline}, tokens", "best_baseline_tokens"), ("against {against}, tokens of extra forwards counted", "against_all_tokens"),
     ("area, seconds", "area_seconds"), ("against {against}, seconds", "against_seconds"),
-    ("accuracy after", "after"), ("pass@1", "pass@1 after"), ("pass@8", "pass@8 after"), ("entropy, end of stage 1", "entropy_stage1_end"),
-    ("of its decisions", "decisions_stage1_end"), ("reliability", "reliability"), ("zero-variance groups", "zero_variance"), ("seconds", "seconds"),
+    ("accuracy at the budget", "at_budget"), ("at its end", "after"), ("pass@1", "pass@1 after"), ("pass@8", "pass@8 after"),
+    ("entropy, end of stage 1", "entropy_stage1_end"), ("of its decisions", "decisions_stage1_end"), ("reliability", "reliability"),
+    ("zero-variance groups", "zero_variance"), ("seconds", "seconds"),
 )  # fmt: skip
 
 

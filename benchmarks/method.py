@@ -25,7 +25,7 @@ ENTROPY = 1.5  # times GRPO's at the end of stage 1
 NEAR = "grpo-kl"  # the method's loop without credit: what credit adds is over this one, whichever baseline is best
 
 
-LEFT_OUT = ("area, seconds", "reliability", "zero-variance groups")  # of the README's table; they stand in the files and the page
+LEFT_OUT = ("area, seconds", "reliability", "zero-variance groups", "at its end")  # of the README's table; they stand in the files and the page
 
 
 def markdown(results: dict) -> str:
@@ -72,7 +72,7 @@ def bars(results: dict, default: str = "acpo") -> list[str]:
     for name, words in (("entropy_stage1_end", "entropy"), ("decisions_stage1_end", "entropy without filler")):
         if ours[name] and theirs[name]:
             ratio = ours[name] / theirs[name]
-            bar = f"{verdict(ratio >= ENTROPY and ours['after'] >= theirs['after'])}: " if words == "entropy" else "beside it: "
+            bar = f"{verdict(ratio >= ENTROPY and ours['at_budget'] >= theirs['at_budget'])}: " if words == "entropy" else "beside it: "
             lines.append(f"{bar}{words} at the end of stage 1, at least {ENTROPY} times {results['against']}'s: {ratio:.2f} times")
     ratio = entropy_behind_the_switch(results, default)
     if ratio is not None:

@@ -40,6 +40,14 @@ def record(accuracy: list[float], seconds: float = 1.0, tokens: float = 100.0, *
     return {"points": points, "passes": [{"pass@1": 0.5}], "stage2_from": None, **more}
 
 
+def test_the_accuracy_at_the_budget_is_what_the_reference_s_tokens_buy():
+    """Not the one at an end that comes 300 tokens later."""
+    runs = {"grpo": {s: record([0.1, 0.2, 0.3]) for s in range(2)}, "dapo": {s: record([0.1, 0.3, 0.5], tokens=250.0) for s in range(2)}}
+    arms = evidence.summarise(runs, "grpo", ["grpo"])["arms"]
+    assert (arms["grpo"]["at_budget"], arms["grpo"]["after"]) == (0.3, 0.3)
+    assert (arms["dapo"]["at_budget"], arms["dapo"]["after"]) == (pytest.approx(0.1 + 0.2 * 200 / 250), 0.5)
+
+
 def test_differences_are_paired_and_budgets_are_the_references():
     runs = {
         "grpo": {s: record([0.05 * s, 0.05 * s, 0.05 * s]) for s in range(8)},

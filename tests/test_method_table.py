@@ -9,8 +9,8 @@ from benchmarks import method
 
 def results(name: str, low: float, iqm: float, entropy: float = 0.5, after: float = 0.8, pass8: float = 0.9) -> dict:
     found = {"iqm": iqm, "low": low, "high": iqm + 0.1, "wins": 12, "seeds": 16}
-    ends = {"after": 0.7, "pass@8 after": 0.9, "entropy_stage1_end": 0.5, "decisions_stage1_end": None, "seeds": list(range(16))}
-    ours = {**ends, "after": after, "entropy_stage1_end": entropy, "pass@8 after": pass8}
+    ends = {"at_budget": 0.7, "pass@8 after": 0.9, "entropy_stage1_end": 0.5, "decisions_stage1_end": None, "seeds": list(range(16))}
+    ours = {**ends, "at_budget": after, "entropy_stage1_end": entropy, "pass@8 after": pass8}
     ours |= {f"{kind}_{axis}": found for kind in ("against", "best_baseline") for axis in ("tokens", "seconds")}
     return {"name": name, "against": "grpo", "best_baseline": "grpo", "warm_start": {"pass@8": 0.85}, "arms": {"grpo": ends, "acpo": ours}}
 
