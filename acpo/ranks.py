@@ -186,12 +186,12 @@ class Ranks:
         layers = next((m for m in policy.model.modules() if isinstance(m, nn.ModuleList)), None)
         for layer in layers or ():
             fully_shard(layer, mesh=mesh)
-        fully_shard(policy, mesh=mesh)
+        root = fully_shard(policy, mesh=mesh)
         one = torch.zeros(1, dtype=torch.int64, device=policy.device)
         segments = Segments(torch.tensor([0, 1], device=policy.device), torch.tensor([0, 1], device=policy.device))
         with torch.no_grad():  # the whole learns of its layers in its first forward, and they must not have theirs before
             policy([[0]], [one], None, one.float(), segments)
-        policy.reshard()  # behind a forward the root stays whole, and an optimiser made now would hold parameters that no gradient reaches
+        root.reshard()  # behind a forward the root stays whole, and an optimiser made now would hold parameters that no gradient reaches
         self.sharded = True
 
     @contextlib.contextmanager

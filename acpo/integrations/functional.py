@@ -351,10 +351,10 @@ class StepCredit:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from what `state` gave; ValueError for anything else."""
-        wanted = self.state().keys()
-        if not isinstance(state, Mapping) or not wanted <= state.keys():
-            got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"state must be what StepCredit.state() gave, with {', '.join(wanted)}, got {got}")
+        names = self.state().keys()
+        if not isinstance(state, Mapping) or not names <= state.keys():
+            held = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"state must be what StepCredit.state() gave, with {', '.join(names)}, got {held}")
         if state["panel"].keys() != self.panel.by_name.keys():
             wanted, got = ", ".join(self.panel.by_name) or "none", ", ".join(state["panel"]) or "none"
             raise ValueError(f"state must be of attribution.source = {wanted!r}, got one of {got!r}")
