@@ -265,6 +265,18 @@ def test_a_broken_row_gives_nan_there_alone(bad, impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("row", [[math.nan], [math.nan, -math.inf, -math.inf]], ids=["alone", "beside -inf"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_nan_that_nothing_is_compared_with(row, dtype, impl, device):
+    bad = torch.tensor([row], dtype=dtype, device=device)
+    good, ids = torch.zeros_like(bad), torch.zeros(1, dtype=torch.int64, device=device)
+    for both, names in (((bad, good), ("logp", "entropy")), ((good, bad), ("hindsight_logp",))):
+        result = hindsight_information(*both, ids, impl=impl)
+        assert all(getattr(result, name).isnan() for name in (*names, "log_ratio", "kl", "information"))
+    assert all(x.isnan() for x in logprob_entropy(bad, ids, impl=impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_masked_rows_are_0_and_not_read(impl, device):
     logits, hindsight = torch.randn(2, 3, 6, device=device), torch.randn(2, 3, 6, device=device)
     ids = torch.randint(6, (2, 3), device=device)
