@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ragged import assert_right
 from streams import NAMES, assert_bitwise, streams
 
-from acpo_kernels import HindsightInformation, _cpu, hindsight_information, logprob_entropy
+from acpo_kernels import HindsightInformation, _checks, _cpu, hindsight_information, logprob_entropy
 
 IMPLS = (None, "reference")
 
@@ -264,6 +264,13 @@ def test_a_broken_row_gives_nan_there_alone(bad, impl, device):
         assert getattr(result, kept)[2] == getattr(clean, kept)[2]
 
 
+@pytest.mark.parametrize("temperature", [_checks.COLDEST_DIVERGENCE, _checks.HOTTEST])
+@pytest.mark.parametrize("vocab", [100, 5000])
+def test_no_temperature_that_is_accepted_gives_nan(vocab, temperature, cpu_isa):
+    logits, hindsight = 30 * torch.randn(2, 4, vocab)
+    assert all(x.isfinite().all() for x in hindsight_information(logits, hindsight, torch.randint(vocab, (4,)), temperature=temperature))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("row", [[math.nan], [math.nan, -math.inf, -math.inf]], ids=["alone", "beside -inf"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -381,6 +388,8 @@ def test_compiles_in_one_graph():
         ({"mask": torch.ones(5, dtype=torch.bool)}, "mask must have shape the shape of ids"),
         ({"temperature": 0.0}, "temperature must be greater than 0"),
         ({"temperature": math.inf}, "temperature must be finite"),
+        ({"temperature": 1e-17}, "temperature must be at least 1e-16, got 1e-17"),
+        ({"temperature": 1e39}, r"temperature must be at most 1e\+36, got 1e\+39"),
         ({"temperature": torch.ones(2)}, "temperature must have shape the shape of ids"),
         ({"impl": "triton"}, "impl must be one of None, 'reference'"),
     ],
