@@ -12,6 +12,11 @@ FLOAT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER = (torch.int64, torch.int32)
 BOOL = (torch.bool,)
 
+# What the float32 kernels hold, on every device: beside logits of up to 100, log2(e) / temperature and their product with it, its inverse, and
+# 1 / softcap. The sums of a divergence carry 2^64 besides (csrc/row_sums.h): up to 1,800 / temperature they stay below 2^128.
+COLDEST, COLDEST_DIVERGENCE, HOTTEST = 1e-36, 1e-16, 1e36
+SOFTCAPS = (1e-36, 1e30)  # 1e-38 of it is lost where a device takes the smallest float32 for 0
+
 
 def _short(dtypes: Iterable[torch.dtype]) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -52,7 +57,7 @@ def is_vector(value: object, length: int, device: torch.device, dtypes: tuple[to
 
 
 def number(name: str, value: object, *, low: float | None = None, above: float | None = None, high: float | None = None) -> None:
-    """value is a finite number inside [low, high], or above a bound."""
+    """value is a finite number inside [low, high], and above a bound."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if value != value or value in (float("inf"), float("-inf")):
@@ -83,12 +88,12 @@ def choice(name: str, value: object, choices: tuple) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def temperature(value: float | Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """A positive number, or a floating tensor of the shape of ids (its values are the caller's promise)."""
+def temperature(value: float | Tensor, shape: tuple[int, ...], device: torch.device, coldest: float = COLDEST) -> None:
+    """A number in [coldest, HOTTEST], or a floating tensor of the shape of ids (its values are the caller's promise)."""
     if isinstance(value, Tensor):
         tensor("temperature", value, FLOAT, shape=shape, shape_name="the shape of ids", device=device)
     else:
-        number("temperature", value, above=0)
+        number("temperature", value, above=0, low=coldest, high=HOTTEST)
 
 
 def implementation(value: str | None) -> None:
@@ -105,17 +110,18 @@ def ids_in_range(ids: Tensor, active: Tensor, vocab_size: int) -> None:
         raise ValueError(f"ids must lie in [0, V) with V = {vocab_size}, or be -100, got {int(ids[at])} at index {at[0] if len(at) == 1 else at}")
 
 
-def rows(logits: Tensor, ids: Tensor, temperature_: float | Tensor, mask: Tensor | None) -> None:
+def rows(logits: Tensor, ids: Tensor, temperature_: float | Tensor, mask: Tensor | None, *, coldest: float = COLDEST) -> None:
     """The arguments of an operation on logits: logits[...,V] floating, ids[...], temperature, mask[...]."""
     tensor("logits", logits, FLOAT)
     if logits.ndim < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be [...,V] with V >= 1, got {tuple(logits.shape)}")
-    _ids_mask_temperature(ids, tuple(logits.shape[:-1]), logits.device, temperature_, mask)
+    _ids_mask_temperature(ids, tuple(logits.shape[:-1]), logits.device, temperature_, mask, coldest)
 
 
 def head(
-    hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None, temperature_: float | Tensor, softcap: float | None, mask: Tensor | None
-) -> None:
+    hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None, temperature_: float | Tensor, softcap: float | None, mask: Tensor | None,
+    *, coldest: float = COLDEST,
+) -> None:  # fmt: skip
     """The arguments of an operation on hidden states: hidden[N,H], weight[V,H], ids[N], bias[V], temperature, softcap, mask[N]."""
     tensor("hidden", hidden, FLOAT, ndim=2)
     if hidden.shape[1] == 0:
@@ -130,15 +136,15 @@ def head(
     if bias is not None:
         tensor("bias", bias, FLOAT, shape=(weight.shape[0],), shape_name="[V]", device=hidden.device)
     if softcap is not None:
-        number("softcap", softcap, above=0)
-    _ids_mask_temperature(ids, (hidden.shape[0],), hidden.device, temperature_, mask)
+        number("softcap", softcap, above=0, low=SOFTCAPS[0], high=SOFTCAPS[1])
+    _ids_mask_temperature(ids, (hidden.shape[0],), hidden.device, temperature_, mask, coldest)
 
 
-def _ids_mask_temperature(ids, shape, device, temperature_, mask) -> None:
+def _ids_mask_temperature(ids, shape, device, temperature_, mask, coldest) -> None:
     tensor("ids", ids, INTEGER, shape=shape, shape_name="the leading dimensions", device=device)
     if mask is not None:
         tensor("mask", mask, BOOL, shape=shape, shape_name="the shape of ids", device=device)
-    temperature(temperature_, shape, device)
+    temperature(temperature_, shape, device, coldest)
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:

@@ -30,8 +30,9 @@ def define(
 ) -> Callable:
     """Defines `NAMESPACE::name` from its schema `name(arguments) -> results` and returns its callable overload.
 
-    An operation without `backward` is not differentiable: gradients that reach it raise instead of being dropped. One that writes
-    into an argument (`Tensor(a!)`) is called below autograd, from a backward, and has none.
+    An operation without `backward` is not differentiable: gradients that reach it raise instead of being dropped. One with it has no
+    forward-mode derivative, and a tangent that reaches it raises. One that writes into an argument (`Tensor(a!)`) is called below
+    autograd, from a backward, and has none.
     """
     name, plain_cpu = schema.split("(", 1)[0], cpu
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -41,13 +42,16 @@ def define(
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     if "!)" in schema:
         return getattr(getattr(torch.ops, NAMESPACE), name).default
-    if backward is None:
+    operation = dispatched = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if backward is not None:
+        dispatched = _without_tangents(operation)
+    else:
 
         def backward(ctx, *grads):
             raise RuntimeError(f"{qualified} has no derivative: second derivatives and gradients through detached results are not supported")
 
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
-    return _lean(getattr(getattr(torch.ops, NAMESPACE), name).default, plain_cpu)
+    return _lean(operation, plain_cpu, dispatched)
 
 
 def once_differentiable(backward: Callable, through: Callable) -> Callable:
@@ -89,21 +93,41 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or _transform() is not None
 
 
-def _lean(operation: Callable, cpu: Callable) -> Callable:
-    """The operation without what a call does not need.
+def _without_tangents(operation: Callable) -> Callable:
+    """The operation, which raises where torch would drop a tangent without a word: its custom operators have no forward-mode derivative."""
+
+    def run(*args):
+        if forward_ad._current_level >= 0 and any(isinstance(x, Tensor) and _has_tangent(x) for x in args):
+            name = operation.name()
+            raise RuntimeError(f'{name} has no forward-mode derivative: use impl="reference", which has one, or reverse mode (backward)')
+        return operation(*args)
+
+    return run
+
+
+def _has_tangent(x: Tensor) -> bool:
+    while torch._C._functorch.is_batchedtensor(x):  # vmap has no rule for what asks
+        x = torch._C._functorch.get_unwrapped(x)
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
+def _lean(operation: Callable, cpu: Callable, dispatched: Callable) -> Callable:
+    """The operation without what a call does not need; dispatched: the operation for a call inside of a transform.
 
     Where no gradient is asked for, below autograd: to find that out costs torch 10 us a call. Where besides nobody watches and every
     tensor is an ordinary one in the host's memory, its CPU implementation itself: the dispatcher would call that very function, 5 to
     10 us later.
     """
     if not _LEAN:
-        return _below_autograd(operation)
+        return _below_autograd(operation, dispatched)
     plain_call, watchers, strided = _cpu._C.plain_call, tuple(getattr(*watcher) for watcher in _WATCHERS), torch.strided
     compiling, grad_enabled, below_autograd = torch.compiler.is_compiling, torch.is_grad_enabled, torch._C._AutoDispatchBelowAutograd
 
     def run(*args):
-        if compiling() or transformed():
+        if compiling():
             return operation(*args)
+        if transformed():
+            return dispatched(*args)
         answer = plain_call(args, grad_enabled(), watchers, _PLAIN, strided)
         if answer == 2:
             return cpu(*args)
@@ -115,10 +139,12 @@ def _lean(operation: Callable, cpu: Callable) -> Callable:
     return run
 
 
-def _below_autograd(operation: Callable) -> Callable:
+def _below_autograd(operation: Callable, dispatched: Callable) -> Callable:
     def run(*args):
-        if torch.compiler.is_compiling() or transformed():
+        if torch.compiler.is_compiling():
             return operation(*args)
+        if transformed():
+            return dispatched(*args)
         if torch.is_grad_enabled():
             for x in args:
                 if isinstance(x, Tensor) and x.requires_grad:

@@ -38,12 +38,12 @@ def hindsight_information(
         only the first has mass. mask=False or ids == -100: all outputs 0. A row with NaN, +inf or only -inf gives NaN there alone;
         a target that is -inf in both streams has log_ratio NaN.
     Errors
-        ValueError for shapes, dtypes or devices that do not fit, ids outside [0, V) (CPU), temperature <= 0.
+        ValueError for shapes, dtypes or devices that do not fit, ids outside [0, V) (CPU), a temperature outside [1e-16, 1e36].
     Source
         Section 3 of docs/method.md; the centring E[log_ratio] = -kl is the definition of KL.
     """
     check.implementation(impl)
-    check.rows(logits, ids, temperature, mask)
+    check.rows(logits, ids, temperature, mask, coldest=check.COLDEST_DIVERGENCE)
     check.tensor("hindsight_logits", hindsight_logits, (logits.dtype,), shape=tuple(logits.shape), shape_name="that of logits", device=logits.device)
     if impl == "reference":
         check.ids_in_range(ids, reference.active_rows(ids, mask), logits.shape[-1])

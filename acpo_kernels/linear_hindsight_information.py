@@ -35,7 +35,8 @@ def linear_hindsight_information(
     Units
         As `hindsight_information`.
     Errors
-        ValueError for shapes, dtypes or devices that do not fit, ids outside [0, V) (CPU), temperature or softcap <= 0.
+        ValueError for shapes, dtypes or devices that do not fit, ids outside [0, V) (CPU), a temperature outside [1e-16, 1e36], a softcap
+        outside [1e-36, 1e30].
     Source
         As `hindsight_information`.
     """
@@ -45,7 +46,7 @@ def linear_hindsight_information(
     check.tensor("hindsight_hidden", hindsight_hidden, check.FLOAT, shape=tuple(hidden.shape), shape_name="that of hidden", device=hidden.device)
     hidden, hindsight_hidden, weight, bias = check.autocast(hidden, hindsight_hidden, weight, bias)
     check.tensor("hindsight_hidden", hindsight_hidden, (hidden.dtype,))
-    check.head(hidden, weight, ids, bias, temperature, softcap, mask)
+    check.head(hidden, weight, ids, bias, temperature, softcap, mask, coldest=check.COLDEST_DIVERGENCE)
     if impl == "reference":
         check.ids_in_range(ids, reference.active_rows(ids, mask), weight.shape[0])
         return reference.linear_hindsight_information(

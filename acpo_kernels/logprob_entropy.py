@@ -48,7 +48,7 @@ def logprob_entropy(
         impl="reference", the values are the same and the logits are left alone.
     Errors
         TypeError for what is not a tensor or a number; ValueError for another dtype, shape or device, for V = 0, for a
-        temperature that is not positive and finite, and on CPU for an active id outside [0, V). On CUDA nothing is read back:
+        temperature outside [1e-36, 1e36], and on CPU for an active id outside [0, V). On CUDA nothing is read back:
         such a row is NaN. With inplace_backward, ValueError for logits that are a leaf or a view of one (its grad would be the logits
         themselves), whose rows overlap, or whose layout would be copied; RuntimeError for a second backward or a backward with create_graph.
     Source

@@ -57,8 +57,11 @@ Automaton::Automaton(std::string_view bytes, std::span<const int64_t> lengths, i
 // its end, whatever comes before it.
 bool Automaton::is_plain(std::string_view text) const {
   if (text.empty()) return false;  // an opaque token is skipped without touching the state
+  int solid = 0;
+  bool capital = false;
   for (size_t i = 0; i < text.size(); ++i) {
     const auto c = static_cast<uint8_t>(text[i]);
+    if (!bytes::is_space(c)) ++solid, capital = bytes::is_upper(c);
     if (c >= 0x80 || (c < 0x20 && c != '\t') || c == '.' || c == '!' || c == '?' || c == '$' || c == '\\' || c == '<') return false;
     if (i > 0 && bytes::is_word(c) && bytes::is_word(static_cast<uint8_t>(text[i - 1]))) continue;
     uint16_t node = 0;
@@ -69,7 +72,7 @@ bool Automaton::is_plain(std::string_view text) const {
       if (trie_.payload(node) != 0) return false;
     }
   }
-  return true;
+  return solid != 1 || !capital;  // one capital alone may be an initial: its full stop ends no sentence
 }
 
 template <class Id>

@@ -106,7 +106,7 @@ RowResult row_f64(const double* x, int64_t vocab, int64_t target, double tempera
     rest += e;
     weighted -= e * d;
   }
-  if (rest != rest || std::isinf(x[at])) return NOT_A_DISTRIBUTION;
+  if (rest != rest || !std::isfinite(x[at])) return NOT_A_DISTRIBUTION;
   const double l = std::log1p(rest);
   return {(x[target] - x[at]) / temperature - l, l + weighted / (1.0 + rest), x[at], l};
 }

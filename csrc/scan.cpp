@@ -67,11 +67,11 @@ void Scan::feed(int64_t t, std::string_view text) {
   token_solid_ = false;
   for (const char c : text) byte(static_cast<uint8_t>(c));
   quiet_ = pending_ < 0 && newlines_ == 0 && node_ == 0 && awaiting_ == 0 && head_ == Head::off && !escape_ && dollar_ == Dollar::none &&
-           wide_need_ == 0;
+           wide_need_ == 0 && !initial_ && mode_ != Mode::info;
 }
 
 Marks Scan::finish() {
-  if (dollar_ == Dollar::close) held_.clear();
+  if (dollar_ == Dollar::close) drop_held();
   for (const Held& h : held_) put(h.rule, h.token);
   if (!content_) marks_.after_think = -1;  // nothing follows the tag
   marks_.monologue = aloud_ >= kAloudLeast && aloud_ * kAloudSentences >= sentences_;
@@ -115,6 +115,7 @@ void Scan::byte(uint8_t c) {
 
 void Scan::newline() {
   if (mode_ == Mode::dollar) release_held();  // $..$ closes on its line or is no formula: a price swallows nothing
+  if (mode_ == Mode::info) mode_ = Mode::fence;
   node_ = 0;
   pending_ = -1;  // the line break is the better boundary
   escape_ = false;
@@ -127,15 +128,16 @@ void Scan::space(uint8_t c) {
   escape_ = false;
   pending_space_ = true;
   if (node_ != 0) match(c);
-  if (head_ == Head::bullet || head_ == Head::star || head_ == Head::hash || head_ == Head::number_end) become_step();
-  if (head_ != Head::start) head_ = Head::off;
+  const bool item = head_ == Head::bullet || head_ == Head::star || head_ == Head::number_end;
+  if (item || head_ == Head::hash) become_step();
+  if (head_ != Head::start && head_ != Head::item) head_ = item ? Head::item : Head::off;
 }
 
 bool Scan::clause_here() const { return content_ && (newlines_ > 0 || !(is_word(solid_) || solid_ == kLetter)); }
 
 void Scan::solid(uint8_t c) {
   clause_ = clause_here();
-  const bool opens_line = break_.fresh;  // with the byte before this one
+  const bool display = opens_line_;  // with the byte before this one
   begin_solid(c);
   abbreviation_ = false;
   match(c);
@@ -143,16 +145,13 @@ void Scan::solid(uint8_t c) {
   const bool escaped = escape_;
   escape_ = c == '\\' && !escaped;
   const bool word_start = is_upper(c) && !is_word(prev_) && (head_ == Head::start || solid_ == '.');
-  if (mode_ == Mode::fence) {
+  if (in_fence()) {
     fence_tick(c);
   } else if (escaped) {
     head_ = Head::off;
     if (c == ']' && mode_ == Mode::blank) drop_held();
-    if (c == '(' && reads_text()) enter_math(Mode::paren);
-    if (c == '[' && reads_text()) {
-      enter_math(Mode::bracket);
-      if (opens_line) take_break_back();
-    }
+    if (c == '(' && reads_text()) enter(Mode::paren, solid_token_, false);
+    if (c == '[' && reads_text()) enter(Mode::bracket, solid_token_, display);
     if ((c == ')' && mode_ == Mode::paren) || (c == ']' && mode_ == Mode::bracket)) leave_math(solid_ == '.', t_);
   } else if (c == '$' && mode_ != Mode::paren && mode_ != Mode::bracket) {
     head_ = Head::off;
@@ -171,7 +170,7 @@ void Scan::solid(uint8_t c) {
 
 // The first byte after white space, or any other that is none: line breaks and sentence ends are decided here.
 void Scan::begin_solid(uint8_t c) {
-  break_.fresh = false;
+  opens_line_ = false;
   if (newlines_ > 0) {
     line_break(c);
     newlines_ = 0;
@@ -200,7 +199,8 @@ void Scan::line_break(uint8_t c) {
   head_ = Head::start;
   if (!content_) return;
   head_token_ = newline_token_;
-  break_ = {c == '\\' || c == '$', newline_token_, sentence_, previous_sentence_, paragraph_, rules_[newline_token_]};
+  opens_line_ = c == '\\' || c == '$';
+  break_ = before(newline_token_);
   emit(newlines_ > 1 ? Rule::paragraph : Rule::line, newline_token_);
   // "We get:" and a lower-case letter: in a monologue the sentence runs on.
   if (mode_ == Mode::text && (solid_ == ':' || solid_ == ',' || (c >= 'a' && c <= 'z'))) rules_[newline_token_] |= kRunsOn;
@@ -231,7 +231,7 @@ void Scan::line_head(uint8_t c) {
       if (c == '-' || c == '+') head_ = Head::bullet;
       else if (c == '*') head_ = Head::star;
       else if (c == '#') head_ = Head::hash;
-      else if (c == '`') head_ = Head::tick, ticks_ = 1;
+      else if (c == '`') fence_tick(c);
       else if (is_digit(c)) head_ = Head::number;
       else if (c != '_' && c != '>') head_ = Head::off;
       break;
@@ -241,13 +241,14 @@ void Scan::line_head(uint8_t c) {
       if (!is_digit(c)) head_ = c == '.' || c == ')' ? Head::number_end : Head::off;
       break;
     case Head::number_end: head_ = c == '*' ? Head::number_end : Head::off; break;
+    case Head::item:
     case Head::tick: fence_tick(c); break;
     default: head_ = Head::off;
   }
 }
 
 void Scan::become_step() {
-  if (head_token_ >= 0 && reads_text()) put(Rule::step, head_token_);
+  if (head_token_ >= 0 && reads_text()) put_or_hold(Rule::step, head_token_);
 }
 
 void Scan::wide(uint8_t c) {
@@ -347,9 +348,10 @@ void Scan::accept(uint8_t bits) {
     marks_.thinking = !close;
     content_ = false;
     sentence_ = previous_sentence_ = paragraph_ = t_ + 1;
+    first_ = {};
     return;
   }
-  if (mode_ == Mode::fence) return;
+  if (in_fence()) return;
   // "The answer is:" and the box on the next line are one statement.
   if (bits & pattern::boxed) {
     const bool continues = marks_.stated >= std::max(paragraph_, previous_sentence_);
@@ -364,20 +366,25 @@ void Scan::accept(uint8_t bits) {
 }
 
 void Scan::emit(Rule rule, int64_t token) {
+  if (token != first_.token) first_ = before(token);
+  put_or_hold(rule, token);
+  if (rule == Rule::paragraph) paragraph_ = token + 1;
+  // A line that ends in a colon or a comma goes on: its sentence does too.
+  if (rule != Rule::marker && !(rule == Rule::line && (solid_ == ':' || solid_ == ','))) start_sentence(token + 1);
+}
+
+void Scan::put_or_hold(Rule rule, int64_t token) {
   if (holds_back() && held_.size() == kHeldMost) release_held();
   if (holds_back()) {
     held_.push_back({rule, token});
   } else {
     put(rule, token);
   }
-  if (rule == Rule::paragraph) paragraph_ = token + 1;
-  // A line that ends in a colon or a comma goes on: its sentence does too.
-  if (rule != Rule::marker && !(rule == Rule::line && (solid_ == ':' || solid_ == ','))) start_sentence(token + 1);
 }
 
 void Scan::put(Rule rule, int64_t token) {
   const auto code = static_cast<uint8_t>(rule);
-  if (a_.weights_[code] > a_.weights_[rules_[token] & ~kRunsOn]) rules_[token] = code;
+  if (a_.weights_[code & ~kRunsOn] > a_.weights_[rules_[token] & ~kRunsOn]) rules_[token] = code;
 }
 
 void Scan::start_sentence(int64_t token) {

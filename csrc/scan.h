@@ -24,7 +24,6 @@ class Scan {
   bool quiet() const { return quiet_; }
   void skip(int64_t t, const Automaton::Token& token) {
     prev_ = token.last;
-    initial_ = false;
     if (token.solid) {
       solid_ = token.last_solid;
       solid_token_ = t;
@@ -37,24 +36,25 @@ class Scan {
  private:
   // text, dollar and blank run the rules of text. In dollar ($.. that may still turn out to be a price) their results are held
   // back until the closing $ drops them or the end of the line releases them; in blank (after a blank line inside \[..) until the
-  // closing \] drops them or anything that no formula holds releases them.
-  enum class Mode : uint8_t { text, dollar, blank, paren, bracket, display, fence };
-  enum class Head : uint8_t { off, start, bullet, star, hash, number, number_end, tick };
+  // closing \] drops them or anything that no formula holds releases them. info is the rest of the line that opens a fence: one more
+  // backtick in it, and it was code in the text.
+  enum class Mode : uint8_t { text, dollar, blank, paren, bracket, display, info, fence };
+  enum class Head : uint8_t { off, start, bullet, star, hash, number, number_end, item, tick };  // item: behind a list mark and its space
   enum class Dollar : uint8_t { none, open, close, display };
   struct Held {
     Rule rule;
     int64_t token;
   };
 
-  // What a line break changed, so that a display formula at the start of the next line can take it back.
-  struct Break {
-    bool fresh = false;  // the byte just read began the line, and it may open a formula
-    int64_t token = -1, sentence = 0, previous_sentence = 0, paragraph = 0;
+  // What a boundary after `token` is about to change, so that a formula can take it back.
+  struct Before {
+    int64_t token = -1, sentence = 0, previous_sentence = 0, sentences = 1, paragraph = 0;
     uint8_t rule = 0;
   };
 
   bool holds_back() const { return mode_ == Mode::dollar || mode_ == Mode::blank; }
   bool reads_text() const { return mode_ == Mode::text || holds_back(); }
+  bool in_fence() const { return mode_ == Mode::info || mode_ == Mode::fence; }
   void byte(uint8_t c);
   void newline();
   void space(uint8_t c);
@@ -69,8 +69,9 @@ class Scan {
   void fence_tick(uint8_t c);
   void become_step();
   void line_break(uint8_t c);
-  void take_break_back();
-  void enter_math(Mode mode);
+  Before before(int64_t token) const { return {token, sentence_, previous_sentence_, sentences_, paragraph_, rules_[token]}; }
+  void take_back(const Before& before);
+  void enter(Mode mode, int64_t opened, bool display);
   void hold_back(Mode mode);
   void drop_held();
   void leave_math(bool stop, int64_t token);
@@ -81,6 +82,7 @@ class Scan {
   void arrive(uint8_t c);
   void accept(uint8_t bits);
   void emit(Rule rule, int64_t token);
+  void put_or_hold(Rule rule, int64_t token);
   void put(Rule rule, int64_t token);
   void start_sentence(int64_t token);
 
@@ -108,13 +110,17 @@ class Scan {
   Head head_ = Head::start;
   int64_t head_token_ = -1;   // the line break before this line's head
   int ticks_ = 0;
+  int64_t tick_token_ = -1;   // of the first of them
 
   bool escape_ = false;       // an odd number of backslashes just before
   Dollar dollar_ = Dollar::none;
   std::vector<Held> held_;
-  int64_t held_sentence_ = 0, held_sentences_ = 0, held_aloud_ = 0;  // sentence_, sentences_ and aloud_ where the formula began
+  Before held_before_;         // of what is held
+  int64_t held_aloud_ = 0;
   bool dollar_stop_ = false;   // the formula ended in a full stop
-  Break break_;
+  bool opens_line_ = false;    // the byte just read began the line, and it may open a formula
+  Before break_;               // of the line break before it
+  Before first_;               // of the last boundary; of the first where several lie in its token
 
   uint16_t node_ = 0;         // in the trie; 0: no pattern is open
   uint8_t awaiting_ = 0;      // patterns that end in a letter: the next byte tells whether the word does

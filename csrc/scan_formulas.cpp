@@ -8,48 +8,59 @@ namespace acpo {
 using bytes::is_digit;
 using bytes::is_space;
 
-// Three backticks at a line start open or close a code fence.
+// Three backticks at a line start or behind a list mark open or close a code fence.
 void Scan::fence_tick(uint8_t c) {
-  ticks_ = c != '`' ? 0 : head_ == Head::start ? 1 : ticks_ + 1;
-  head_ = c == '`' && (head_ == Head::start || head_ == Head::tick) ? Head::tick : Head::off;
-  if (head_ == Head::tick && ticks_ == 3) {
-    if (holds_back()) release_held();
-    mode_ = mode_ == Mode::fence ? Mode::text : Mode::fence;
+  const bool first = head_ == Head::start || head_ == Head::item;
+  if (c == '>' && first) return;  // a quoted line
+  if (c != '`' || !(first || head_ == Head::tick)) {
+    if (c == '`' && mode_ == Mode::info) mode_ = Mode::text;
     head_ = Head::off;
+    return;
+  }
+  head_ = Head::tick;
+  if (first) ticks_ = 0, tick_token_ = t_;
+  if (++ticks_ != 3) return;
+  if (mode_ == Mode::fence) {
+    mode_ = Mode::text;
+  } else {
+    enter(Mode::info, tick_token_, false);
   }
 }
 
-// A display formula belongs to the words before it, whatever white space stands between.
-void Scan::take_break_back() {
-  rules_[break_.token] = break_.rule;
-  put(Rule::lead, break_.token);
-  if (sentence_ != break_.sentence) --sentences_;
-  sentence_ = break_.sentence;
-  previous_sentence_ = break_.previous_sentence;
-  paragraph_ = break_.paragraph;
+void Scan::take_back(const Before& before) {
+  rules_[before.token] = before.rule;
+  sentence_ = before.sentence;
+  previous_sentence_ = before.previous_sentence;
+  sentences_ = before.sentences;
+  paragraph_ = before.paragraph;
+  // What was said behind the boundary is said in the sentence before it.
+  marks_.boxed = std::min(marks_.boxed, sentence_);
+  marks_.stated = std::min(marks_.stated, sentence_);
 }
 
-void Scan::enter_math(Mode mode) {
+// A formula or a fence opens, its first byte in the token `opened`: what boundaries that token holds lie before it, but would be set behind it.
+// A display formula at the start of a line belongs to the words before it, whatever white space stands between.
+void Scan::enter(Mode mode, int64_t opened, bool display) {
   if (holds_back()) release_held();
+  if (display) {
+    take_back(break_);
+    put(Rule::lead, break_.token);
+  }
+  if (first_.token == opened) take_back(first_);
   mode_ = mode;
 }
 
 void Scan::hold_back(Mode mode) {
   mode_ = mode;
-  held_sentence_ = sentence_;
-  held_sentences_ = sentences_;
+  held_before_ = before(t_);
   held_aloud_ = aloud_;
 }
 
 // The formula is closed: nothing in it was a boundary.
 void Scan::drop_held() {
   held_.clear();
-  sentence_ = held_sentence_;
-  sentences_ = held_sentences_;
+  take_back(held_before_);
   aloud_ = held_aloud_;
-  // What the formula says it says in its sentence.
-  marks_.boxed = std::min(marks_.boxed, sentence_);
-  marks_.stated = std::min(marks_.stated, sentence_);
   if (mode_ == Mode::blank) mode_ = Mode::bracket;
 }
 
@@ -74,11 +85,16 @@ bool Scan::resolve_dollar(uint8_t c) {
   switch (what) {
     case Dollar::open:
       if (c == '$') {
-        if (break_.fresh) take_break_back();
-        mode_ = Mode::display;
+        enter(Mode::display, solid_token_, opens_line_);
         return true;
       }
-      if (!is_space(c)) hold_back(Mode::dollar);
+      if (is_space(c)) return false;
+      hold_back(Mode::dollar);
+      if (first_.token == solid_token_) {  // the token of the $: see enter
+        held_.push_back({static_cast<Rule>(rules_[solid_token_]), solid_token_});
+        held_before_ = first_;
+        rules_[solid_token_] = first_.rule;
+      }
       return false;
     case Dollar::close:
       if (is_digit(c)) return false;

@@ -72,6 +72,7 @@ RULES = [
     "pi is 3.14 or 3.1415. and v1.2.3 too",
     "see e.g. Euler, cf. Gauss, vs. Dr. Smith and Fig. 3 there",
     "J. S. Bach\n‹l›J. S. Bach wrote it.‹s› He did",
+    "J. R. R. Tolkien\n‹l›J. R. R. Tolkien wrote it.‹s› He did",  # R begins no pattern: a token that is only skipped
     "we have 5! = 120 and n! (n+1)",
     "file.txt and a.b",
     "1. Foo.‹s› Bar\n‹t›2. Baz\n‹t›10) Qux",
@@ -101,6 +102,13 @@ RULES = [
     "Unclosed \\[ a.\n\n‹p›So.‹s› It\n\n‹d›\\[ b.\n\n c \\]\n\n‹p›End",
     "Text\n‹l›```\nx = 1.\n\nY = 2\n```\n‹l›End",
     "Inside ``` nothing.‹s› Opens",
+    "Text\n‹l›```x = 1```\n‹l›One.‹s› Two\n\n‹p›Three",  # a backtick behind the opening: no fence
+    "Text\n‹l›```py x``` is `x`.‹s› Two\n\n‹p›Three",
+    "Text\n‹l›````py\nx = 1.\n\nY = 2\n````\n‹l›One.‹s› Two\n‹l›End",
+    "Text\n‹t›1. ```py\nx = 1.\n\nY = 2\n```\n‹l›One.‹s› Two",
+    "Text\n‹t›-   ```py\n    x = 1.\n\n    Y = 2\n    ```\n‹t›* ```\na.\n\nB\n```\n‹l›One.‹s› Two",
+    "Text\n‹t›- `x`.‹s› One\n‹t›2) ```x.```.‹s› Two\n‹t›- x ```\n\n‹p›Three",
+    "Text\n‹l›> ```py\n> x = 1.\n>\n> Y = 2\n> ```\n‹l›One.‹s› Two",
     "<think>\nOkay.‹s› Yes\n‹l›</think>‹k›\n\nThe end",
     "<think>\n\nWait, no",
     "首先计算。‹m›因此得到三。‹s›它等于五！‹s›对",
@@ -129,6 +137,6 @@ def found_cuts(segmenter: Segmenter, ids, ends) -> dict[int, float]:
 FRAGMENTS = (
     *("a", "b c", " Bc", " D", ".", ". ", "!", "?", ",", ": ", "\n", "\n\n", " ", "\t", "1", "3.1", '"', ")", "J", "- ", "*", "**", "# ", "<"),
     *("$", "$$", "\\(", "\\)", "\\[", "\\]", "\\", "```", "`", "<think>", "</think>", "e.g.", "Dr.", "Step 1", "answer is", "\\boxed{"),
-    *("。", "，", "中", "é", "“", "”", "•", "第一步"),
+    *("。", "，", "中", "é", "“", "”", "•", "第一步", "J. R. R.", "1. ```"),
 )
 fragments = st.sampled_from(FRAGMENTS)

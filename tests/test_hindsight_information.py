@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ragged import assert_right
 from streams import NAMES, assert_bitwise, streams
 
-from acpo_kernels import HindsightInformation, _cpu, hindsight_information, logprob_entropy
+from acpo_kernels import HindsightInformation, _checks, _cpu, hindsight_information, logprob_entropy
 
 IMPLS = (None, "reference")
 
@@ -264,6 +264,25 @@ def test_a_broken_row_gives_nan_there_alone(bad, impl, device):
         assert getattr(result, kept)[2] == getattr(clean, kept)[2]
 
 
+@pytest.mark.parametrize("temperature", [_checks.COLDEST_DIVERGENCE, _checks.HOTTEST])
+@pytest.mark.parametrize("vocab", [100, 5000])
+def test_no_temperature_that_is_accepted_gives_nan(vocab, temperature, cpu_isa):
+    logits, hindsight = 30 * torch.randn(2, 4, vocab)
+    assert all(x.isfinite().all() for x in hindsight_information(logits, hindsight, torch.randint(vocab, (4,)), temperature=temperature))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("row", [[math.nan], [math.nan, -math.inf, -math.inf]], ids=["alone", "beside -inf"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_nan_that_nothing_is_compared_with(row, dtype, impl, device):
+    bad = torch.tensor([row], dtype=dtype, device=device)
+    good, ids = torch.zeros_like(bad), torch.zeros(1, dtype=torch.int64, device=device)
+    for both, names in (((bad, good), ("logp", "entropy")), ((good, bad), ("hindsight_logp",))):
+        result = hindsight_information(*both, ids, impl=impl)
+        assert all(getattr(result, name).isnan() for name in (*names, "log_ratio", "kl", "information"))
+    assert all(x.isnan() for x in logprob_entropy(bad, ids, impl=impl))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_masked_rows_are_0_and_not_read(impl, device):
     logits, hindsight = torch.randn(2, 3, 6, device=device), torch.randn(2, 3, 6, device=device)
@@ -369,6 +388,8 @@ def test_compiles_in_one_graph():
         ({"mask": torch.ones(5, dtype=torch.bool)}, "mask must have shape the shape of ids"),
         ({"temperature": 0.0}, "temperature must be greater than 0"),
         ({"temperature": math.inf}, "temperature must be finite"),
+        ({"temperature": 1e-17}, "temperature must be at least 1e-16, got 1e-17"),
+        ({"temperature": 1e39}, r"temperature must be at most 1e\+36, got 1e\+39"),
         ({"temperature": torch.ones(2)}, "temperature must have shape the shape of ids"),
         ({"impl": "triton"}, "impl must be one of None, 'reference'"),
     ],

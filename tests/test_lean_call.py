@@ -8,6 +8,7 @@ import pytest
 import torch
 from ragged import segments_of
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -205,7 +206,7 @@ def test_not_taken_in_a_transform(taken):
 def test_a_gradient_reaches_through_vmap(operation, lean, monkeypatch):
     """A tensor of torch.vmap's does not say that a gradient is asked for: the rows' gradient is what it is without vmap, of the head's weight too."""
     if not lean:
-        op = _library._below_autograd(getattr(torch.ops.acpo_kernels, operation).default)
+        op = _library._below_autograd(*[getattr(torch.ops.acpo_kernels, operation).default] * 2)
         monkeypatch.setattr(importlib.import_module(f"acpo_kernels.{operation}"), operator(operation), op)
     (first, *rest), keywords = arguments(operation)
     rows, others = torch.stack([first, 2 * first]).requires_grad_(), [x for x in rest if isinstance(x, torch.Tensor) and x.is_floating_point()]
@@ -249,7 +250,8 @@ def test_a_default_device_and_a_default_dtype_change_nothing(operation):
 def test_where_a_name_is_missing_every_call_is_registered(monkeypatch):
     monkeypatch.setattr(_library, "_LEAN", False)
     calls = []
-    run = _library._lean(torch.ops.acpo_kernels.segment_reduce.default, lambda *args: calls.append(args))
+    op = torch.ops.acpo_kernels.segment_reduce.default
+    run = _library._lean(op, lambda *args: calls.append(args), op)
     segments = segments_of([[2, 1]])
     assert run(torch.ones(3), segments.token_offsets, segments.sequence_offsets, "sum", "segment", None).tolist() == [2.0, 1.0]
     assert calls == []
@@ -261,3 +263,28 @@ def test_offsets_of_another_kind_are_not_read():
     with pytest.raises((RuntimeError, ValueError, NotImplementedError)):
         ops.segment_reduce(torch.ones(3), other)
     assert _cpu.available
+
+
+@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize("operation", [o for o in OPERATIONS if o not in ("segment_credit", "hindsight_information", "linear_hindsight_information")])
+def test_a_forward_mode_derivative_is_not_dropped(operation, lean, monkeypatch):
+    """Custom operators have none: an operation says so, and the reference has one."""
+    (values, *others), keywords = arguments(operation)
+    module = importlib.import_module(f"acpo_kernels.{operation}")
+    if not lean:
+        plain = getattr(torch.ops.acpo_kernels, operation).default
+        monkeypatch.setattr(module, operator(operation), _library._below_autograd(plain, _library._without_tangents(plain)))
+
+    def first(x, impl=None):
+        return tensors(getattr(ops, operation)(x, *others, impl=impl, **keywords))[0]
+
+    tangent = torch.rand_like(values)
+    for f, x, t in ((first, values, tangent), (torch.vmap(first), values[None], tangent[None])):
+        with pytest.raises(RuntimeError, match=f"acpo_kernels::{operation} has no forward-mode derivative: use impl="):
+            torch.func.jvp(f, (x,), (t,))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(values, tangent)
+        with pytest.raises(RuntimeError, match=f"acpo_kernels::{operation} has no forward-mode derivative"):
+            first(dual)
+        assert torch.equal(first(values), first(values.clone()))  # without a tangent the level means nothing
+        assert forward_ad.unpack_dual(first(dual, "reference")).tangent.isfinite().all()

@@ -246,6 +246,10 @@ BAD = [
     ({"temperature": torch.ones(2)}, "temperature must have shape the shape of ids"),
     ({"softcap": 0.0}, "softcap must be greater than 0"),
     ({"softcap": -30.0}, "softcap must be greater than 0"),
+    ({"temperature": 1e-37}, r"temperature must be at least 1e-(36|16), got 1e-37"),
+    ({"temperature": 1e39}, r"temperature must be at most 1e\+36, got 1e\+39"),
+    ({"softcap": 1e-39}, "softcap must be at least 1e-36, got 1e-39"),
+    ({"softcap": 1e39}, r"softcap must be at most 1e\+30, got 1e\+39"),
     ({"impl": "triton"}, "impl must be one of None, 'reference'"),
 ]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from linear_logprob_entropy_cases import IMPLS, NAMES, forward_backward, inputs
 
-from acpo_kernels import _cpu, linear_hindsight_information, linear_logprob_entropy
+from acpo_kernels import _checks, _cpu, linear_hindsight_information, linear_logprob_entropy
 
 needs_extension = pytest.mark.skipif(not _cpu.available, reason="built without the C++ extension")
 
@@ -34,6 +34,21 @@ def test_masked_rows_that_hold_nan_reach_nothing(impl, device):
         assert (x[~active] == 0).all()
     both = linear_hindsight_information(dirty, dirty, weight, ids, mask=mask, temperature=temperature, impl=impl)
     assert all((x[~active] == 0).all() and x.isfinite().all() for x in both)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [*({"temperature": t} for t in (_checks.COLDEST, _checks.HOTTEST)), *({"softcap": c} for c in _checks.SOFTCAPS)],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_number_that_is_accepted_gives_nan(settings, dtype, cpu_isa):
+    hidden, weight, ids, bias = inputs(6, dtype=dtype)
+    assert all(x.isfinite().all() for x in forward_backward(hidden, weight, ids, bias, **settings))
+    other = hidden.flip(0)
+    if "temperature" in settings:
+        settings = {"temperature": max(settings["temperature"], _checks.COLDEST_DIVERGENCE)}
+    assert all(x.isfinite().all() for x in linear_hindsight_information(hidden, other, weight, ids, bias=bias, **settings))
 
 
 def test_an_active_nan_row_reaches_the_weight_but_no_other_row():

@@ -252,6 +252,8 @@ def test_compiles_in_one_graph(ratio):
         ({"bias": torch.ones(4)}, r"bias must have shape \[V\]"),
         ({"temperature": 0.0}, "temperature must be greater than 0"),
         ({"softcap": 0.0}, "softcap must be greater than 0"),
+        ({"temperature": 1e-37}, "temperature must be at least 1e-36"),
+        ({"softcap": 1e39}, r"softcap must be at most 1e\+30"),
         ({"mask": torch.ones(3)}, "mask must have dtype bool"),
         ({"ratio": "step"}, "ratio must be one of"),
         ({"clip": (0.2,)}, "clip must be a pair"),

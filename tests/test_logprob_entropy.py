@@ -180,6 +180,8 @@ def test_bad_input():
     wrong(ValueError, "mask must have shape", mask=torch.ones(3, dtype=torch.bool))
     wrong(ValueError, "temperature must be greater than 0", temperature=0.0)
     wrong(ValueError, "temperature must be finite", temperature=INF)
+    wrong(ValueError, "temperature must be at least 1e-36, got 1e-37", temperature=1e-37)
+    wrong(ValueError, r"temperature must be at most 1e\+36, got 1e\+39", temperature=1e39)
     wrong(ValueError, "temperature must have shape", temperature=torch.ones(3))
     wrong(ValueError, "impl must be one of", impl="fast")
     for impl in (None, "reference"):

@@ -10,7 +10,7 @@ from implementations import INTERPRETED, exact, implementation  # noqa: F401  (t
 from logprob_entropy_cases import DTYPES, INF, NAN, case, check, torch_only
 
 import acpo_kernels as ops
-from acpo_kernels import Segments
+from acpo_kernels import Segments, _checks
 from acpo_kernels._layout import row_layout
 
 
@@ -139,6 +139,13 @@ def test_temperatures_whose_square_is_no_float(run):
     temperature = torch.tensor([1e-18, 1e-20, 1e-25] * 2)
     ids[:3] = logits[:3].argmax(-1)
     check(run, logits, ids, temperature=temperature, **grads)
+
+
+@pytest.mark.parametrize("temperature", [_checks.COLDEST, _checks.HOTTEST])
+@pytest.mark.parametrize("v", [100, 5000])
+def test_no_number_that_is_accepted_gives_nan(run, v, temperature):
+    logits, ids, grads = case(4, v)
+    assert all(x.isfinite().all() for x in run(logits * 4, ids, temperature=temperature, **grads))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -52,6 +52,14 @@ def test_an_answer_that_begins_inside_the_last_token(last):
     assert (segments.lengths > 0).all() and torch.equal(segments.token_offsets, segmenter(ids, cu).token_offsets)
 
 
+@pytest.mark.parametrize("opening", ["。\\|[", "。$|$", "。$|", ".\n\n$|$", ".\n\n$|", "。answer is $|$"])
+def test_an_answer_begins_before_its_formula(opening):
+    """The boundary before it is gone where its token also opens the formula: the answer begins with the sentence before."""
+    tokens = ["So it is", ".", " Hm", *opening.split("|"), "\\boxed{5} =", " x", "$$" if "$|$" in opening else "$" if "$" in opening else "\\]"]
+    reading = Segmenter([t.encode() for t in tokens]).read(*one(range(len(tokens))))
+    assert reading.answer_start.tolist() == [2] and reading.scores[2:].max() == 0
+
+
 def test_answer_far_from_the_end_is_not_final():
     ids, cu = text_ids("The answer is 5. But " + "x" * 60)
     assert Segmenter(BYTES, max_tokens=100)(ids, cu).terminal.tolist() == [True]

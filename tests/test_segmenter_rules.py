@@ -23,13 +23,60 @@ def test_rule_table(marked):
 @settings(max_examples=400, deadline=None)
 @given(st.lists(fragments, max_size=30), st.data())
 def test_tokens_do_not_change_where_delimiters_are(parts, data):
-    """Whatever the tokens are (also inside a character), a boundary is after the token in which its delimiter ends."""
+    """Whatever the tokens are (also inside a character), a boundary is after the token in which its delimiter ends; where a byte behind it in that
+    token may open a formula or a fence, those before that byte may be missing."""
     text = "".join(parts).encode()
+    spans, found, by_byte = in_tokens(text, data)
+    for (a, b), score in zip(spans, found, strict=True):
+        assert score in {max(by_byte[q:b]) for q in range(a, b) if q == a or text[q] in b"\\$`"}
+
+
+def in_tokens(text: bytes, data) -> tuple[list[tuple[int, int]], list[float], list[float]]:
+    """Tokens of any length as spans of the text, the scores behind them, and those behind each byte."""
     borders = sorted(data.draw(st.sets(st.integers(1, max(1, len(text) - 1)))) | {len(text)}) if text else []
-    chunks = [text[a:b] for a, b in pairwise([0, *borders])]
-    by_byte = Segmenter(BYTES, markers=()).scores(*one(text)).tolist()
-    expected = [max(by_byte[a:b]) for a, b in pairwise([0, *borders])]
-    assert Segmenter(chunks or [b""], markers=()).scores(*one(range(len(chunks)))).tolist() == expected
+    spans = list(pairwise([0, *borders]))
+    segmenter = Segmenter([text[a:b] for a, b in spans] or [b""], markers=())
+    return spans, segmenter.scores(*one(range(len(spans)))).tolist(), Segmenter(BYTES, markers=()).scores(*one(text)).tolist()
+
+
+plain = st.sampled_from(["One is. ", "二。", "3.1 x, so", "\n", "a\n\n", "Hm? ", "Of J. ", "\n1. One. ", "Well:\n\n"]).map(lambda t: (t, False))
+formulas = st.sampled_from(["\\(a. B\\)", "\\[ a. B\n\n c. \\]", "$a. B$", "$$\na. B$$", "\n```py\nA. B\n\n```\n", "\n- ```\na\n```\n"]).map(
+    lambda t: (t, True)
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.tuples(plain, formulas), max_size=8), st.data())
+def test_no_boundary_lies_inside_a_formula_whatever_the_tokens_are(parts, data):
+    """Exactly those are missing behind which their token opens a formula."""
+    text, openings = b"", []
+    for part, hidden in [p for pair in parts for p in (*pair, (" x", False))]:
+        if hidden:
+            openings.append(len(text) + part.find("`" if "`" in part else part[0]))
+        text += part.encode()
+    spans, found, by_byte = in_tokens(text, data)
+    assert found == [max(by_byte[max((o for o in openings if a <= o < b), default=a) : b]) for a, b in spans]
+
+
+@pytest.mark.parametrize(
+    "tokens, scores",
+    [
+        (["五", "。\\", "[", "x+1=6", "\\]", "是", "。", "好"], [0, 0, 0, 0, 0, 0, 1, 0]),
+        (["五", "。\\", "(", "x", "\\)", "好"], [0] * 6),
+        (["五", "。\\", "pi", "好"], [0, 1, 0, 0]),  # no formula
+        (["五", "。$", "x+1=6", "$", "好"], [0] * 5),
+        (["他有", "。$", "5", "。", "好"], [0, 1, 0, 1, 0]),  # a price
+        (["So", ".\n\n$$", "x", "$$", "\n\n", "So"], [0, 0, 0, 0, 3, 0]),
+        (["So", ".\n\n$", "x", "$", "\n\n", "So"], [0, 0, 0, 0, 3, 0]),
+        (["So", ".\n\n$", "5", "\n\n", "So"], [0, 3, 0, 3, 0]),
+        (["So", ":\n`", "``", "x\n\ny\n", "```\n", "So"], [0, 0, 0, 0, 2, 0]),
+        (["So", ":\n`", "x`", "\n", "So"], [0, 2, 0, 2, 0]),  # no fence
+        (["So", ". \\[x\\]. So \\(", "y\\)"], [0, 0, 0]),
+        (["So", ". \\(x\\)。 So", " it"], [0, 1, 0]),
+    ],
+)
+def test_a_token_that_opens_a_formula_behind_a_boundary(tokens, scores):
+    assert Segmenter([t.encode() for t in tokens], markers=()).scores(*one(range(len(tokens)))).tolist() == scores
 
 
 def test_marker_inside_a_token_needs_white_space_before_it():
