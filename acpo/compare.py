@@ -22,18 +22,23 @@ A comparison is a YAML file:
 do, and from the first such draw on the problems are others.
 
 Every run is a plain run directory in a process of its own with one thread. A warm start is one too: it is trained once, and every arm's run of a
-seed begins with the same weights, bit for bit. What is finished is not repeated; a run that was broken off goes on by the trainer's own resume.
+seed begins with the same weights, bit for bit. What is finished is not repeated; a run that was broken off goes on by the trainer's own resume, and
+one that outlives a killed command is waited for by the next.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,11 +46,15 @@ from typing import Any
 
 from . import config as configuration
 from . import state
+from .checkpoint import put
 from .config import Config, ConfigError
 from .evidence import mean_area, run_record, summarise
-from .layers import differences
+from .layers import differences, shown, typed
+from .limits import AT_MOST
 from .methods import ARMS
 
+MOST_SEEDS = 100_000  # of a range: more is a slip of the keyboard
+RECORD = {"config": dict, "code": str, "points": list, "passes": list}  # what is read of finished.json
 KEYS = ("name", "settings", "seeds", "warm_starts", "tuning", "against", "baselines", "arms")
 
 
@@ -85,7 +94,7 @@ def load(path: str | Path) -> Comparison:
     for name, own in _mapping(path, "arms", tree["arms"]).items():
         own = configuration.flatten(_mapping(path, f"arms.{name}", own or {}))
         if "rate" in own:
-            rates[name] = _rate(own.pop("rate"))
+            rates[name] = _arm_or_rate(path, f"arms.{name}.rate", own.pop("rate"))
         if "seeds" in own:
             fewer[name] = _seeds(path, f"arms.{name}.seeds", own.pop("seeds"))
         if name not in ARMS and not own:
@@ -96,13 +105,11 @@ def load(path: str | Path) -> Comparison:
         raise ConfigError(f"{path}: unknown key tuning.{unknown[0]}; wanted seeds and learning_rates")
     out = Comparison(
         name=str(tree.get("name") or path.stem), settings=settings, arms=arms, seeds=_seeds(path, "seeds", tree["seeds"]),
-        against=tree.get("against") or next(iter(arms)), baselines=list(tree.get("baselines") or [next(iter(arms))]),
-        tuning_seeds=_seeds(path, "tuning.seeds", tuning["seeds"]) if tuning else [],
-        learning_rates=[float(x) for x in tuning.get("learning_rates", [])], rates=rates, fewer=fewer,
-        warm_starts=_seeds(path, "warm_starts", tree["warm_starts"]) if "warm_starts" in tree else [],
+        against=tree.get("against") or next(iter(arms)), baselines=_list(path, "baselines", tree.get("baselines") or [next(iter(arms))], "arms"),
+        tuning_seeds=_seeds(path, "tuning.seeds", tuning["seeds"]) if "seeds" in tuning else [],
+        learning_rates=_rates(path, "tuning.learning_rates", tuning["learning_rates"]) if "learning_rates" in tuning else [],
+        rates=rates, fewer=fewer, warm_starts=_seeds(path, "warm_starts", tree["warm_starts"]) if "warm_starts" in tree else [],
     )  # fmt: skip
-    if "warm_starts" in tree and not out.warm_starts:
-        raise ConfigError(f"{path}: warm_starts must name at least one seed, got {tree['warm_starts']!r}")
     _check(path, out)
     return out
 
@@ -115,12 +122,35 @@ def _settings(path: Path, given: Any) -> dict:
     return _mapping(path, "settings", given)
 
 
-def _rate(value: Any) -> Any:
-    """A number where it is one: YAML 1.1 reads 5e-4 as a string."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+def _arm_or_rate(path: Path, key: str, value: Any) -> str | float:
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 5e-4 as a string
+            value = float(value)
+    return value if isinstance(value, str) else _rate(path, key, value)
+
+
+def _rate(path: Path, key: str, value: Any) -> float:
+    rate = typed(key, value, float, str(path))
+    if rate <= 0:
+        raise ConfigError(f"{path}: {key} must be greater than 0, got {rate}")
+    return rate
+
+
+def _rates(path: Path, key: str, value: Any) -> list[float]:
+    rates = [_rate(path, key, v) for v in _list(path, key, value, "numbers")]
+    _once(path, key, [f"{rate:g}" for rate in rates])  # as the runs' folders are named
+    return rates
+
+
+def _list(path: Path, key: str, value: Any, of: str) -> list:
+    if not isinstance(value, list):
+        raise ConfigError(f"{path}: {key} must be a list of {of}, got {shown(value)}")
+    return value
+
+
+def _once(path: Path, key: str, values: list) -> None:
+    if twice := [value for value, times in Counter(values).items() if times > 1]:
+        raise ConfigError(f"{path}: {key} names {twice[0]} twice")
 
 
 def _mapping(path: Path, key: str, value: Any) -> dict:
@@ -131,19 +161,29 @@ def _mapping(path: Path, key: str, value: Any) -> dict:
 
 def _seeds(path: Path, key: str, value: Any) -> list[int]:
     """`0-15`, one number, or a list of numbers."""
-    try:
-        if isinstance(value, list):
-            return [int(v) for v in value]
-        low, _, high = str(value).partition("-")
-        return list(range(int(low), int(high or low) + 1))
-    except ValueError:
-        raise ConfigError(f"{path}: {key} must be a range such as 0-15, a number or a list, got {value!r}") from None
+    span = re.fullmatch(r"\s*([0-9]{1,19})\s*(?:-\s*([0-9]{1,19})\s*)?", value) if isinstance(value, str) else None
+    if span:
+        low, high = int(span[1]), int(span[2] or span[1])
+        if high - low >= MOST_SEEDS:
+            raise ConfigError(f"{path}: {key} must name at most {MOST_SEEDS:,} seeds, got {value!r}")
+        seeds = list(range(low, high + 1))
+    else:
+        seeds = value if isinstance(value, list) else [value]
+    if not seeds:
+        raise ConfigError(f"{path}: {key} must name at least one seed, got {value!r}")
+    if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds):
+        raise ConfigError(f"{path}: {key} must be a range such as 0-15, a number or a list, got {shown(value)}")
+    if wrong := [seed for seed in seeds if not 0 <= seed <= AT_MOST["seed"]]:
+        raise ConfigError(f"{path}: {key} must lie in [0, 2^63), got {wrong[0]}")
+    _once(path, key, seeds)
+    return seeds
 
 
 def _check(path: Path, chosen: Comparison) -> None:
     for key, names in (("against", [chosen.against]), ("baselines", chosen.baselines)):
-        if missing := [n for n in names if n not in chosen.arms]:
+        if missing := [n for n in names if n not in list(chosen.arms)]:
             raise ConfigError(f"{path}: {key} names {missing[0]!r}, which is none of the arms {', '.join(chosen.arms)}")
+        _once(path, key, names)
     if both := set(chosen.seeds) & set(chosen.tuning_seeds):
         raise ConfigError(
             f"{path}: seed {min(both)} is in seeds and in tuning.seeds: a learning rate must not be chosen on the runs that it is judged by"
@@ -200,7 +240,7 @@ class Comparer:
         path = self.directory / job.key / "finished.json"
         if not path.exists():
             return None
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = _record(path)
         # Read through the present settings: one that is newer than the run stood at its default.
         past = configuration.from_layers((str(path), configuration.flatten(record["config"])))
         changed = differences(state.lasting(configuration.to_dict(past)), state.lasting(configuration.to_dict(self.settings(job))))
@@ -236,15 +276,18 @@ class Comparer:
         return max(found, key=lambda rate: sum(found[rate]) / len(found[rate]))
 
     def outstanding(self, arms: list[str] | None = None) -> list[Job]:
-        """What can be run now, in the order of running: the warm starts, then of those that begin with a finished one the tuning runs and, seed by
-        seed, every arm whose rate is known."""
+        """What can be run now, in the order of running."""
+        return [job for job in self.known(arms) if self.finished(job) is None]
+
+    def known(self, arms: list[str] | None = None) -> list[Job]:
+        """The warm starts, then of the runs that begin with a finished one those of the tuning and, seed by seed, every arm whose rate is known."""
         cold = [job for job in self.warm_starts if self.finished(job) is None]
         names = [a for a in self.chosen.arms if arms is None or a in arms]
         chosen_for = list(dict.fromkeys(r if isinstance(r := self.chosen.rates.get(a), str) else a for a in names))
         jobs = sorted((j for a in chosen_for for j in self.tuning(a)), key=lambda j: j.settings["seed"])
         rates = {a: self.rate(a) for a in names}
         jobs += [self.job(a, rates[a], s) for s in self.chosen.seeds for a in names if rates[a] is not None and s in self.seeds(a)]
-        return cold + [j for j in jobs if self.warm(j.settings["seed"]) not in cold and self.finished(j) is None]
+        return self.warm_starts + [j for j in jobs if self.warm(j.settings["seed"]) not in cold]
 
     def results(self) -> tuple[dict[str, Any], dict[str, dict[int, dict]]]:
         """The table of what is finished so far, and the records behind it, by arm and seed."""
@@ -307,15 +350,26 @@ class Comparer:
             raise RunError(f"the run {job.key} ended with code {code}: {''.join(last)} (all of it in {folder / 'log.txt'})")
 
     def one(self, key: str) -> None:
-        """One run, in this process: what `run` launches. A policy that blows up is a result too: the run ends there, with accuracy 0. An engine that
-        fails is none: the run is outstanding as before."""
+        """One run, in this process: what `run` launches. It outlives a driver that is killed: where another process is at this run, that one is
+        waited for, and what it finished is not repeated."""
+        job = next((j for j in self.known() if j.key == key), None)
+        if job is None:
+            raise ConfigError(f"--one {key}: no such run can begin in {self.directory}")
+        folder = self.directory / key
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".one.lock", "a", encoding="utf-8") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.lockf(file, fcntl.LOCK_EX)  # over the run's own, which ends before the record is written
+            if self.finished(job) is None:
+                self._train(job)
+
+    def _train(self, job: Job) -> None:
+        """A policy that blows up is a result too: the run ends there, with accuracy 0. An engine that fails is none: the run is outstanding as
+        before."""
         from .guard import Interrupted
         from .run import Run
         from .trainer import Trainer, TrainingError
 
-        job = next((j for j in self.outstanding() if j.key == key), None)
-        if job is None:
-            raise ConfigError(f"--one {key}: no such run is outstanding in {self.directory}")
         settings = self.settings(job)
         run = Run(settings)
         trainer, failure = Trainer(settings, run), ""
@@ -328,11 +382,20 @@ class Comparer:
         if job in self.warm_starts:
             state.export(trainer)
         curve = run_record(run.records(), settings.trainer.steps, trainer.policy.device.type == "cpu")
-        record = {"key": key, "config": configuration.to_dict(settings), "code": code_hash(), "failure": failure, **curve}
-        temporary = run.directory / ".finished.writing"
-        temporary.write_text(json.dumps(record), encoding="utf-8")
-        os.replace(temporary, run.directory / "finished.json")
+        record = {"key": job.key, "config": configuration.to_dict(settings), "code": code_hash(), "failure": failure, **curve}
+        put(run.directory / "finished.json", lambda path: path.write_text(json.dumps(record), encoding="utf-8"))
         shutil.rmtree(run.checkpoints, ignore_errors=True)  # a finished run needs none: some megabytes a run, hundreds of runs
+
+
+def _record(path: Path) -> dict:
+    """The record of a finished run."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(found.get(k), kind) for k, kind in RECORD.items()) or not found["points"]:
+        raise RunError(f"{path} is damaged: remove the folder {path.parent}, and the same command repeats the run")
+    return found
 
 
 def _mean(records: list[dict]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -264,8 +265,9 @@ def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = (), *
     """The configuration of a YAML file (None: the defaults) under further layers (where it stands, dotted settings) under `key=value` overrides."""
     command = dict(_override(text) for text in overrides)
     file = [] if path is None else [(str(path), flatten(read_yaml(Path(path))))]
-    config = from_layers(*file, *between, ("the command line", command))
-    if path is not None and config.name == "run":
+    layers = [*file, *between, ("the command line", command)]
+    config = from_layers(*layers)
+    if path is not None and not any("name" in layer for _, layer in layers):
         config.name = Path(path).stem
     return config
 
@@ -295,6 +297,9 @@ def method_settings(layer: dict[str, Any], where: str) -> Config:
     return config
 
 
+NOT_DECIMAL = re.compile(r"[-+]?(?:0[0-7_]+|[0-9][0-9_.]*(?::[0-9_.]+)+)")  # to YAML 1.1 octal, or in base sixty: another number than was typed
+
+
 def _override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
@@ -303,6 +308,8 @@ def _override(text: str) -> tuple[str, Any]:
     kind = keys(Config).get(key)
     if value == "" or ((kind is str or typing.get_origin(kind) is Literal) and value[0] not in "'\""):
         return key, value  # text is what was typed, not the number or the truth value that YAML reads in it
+    if kind in (int, float) and NOT_DECIMAL.fullmatch(value.strip()):
+        raise ConfigError(f"the command line: {key} must be written in decimal digits, got {value!r}")
     try:
         return key, yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError):

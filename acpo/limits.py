@@ -37,6 +37,13 @@ NOT_NEGATIVE = (
     "entropy.covariance_weight", "policy.lora_rank", "policy.lora_alpha", "loss.rollout_cap", "rollout.vllm.max_model_len", "rollout.server.retries",
 )  # fmt: skip
 
+AT_MOST = {
+    "seed": 2**63 - 1,  # what a generator of torch takes
+    "problems.train": 10**7,  # some kilobytes each
+    "trainer.threads": 1024,  # of very many OpenMP ends the process
+    **{f"segmenter.{name}": 2**30 - 1 for name in ("min_tokens", "max_tokens", "max_segments", "target_tokens")},  # what the segmenter takes
+}
+
 
 def check(config: Config) -> None:
     """What holds for the method wherever it runs."""
@@ -49,6 +56,9 @@ def check(config: Config) -> None:
     for key in NOT_NEGATIVE:
         if not value_of(config, key) >= 0:
             raise ConfigError(f"{key} must be at least 0, got {value_of(config, key)}")
+    for key, most in AT_MOST.items():
+        if value_of(config, key) > most:
+            raise ConfigError(f"{key} must be at most {most}, got {value_of(config, key)}")
     if config.rollout.group_size < 2:
         raise ConfigError(f"rollout.group_size must be at least 2: a group of one has no advantage over itself (method {config.method}), got 1")
     if config.segmenter.max_tokens < config.segmenter.min_tokens:
@@ -103,8 +113,12 @@ def check_run(config: Config) -> None:
         raise ConfigError(f"problems.template must hold {{problem}}, got {config.problems.template!r}")
     if config.problems.held_out >= 1 and config.problems.held_out % 1:
         raise ConfigError(f"problems.held_out must be a share below 1 or a whole number, got {config.problems.held_out}")
-    if config.problems.held_out < 1 and (config.problems.task or config.problems.path.startswith("reasoning_gym:")):
-        raise ConfigError(f"problems.held_out must be a whole number for problems that are made, not read, got {config.problems.held_out}")
+    if config.problems.task or config.problems.path.startswith("reasoning_gym:"):
+        held_out, most = config.problems.held_out, AT_MOST["problems.train"]
+        if held_out < 1:
+            raise ConfigError(f"problems.held_out must be a whole number for problems that are made, not read, got {held_out}")
+        if held_out > most:
+            raise ConfigError(f"problems.held_out must be at most {most} for problems that are made, not read, got {held_out:.0f}")
     if config.problems.system and not config.problems.chat:
         raise ConfigError("problems.system needs problems.chat = true")
     if config.verify.kind not in VERIFIERS and not re.fullmatch(r"[A-Za-z_][\w.]*[.:][A-Za-z_][\w.]*", config.verify.kind):

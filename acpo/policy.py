@@ -198,6 +198,8 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise ConfigError(f"policy.device: {name!r} cannot be used: wanted auto, cpu or cuda")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch's own words differ by build
         raise ConfigError(f"policy.device: {name!r} cannot be used: {' '.join(str(error).split())}") from None

@@ -29,6 +29,8 @@ def load_problems(config: Config) -> tuple[Chain | Multiplication | None, list[P
             task = TASKS[settings.task](
                 **kinds[settings.task], hard=settings.hard, q=(settings.wrong_low, settings.wrong_high), table_seed=settings.seed
             )
+            if settings.held_out > task.different:
+                raise ValueError(f"problems.held_out must be at most the task's {task.different} different problems, got {settings.held_out:.0f}")
             # Streams that no other seed has: those of one seed are held out from no training problems but its own.
             held_out = problems(task, int(settings.held_out), 2 * settings.seed + 1)
             train = problems(task, settings.train, 2 * settings.seed + 2, frozenset(p.id for p in held_out))

@@ -68,6 +68,7 @@ class Multiplication:
         if not 1 <= digits <= len(COLUMNS):
             raise ValueError(f"problems.digits must lie in [1, {len(COLUMNS)}], got {digits}")
         self.digits = digits
+        self.different = 10**digits * 8  # problems: the digits, and a multiplier from 2 to 9
         rng = np.random.default_rng((table_seed, 1))
         d, m, c = np.ogrid[:10, :10, :9]
         right = d * m + c
@@ -147,6 +148,7 @@ class Chain:
             raise ValueError(f"problems.modulus must lie in [2, 10], got {modulus}")
         self.steps, self.modulus, self.distractors, self.luck, self.filler_weight = steps, modulus, distractors, luck, filler_weight
         self.decoys = decoys
+        self.different = modulus ** (1 + steps + decoys)  # problems: the start, and the operands that are written
         self.filler = FILLER if distractors else ""  # characters that mean nothing, for the oracle mask
         rng = np.random.default_rng((table_seed, 2))
         v, x = np.ogrid[:modulus, :modulus]
@@ -206,17 +208,16 @@ TASKS = {"multiplication": Multiplication, "chain": Chain}
 
 def problems(task: Multiplication | Chain, count: int, seed: int, exclude: frozenset[str] = frozenset()) -> list[Problem]:
     """`count` different problems, none of them with an id in `exclude`; the same for the same seed."""
+    left = task.different - len(exclude)
+    if count > left:
+        raise ValueError(f"problems: the task has too few different problems: wanted {count} outside the held-out ones, found {left}")
     rng, seen = np.random.default_rng((seed, 3)), set(exclude)
     out: list[Problem] = []
-    for _ in range(100 * count):
-        if len(out) == count:
-            break
+    while len(out) < count:
         problem = task.problem(rng)
         if problem.id not in seen:
             seen.add(problem.id)
             out.append(problem)
-    if len(out) < count:
-        raise ValueError(f"problems: the task has too few different problems: wanted {count} outside the held-out ones, found {len(out)}")
     return out
 
 

@@ -306,7 +306,7 @@ class Trainer:
         batch.token.pop("hidden", None)
         if attribution is None or self.config.attribution.control == "none":
             return attribution
-        generator = torch.Generator(self.policy.device).manual_seed(self.config.seed * 1_000_003 + self.step_number)
+        generator = torch.Generator(self.policy.device).manual_seed((self.config.seed * 1_000_003 + self.step_number) % 2**63)
         return control(self.config.attribution.control, attribution, batch.segments, outcome, size, generator)
 
     def _credit(self, batch: Batch, outcome: Tensor, attribution: Attribution | None) -> tuple[Tensor, Tensor]:
@@ -378,7 +378,7 @@ class Trainer:
         return evaluate(
             self.engine, self.tokenizer, problems, [self.prompts.prompt(p.prompt) for p in problems], self.verifier,
             max_new_tokens=config.rollout.max_new_tokens, temperature=config.eval.temperature,
-            generator=torch.Generator(self.policy.device).manual_seed(config.seed * 1_000_003 + step), **settings,
+            generator=torch.Generator(self.policy.device).manual_seed((config.seed * 1_000_003 + step) % 2**63), **settings,
         )  # fmt: skip
 
     def close(self) -> None:

@@ -75,6 +75,10 @@ BAD = [
     ("policy missing", ["mini.yaml", "policy.from_config=", "policy.path=absent"], 2, "policy.path: no such folder: absent"),
     ("no chat template", ["mini.yaml", "problems.chat=true"], 2, "problems.chat = true needs a tokenizer with a chat template"),
     ("device", ["mini.yaml", "policy.device=gpu"], 2, "policy.device: 'gpu' cannot be used"),
+    ("device without values", ["mini.yaml", "policy.device=meta"], 2, "policy.device: 'meta' cannot be used: wanted auto, cpu or cuda"),
+    ("device of others", ["mini.yaml", "policy.device=mps:0"], 2, "policy.device: 'mps:0' cannot be used: wanted auto, cpu or cuda"),
+    ("too many held out", ["mini.yaml", "problems.held_out=65"], 2, "problems.held_out must be at most the task's 64 different problems, got 65"),
+    ("too many to train on", ["mini.yaml", "problems.train=9999999"], 2, "wanted 9999999 outside the held-out ones, found 48"),
     ("not a number", ["mini.yaml", "trainer.steps=3", "optimizer.learning_rate=1e30", "optimizer.warmup_steps=0"], 1, "not finite at step 2"),
     ("run directory is a file", ["mini.yaml", "run_dir=good.jsonl"], 1, "File exists: good.jsonl"),
 ]  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -144,8 +143,9 @@ def test_several_warm_starts(tmp_path, monkeypatch):
     assert comparer.results()[0]["warm_start"]["accuracy"] == sum(starts) / 2
 
 
-def test_killed_and_continued_says_the_same(tmp_path, compared, monkeypatch):
-    """The driver and its child get SIGKILL while a run is between its checkpoints; what was finished stays untouched."""
+@pytest.mark.parametrize("who", ["the driver and its run", "the driver alone"])
+def test_killed_and_continued_says_the_same(tmp_path, compared, monkeypatch, who):
+    """SIGKILL while a run is between its checkpoints; what was finished stays untouched, and a run that lives on is waited for."""
     again = Comparer(written(tmp_path), tmp_path / "out")
     monkeypatch.setattr(Comparer, "_launch", lambda self, job, launch: self.one(job.key))
     again.run(most=1)
@@ -157,18 +157,66 @@ def test_killed_and_continued_says_the_same(tmp_path, compared, monkeypatch):
     deadline = time.monotonic() + 600
     while process.poll() is None and time.monotonic() < deadline and not list(again.directory.glob("grpo/*/*/checkpoints/step-*")):
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGSTOP)  # nothing ends between the kill and the command again
+    os.killpg(process.pid, signal.SIGKILL) if who.endswith("run") else process.kill()
     process.wait(timeout=600)
-    with contextlib.suppress(ProcessLookupError):  # the run dies behind its driver, on a busy machine seconds later, and holds its folder till then
-        while time.monotonic() < deadline:
-            os.killpg(process.pid, 0)
-            time.sleep(0.01)
     broken = [p.parent for p in again.directory.glob("grpo/*/*/checkpoints") if not (p.parent / "finished.json").exists()]
     assert broken, "the kill came between the first checkpoint and the end of a run"
+    goes_on = threading.Timer(2.0, os.killpg, (process.pid, signal.SIGCONT))
+    if who.endswith("alone"):
+        goes_on.start()
     again.run(arms=["grpo"])
+    goes_on.cancel()
+    if who.endswith("alone"):
+        assert "resumed" not in "".join((p / "log.txt").read_text() for p in broken)
+        assert f"process {os.getpid()} " not in "".join((p / ".lock").read_text() for p in broken), "the run that lived on did it all"
     assert (tmp_path / "out" / "warm" / "finished.json").stat().st_mtime_ns == before
     for seed in (0, 1):
         assert curve(again.finished(again.job("grpo", 3e-4, seed))) == curve(compared.finished(compared.job("grpo", 3e-4, seed)))
+
+
+STOPS = """
+import os, signal, sys
+from acpo import compare
+record = compare.run_record
+compare.run_record = lambda *a: (os.kill(os.getpid(), signal.SIGSTOP), record(*a))[1]
+compare.Comparer(*sys.argv[1:]).one("warm")
+"""
+
+
+def test_a_run_is_anothers_until_its_record_stands(tmp_path):
+    """Behind its last step, before finished.json: whoever comes then waits as well."""
+    comparer = Comparer(written(tmp_path), tmp_path / "out")
+    process = subprocess.Popen([sys.executable, "-c", STOPS, comparer.path, comparer.directory], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+    threading.Timer(2.0, process.send_signal, (signal.SIGCONT,)).start()
+    comparer.one("warm")
+    assert process.wait(timeout=600) == 0
+    assert f"process {process.pid} " in (comparer.directory / "warm" / ".lock").read_text(), "the other did it all"
+    assert comparer.finished(comparer.warm(0)) is not None
+
+
+def test_a_run_that_another_process_finished_is_left_alone(compared):
+    """Between the look at what is outstanding and the run's own process."""
+    path = compared.directory / "warm" / "finished.json"
+    before = path.stat().st_mtime_ns
+    compared.one("warm")
+    assert path.stat().st_mtime_ns == before
+    with pytest.raises(ConfigError, match="--one warm-9: no such run"):
+        compared.one("warm-9")
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff", b"[]", b"5", b"{}", b'{"config": 3}'])
+def test_a_record_that_is_damaged_is_named(compared, damage, capsys):
+    path = compared.directory / "warm" / "finished.json"
+    whole = path.read_bytes()
+    path.write_bytes(damage)
+    try:
+        assert main(["compare", str(compared.path), "--dir", str(compared.directory), "--report"]) == 1
+    finally:
+        path.write_bytes(whole)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"acpo: {path} is damaged: remove the folder {path.parent}, and the same command repeats the run"
 
 
 def test_the_command_writes_table_figure_and_page(compared, capsys):
@@ -265,11 +313,38 @@ def test_other_settings_are_refused(tmp_path, compared):
         ("settings:", "setup:", "unknown key 'setup'"),
         ("seeds: 0-1", "seeds: 0-1\nwarm_starts: []", "warm_starts must name at least one seed, got \\[\\]"),
         ("rate: rloo", "rate: rloo, seeds: 1-2", "arms.gentle.seeds must be among seeds, which lack 2"),
+        ("seeds: 0-1", "seeds: 3-1", "seeds must name at least one seed, got '3-1'"),
+        ("seeds: [90]", "seeds: []", r"tuning\.seeds must name at least one seed, got \[\]"),
+        ("seeds: 0-1", "seeds: [[1]]", r"seeds must be a range such as 0-15, a number or a list, got \[\[1\]\]"),
+        ("seeds: 0-1", "seeds: [null]", r"seeds must be a range .*, got \[None\]"),
+        ("seeds: 0-1", "seeds: [0.5, 1.7]", r"seeds must be a range .*, got \[0\.5, 1\.7\]"),
+        ("seeds: 0-1", "seeds: [true]", r"seeds must be a range .*, got \[True\]"),
+        ("seeds: 0-1", "seeds: [-1]", r"seeds must lie in \[0, 2\^63\), got -1"),
+        ("seeds: 0-1", "seeds: 99999999999999999999", r"seeds must lie in \[0, 2\^63\), got 99999999999999999999"),
+        ("seeds: 0-1", "seeds: 0-99999999999999", "seeds must name at most 100,000 seeds, got '0-99999999999999'"),
+        ("seeds: 0-1", "seeds: [0, 1, 0]", "seeds names 0 twice"),
+        ("seeds: [90], ", "", "tuning needs both seeds and learning_rates"),
+        ("[3.0e-4, 3.0e-3]", "0.001", r"tuning\.learning_rates must be a list of numbers, got 0\.001"),
+        ("[3.0e-4, 3.0e-3]", "[a]", r"tuning\.learning_rates must be a float, got 'a'"),
+        ("[3.0e-4, 3.0e-3]", "[[1]]", r"tuning\.learning_rates must be a float, got \[1\]"),
+        ("[3.0e-4, 3.0e-3]", "[-1.0]", r"tuning\.learning_rates must be greater than 0, got -1\.0"),
+        ("[3.0e-4, 3.0e-3]", "[.nan]", r"tuning\.learning_rates must be finite, got nan"),
+        ("[3.0e-4, 3.0e-3]", "[3.0e-4, 3e-4]", r"tuning\.learning_rates names 0\.0003 twice"),
+        ("rate: rloo", "rate: rllo", r"arms\.gentle\.rate must be a number or an arm that has its own choice, got 'rllo'"),
+        ("rate: rloo", "rate: [1]", r"arms\.gentle\.rate must be a float, got \[1\]"),
+        ("rate: rloo", "rate: true", r"arms\.gentle\.rate must be a float, got True"),
+        ("rate: rloo", "rate: -1", r"arms\.gentle\.rate must be greater than 0, got -1\.0"),
+        ("rate: rloo", "rate: inf", r"arms\.gentle\.rate must be finite, got inf"),
+        ("against: grpo", "against: [grpo]", r"against names \['grpo'\], which is none of the arms"),
+        ("against: grpo", "baselines: 5", "baselines must be a list of arms, got 5"),
+        ("against: grpo", "baselines: grpo", "baselines must be a list of arms, got 'grpo'"),
+        ("against: grpo", "baselines: [[grpo]]", r"baselines names \['grpo'\], which is none of the arms"),
+        ("against: grpo", "baselines: [grpo, grpo]", "baselines names grpo twice"),
     ],
 )
 def test_bad_files(tmp_path, old, new, message):
     assert old in TINY
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=r"tiny\.yaml.*" + message):
         compare.load(written(tmp_path, TINY.replace(old, new)))
 
 

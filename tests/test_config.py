@@ -29,6 +29,12 @@ def test_layers(tmp_path):
     assert load(None, BASE) == plain, "a configuration must not leak into the defaults of the next"
 
 
+def test_a_run_has_its_files_name_where_nothing_else_is_given(tmp_path):
+    assert from_file(tmp_path, "").name == "some"
+    for text, words in (("name: run", ()), ("", ("name=run",)), ("name: other", ("name=run",))):
+        assert from_file(tmp_path, text, *words).name == "run", "also where it is the default's"
+
+
 def test_dotted_and_nested_keys_of_a_file_are_the_same(tmp_path):
     assert from_file(tmp_path, "trainer.steps: 7") == from_file(tmp_path, "trainer: {steps: 7}")
 
@@ -44,6 +50,11 @@ def test_numbers_as_people_write_them(tmp_path):
 def test_text_settings_keep_the_text_of_the_command_line(text):
     chosen = load(None, [*BASE, f"run_dir={text}"])
     assert chosen.run_dir == text and str(chosen.directory) == text
+
+
+def test_numbers_of_the_command_line_are_what_was_typed():
+    chosen = load(None, [*BASE, "seed=0", "trainer.steps=1_000", "credit.gain=0.5", "optimizer.max_grad_norm=07.5"])
+    assert (chosen.seed, chosen.trainer.steps, chosen.credit.gain, chosen.optimizer.max_grad_norm) == (0, 1000, 0.5, 7.5)
 
 
 def test_quoted_text_on_the_command_line_is_yaml():
@@ -70,6 +81,9 @@ def test_quoted_text_on_the_command_line_is_yaml():
         ("method=grp", "method must be one of .* did you mean 'grpo'?"),
         ("trainer.steps", "an override must be key=value, got 'trainer.steps'"),
         ("=3", "an override must be key=value, got '=3'"),
+        *((f"seed={n}", f"the command line: seed must be written in decimal digits, got '{n}'") for n in ("010", "-010", "1:30", "1:30.5")),
+        ("trainer.steps=1:30", "trainer.steps must be written in decimal digits, got '1:30'"),
+        ("credit.gain=010", "credit.gain must be written in decimal digits, got '010'"),
     ],
 )
 def test_bad_override(override, message):
@@ -110,6 +124,8 @@ def test_missing_unreadable_and_empty_file(tmp_path):
         *((f"{key}=0", f"{key} must be greater than 0, got 0") for key in limits.POSITIVE),
         *((f"{key}=1.5", rf"{key} must lie in \[0, 1\], got 1.5") for key in limits.SHARES),
         *((f"{key}=-1", f"{key} must be at least 0, got -1") for key in limits.NOT_NEGATIVE),
+        *((f"{key}={most + 1}", f"{key} must be at most {most}, got {most + 1}") for key, most in limits.AT_MOST.items()),
+        ("problems.held_out=1e12", "problems.held_out must be at most 10000000 for problems that are made, not read, got 1000000000000"),
         ("optimizer.learning_rate=nan", "optimizer.learning_rate must be finite, got nan"),
         ("optimizer.learning_rate=inf", "optimizer.learning_rate must be finite, got inf"),
         ("loss.clip_high=.inf", "loss.clip_high must be finite, got inf"),

@@ -148,6 +148,8 @@ def test_a_curve_of_many_steps_is_means_of_pieces(tmp_path):
         ("being written", [step(1, reward=0.5)], '{"phase": "stage1", "step": 2, "rew'),
         ("broken off and not resumed", [step(1, reward=0.1), step(2, reward=0.2), step(2, reward=0.3)], ""),
         ("not a number", [step(1, reward=math.nan, entropy=0.1), step(2, reward=0.5, entropy=math.inf)], ""),
+        ("no tokens", [step(0, **{"eval/accuracy": 0.5}), {"phase": "stage1", "step": 1, "eval/accuracy": 0.6}], ""),
+        ("words", [step(0, **{"eval/accuracy": "half"}), step(1, **{"eval/accuracy": 0.6, "tokens/generated": None, "entropy": "x"})], ""),
     ],
 )
 def test_whatever_state_a_run_is_in(tmp_path, name, steps, tail):

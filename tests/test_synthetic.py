@@ -158,6 +158,16 @@ def test_problems_are_different_and_kept_apart(task):
 def test_too_few_problems():
     with pytest.raises(ValueError, match="too few different problems: wanted 100 outside the held-out ones, found 4"):
         problems(Chain(steps=1, modulus=2), 100, seed=0)
+    with pytest.raises(ValueError, match="wanted 10000000000 outside the held-out ones, found 1"):  # said at once
+        problems(Chain(steps=1, modulus=2), 10**10, seed=0, exclude=frozenset(p.id for p in problems(Chain(steps=1, modulus=2), 3, seed=1)))
+
+
+@pytest.mark.parametrize(
+    "task", [Chain(steps=1, modulus=3), Chain(steps=1, modulus=2, decoys=2), Multiplication(digits=1)], ids=["chain", "decoys", "multiplication"]
+)
+def test_how_many_problems_there_are(task):
+    rng = np.random.default_rng(0)
+    assert task.different == len({task.problem(rng).prompt for _ in range(2000)}) == len(problems(task, task.different, seed=0))
 
 
 @pytest.mark.parametrize(

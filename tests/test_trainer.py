@@ -326,6 +326,14 @@ def test_one_switch_in_a_whole_run(finished_run):
 # --- what a step may not depend on --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("seed", [20260101123456, 2**63 - 1])
+def test_a_large_seed_is_a_seed(tmp_path, warmed, seed):
+    """Through every generator that is drawn from it: problems, rollouts, head, control, evaluation."""
+    trainer = trainer_of(tmp_path, f"seed={seed}", "attribution.source=tree,head", "credit.scope=all", "attribution.control=random", weights=warmed)
+    steps(trainer, 1)
+    assert 0 <= trainer.evaluate(trainer.held_out, 1, samples=0).values["eval/accuracy"] <= 1
+
+
 def test_same_seed_same_steps_other_seed_others(tmp_path, warmed):
     one, two, other = (steps(trainer_of(tmp_path / str(i), f"seed={seed}", weights=warmed), 2) for i, seed in enumerate((0, 0, 1)))
     assert [without_times(m) for m in one] == [without_times(m) for m in two]

@@ -48,7 +48,7 @@ class Records:
     def points(self, key: str) -> list[tuple[float, float]]:
         """(step, value) wherever the key holds a finite number."""
         records = self.warmup if key.startswith("warmup/") else self.steps
-        return [(r["step"], float(r[key])) for r in records if isinstance(r.get(key), (int, float)) and math.isfinite(r[key])]
+        return [(r["step"], float(r[key])) for r in records if _number(r, key)]
 
     def names(self) -> set[str]:
         """Every key of its records."""
@@ -149,9 +149,14 @@ def interval(values: list[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
+def _number(record: dict, key: str) -> bool:
+    """Whether a finite number stands there."""
+    return isinstance(record.get(key), (int, float)) and math.isfinite(record[key])
+
+
 def area(records: list[dict]) -> float:
     """Area under held-out accuracy against generated tokens, divided by the tokens: the mean accuracy over the budget."""
-    points = [(r["tokens/generated"], r["eval/accuracy"]) for r in records if "eval/accuracy" in r]
+    points = [(r["tokens/generated"], r["eval/accuracy"]) for r in records if _number(r, "tokens/generated") and _number(r, "eval/accuracy")]
     if len(points) < 2 or points[-1][0] == points[0][0]:
         return float("nan")
     total = sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in itertools.pairwise(points))
@@ -160,7 +165,7 @@ def area(records: list[dict]) -> float:
 
 def summary(run: Records) -> dict[str, float | str]:
     """The figures of a run that people compare: accuracy before and after, area, pass@k, entropy, time and memory; none that it does not have yet."""
-    evaluations = [r for r in run.steps if "eval/accuracy" in r]
+    evaluations = [r for r in run.steps if _number(r, "eval/accuracy")]
     steps = [r for r in run.steps if r["phase"] != "start"]
     out: dict[str, float | str] = {"run": run.name, "steps": run.steps[-1]["step"] if run.steps else 0}
     if evaluations:
@@ -191,7 +196,7 @@ def group_summary(group: Group) -> dict[str, str | float]:
     rows = [summary(run) for run in group.runs]
     out: dict[str, str | float] = {"run": group.label, "runs": len(rows)}
     for key in columns(rows)[1:]:
-        values = [row[key] for row in rows if isinstance(row.get(key), (int, float)) and math.isfinite(row[key])]
+        values = [row[key] for row in rows if _number(row, key)]
         if not values:
             continue
         between = interval(values)
