@@ -1,6 +1,6 @@
 """How well does an attribution find what a step did? Transformers on the synthetic tasks, whose V is exactly known.
 
-    python -m benchmarks.attribution_quality configs/compare/multiplication.yaml [KEY=VALUE ...] [--seeds 0-2] [--dir DIR] [--out DIR]
+    python -m benchmarks.attribution_quality configs/compare/multiplication.yaml [KEY=VALUE ...] [--seeds 0-5] [--dir DIR] [--out DIR]
 
 A seed is a warm start (trained as `acpo compare` does, where DIR does not hold it yet) and prompts and samples of its own; the task's table of facts
 is one. The policy samples groups as in training; every source attributes every rollout, reliability as it would gate it, calibrated on earlier
@@ -414,7 +414,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="a comparison, such as configs/compare/multiplication.yaml")
     parser.add_argument("settings", nargs="*", help="KEY=VALUE, other settings than the comparison's, such as attribution.drawn_to=before")
-    parser.add_argument("--seeds", type=seeds_of, default="0-2", help="at least two: 0-2, or 0,1,2 (default 0-2)")
+    parser.add_argument("--seeds", type=seeds_of, default="0-5", help="at least two: 0-5, or 0,1,2 (default 0-5)")
     parser.add_argument("--dir", type=Path, help="where the warm starts lie, or shall (default runs/attribution/NAME)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/attribution"))
     parser.add_argument("--batches", type=int, default=16, help="of 64 rollouts, a seed; the first quarter only calibrates")
