@@ -45,7 +45,8 @@ import yaml
 from acpo import config as configuration
 from acpo.attribution import Attribution, answer_copies
 from acpo.batch import Batch
-from acpo.compare import Comparer, load
+from acpo.compare import Comparer
+from acpo.comparison import load
 from acpo.run import Run
 from acpo.trainer import Trainer
 from acpo_kernels import segment_reduce

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from acpo import compare, evidence
+from acpo import comparison, evidence
 from acpo.cli import main
 from acpo.compare import Comparer
 from acpo.config import ConfigError
@@ -206,6 +206,14 @@ def test_a_run_that_another_process_finished_is_left_alone(compared):
         compared.one("warm-9")
 
 
+def test_checkpoints_of_a_finished_run_go(compared):
+    """A kill between the record and their removal leaves them."""
+    left = compared.directory / compared.job("rloo", 3e-4, 90).key / "checkpoints"
+    (left / "step-1").mkdir(parents=True)
+    compared.run()
+    assert not left.exists()
+
+
 @pytest.mark.parametrize("damage", [b"", b"{", b"\xff", b"[]", b"5", b"{}", b'{"config": 3}'])
 def test_a_record_that_is_damaged_is_named(compared, damage, capsys):
     path = compared.directory / "warm" / "finished.json"
@@ -305,6 +313,10 @@ def test_other_settings_are_refused(tmp_path, compared):
         ("against: grpo", "against: gpro", "against names 'gpro', which is none of the arms grpo, rloo, gentle"),
         ("seeds: [90]", "seeds: [1]", "seed 1 is in seeds and in tuning.seeds"),
         ("rate: rloo", "rate: gentle", "arms.gentle.rate must be a number or an arm that has its own choice"),
+        ("  rloo:", "  warm: {credit.gain: 0.5}\n  rloo:", r"an arm's name must be letters, .* not warm or warm-SEED .*, got 'warm'"),
+        ("  rloo:", "  warm-1: {credit.gain: 0.5}\n  rloo:", "an arm's name .*, got 'warm-1'"),
+        ("  rloo:", "  ../up: {credit.gain: 0.5}\n  rloo:", "an arm's name .*, got '../up'"),
+        ("  rloo:", "  1: {credit.gain: 0.5}\n  rloo:", "an arm's name .*, got 1"),
         ("  rloo:", "  rllo:", "arms.rllo is not known; the known arms are grpo"),
         ("credit.gain", "credit.gian", "arms.gentle: unknown setting 'credit.gian'; the nearest is 'credit.gain'"),
         ("tuning:", "tunning:", "unknown key 'tunning'"),
@@ -345,12 +357,12 @@ def test_other_settings_are_refused(tmp_path, compared):
 def test_bad_files(tmp_path, old, new, message):
     assert old in TINY
     with pytest.raises(ConfigError, match=r"tiny\.yaml.*" + message):
-        compare.load(written(tmp_path, TINY.replace(old, new)))
+        comparison.load(written(tmp_path, TINY.replace(old, new)))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "compare").rglob("*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_comparisons_of_the_repository_load(path):
-    chosen = compare.load(path)
+    chosen = comparison.load(path)
     fixed = all(isinstance(chosen.rates.get(arm), float) for arm in chosen.arms)
     assert set(chosen.arms) <= set(ARMS) and bool(chosen.learning_rates) != fixed and not set(chosen.seeds) & set(chosen.tuning_seeds)
 
@@ -359,25 +371,25 @@ def test_the_recipes_comparison_loads(tmp_path):
     """The file that docs/recipes.md shows for problems of one's own, as it stands there."""
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     block = next(text for text in re.findall(r"^```\n(.*?)^```$", page, flags=re.M | re.S) if text.startswith("# compare.yaml"))
-    chosen = compare.load(written(tmp_path, block))
+    chosen = comparison.load(written(tmp_path, block))
     assert chosen.settings["policy.path"] == "Qwen2.5-0.5B" and chosen.arms["gentle"]["method"] == "acpo"
-    spelled = compare.load(written(tmp_path, block.replace("{rate: acpo}", "{rate: 5e-4}")))  # a string to YAML 1.1
+    spelled = comparison.load(written(tmp_path, block.replace("{rate: acpo}", "{rate: 5e-4}")))  # a string to YAML 1.1
     assert spelled.rates["acpo-everywhere"] == 5e-4
     assert chosen.rates == {"acpo-everywhere": "acpo", "gentle": "acpo"} and len(chosen.learning_rates) == 3
 
 
 def test_settings_of_another_comparison(tmp_path):
     """short.yaml is the long multiplication; a file may name one in another folder, and what it names must be there."""
-    own, other = (compare.load(ROOT / "configs" / "compare" / f"{name}.yaml").settings for name in ("short", "multiplication"))
+    own, other = (comparison.load(ROOT / "configs" / "compare" / f"{name}.yaml").settings for name in ("short", "multiplication"))
     assert own == other and own["problems.task"] == "multiplication"
     written(tmp_path / "there")
     text = "settings: there/tiny.yaml\n" + TINY[TINY.index("seeds:") :]
-    assert compare.load(written(tmp_path, text)).settings == compare.load(tmp_path / "there" / "tiny.yaml").settings
+    assert comparison.load(written(tmp_path, text)).settings == comparison.load(tmp_path / "there" / "tiny.yaml").settings
     with pytest.raises(ConfigError, match=r"no such configuration file: .*elsewhere\.yaml"):
-        compare.load(written(tmp_path, text.replace("there/tiny", "there/elsewhere")))
+        comparison.load(written(tmp_path, text.replace("there/tiny", "there/elsewhere")))
     written(tmp_path / "there", "settings: tiny.yaml\n")
     with pytest.raises(ConfigError, match=r"there/tiny\.yaml: settings must be a mapping, got 'tiny.yaml'"):
-        compare.load(written(tmp_path, text))
+        comparison.load(written(tmp_path, text))
 
 
 def test_runs_go_side_by_side(tmp_path, monkeypatch):
