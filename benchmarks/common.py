@@ -184,6 +184,18 @@ def measure(case: Case) -> tuple[list[dict], list[float]]:
     return rows, timed[next(filter(is_ours, timed))].seconds
 
 
+def rehearse(case: Case) -> str:
+    """Calls each provider of the case once, and says how many of them ran. What fails here fails, and is judged, where it is measured."""
+    failed = {}
+    for name, provider in case.providers.items():
+        try:
+            provider.run()
+        except Exception as error:  # the others are to be compiled all the same
+            failed[name] = type(error).__name__
+    done = f"{len(case.providers) - len(failed)} of {len(case.providers)} called once, nothing timed"
+    return "; ".join([done, *(f"{name}: {error}" for name, error in failed.items())])
+
+
 def _times(timed: Timed) -> dict:
     low, median, high = (quartile(timed.seconds, which) for which in (0.25, 0.5, 0.75))
     return {

@@ -56,6 +56,10 @@ def pytest_addoption(parser):
         help="only those whose name begins with one of these, separated by commas, beside ours and the ceilings (default: all)",
     )  # fmt: skip
     group.addoption("--rows", type=Path, metavar="FILE", help="JSON that is written anew after every case; what it holds of earlier sessions stays")
+    group.addoption(
+        "--rehearse", action="store_true",
+        help="call every provider once and time nothing: what Triton and torch.compile compile for it lies in their caches behind that",
+    )  # fmt: skip
     group.addoption("--limit", type=float, default=0, metavar="SECONDS", help="begin no further case after this long (default: no limit)")
 
 
@@ -109,6 +113,10 @@ def run(request, benchmark):
     def measured(case: common.Case) -> list[dict]:
         if len(wanted) > 1:
             case.providers = {name: provider for name, provider in case.providers.items() if name.startswith(wanted)}
+        if request.config.getoption("--rehearse"):
+            if torch.cuda.is_available():  # not alone on the GPU: what is larger is refused here, and compiled where it is measured
+                torch.cuda.set_per_process_memory_fraction(0.3)
+            pytest.skip(f"--rehearse: {common.rehearse(case)}")
         record(*common.measure(case))
 
     def record(rows: list[dict], seconds: list[float]) -> None:

@@ -2,12 +2,13 @@
 # The tests on CUDA and the benchmarks with peers, on a machine with a GPU and without network, in under nine minutes.
 #
 #   python -m benchmarks.peers.fetch PEERS        # first, where there is a network: peers as wheels and single files (4 MB; see there)
-#   benchmarks/gpu.sh --out FOLDER [--wheels PEERS]... [--only EXPRESSION] [--seconds 525] [--dry-run]
+#   benchmarks/gpu.sh --out FOLDER [--wheels PEERS]... [--only EXPRESSION] [--no-tests] [--seconds 525] [--dry-run]
 #
 # --out      benchmarks.json (device, versions, commit, rows), written anew after EVERY case, so that a time-out loses nothing; table.md,
 #            ratios.png, roofline.png, tests.log, benchmarks.log, build.log
 # --wheels   installed without dependencies into a temporary folder: nothing else on the machine changes. Again for a second folder.
 # --only     benchmarks by pytest's -k, in one part, and no tests; e.g. "linear_logprob_entropy and size3"
+# --no-tests the benchmarks alone, and nothing compiled beforehand
 # --seconds  all in all. Parts have budgets of their own; what does not fit is named as skipped.
 # --dry-run  the same lanes on the CPU at small shapes (also what happens where there is no GPU)
 # Environment: PYTHON (python3), ACPO_COMMIT where the history did not travel along.
@@ -16,15 +17,16 @@
 # there. The exit status is that of the worst of them. Parts run in processes of their own: a fault on the device ends one of them.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out= only= seconds=525 device=cuda shapes=large threads=2 wheels=()
+out= only= tests=1 seconds=525 device=cuda shapes=large threads=2 wheels=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --out) out=$2; shift 2 ;;
     --wheels) wheels+=("$(cd "$2" && pwd)") || exit 2; shift 2 ;;
-    --only) only=$2; shift 2 ;;
+    --only) only=$2 tests=; shift 2 ;;
+    --no-tests) tests=; shift ;;
     --seconds) seconds=$2; shift 2 ;;
     --dry-run) device=cpu; shift ;;
-    *) sed -n '2,20p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,21p' "$0" >&2; exit 2 ;;
   esac
 done
 [ -n "$out" ] || { echo "--out FOLDER is missing" >&2; exit 2; }
@@ -65,8 +67,14 @@ fi
 "$python" -c 'import platform, torch, triton; print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)' || exit 1
 
 # 1. The tests of every operation on this device, the heavy ones first, in several processes where pytest-xdist is there (compiling is most of it).
-if [ -z "$only" ]; then
+# Beside them what the benchmarks compile, which is most of their time too: Triton and torch.compile keep it on the disk.
+rehearse() {
+  timeout -k 5 170 "$python" -m pytest "$@" -q -rs -p no:cacheprovider --benchmark --rehearse --device "$device" --shapes "$shapes" >>"$out/rehearsal.log" 2>&1
+}
+if [ -n "$tests" ]; then
   if [ "$device" = cuda ]; then
+    rehearse benchmarks/bench_{logprob_entropy,hindsight_information,linear_hindsight_information}.py & rehearsals=$!
+    rehearse benchmarks/bench_{linear_logprob_entropy,whole_loss,linear_policy_loss}.py & rehearsals+=" $!"
     files=() many=()
     for name in logprob_entropy{,_edges,_backward} linear_logprob_entropy{,_edges} linear_policy_loss{,_edges,_properties} hindsight_information \
       policy_loss{,_edges,_properties} segment_credit segment_reduce chunks segments policy; do
@@ -80,6 +88,7 @@ if [ -z "$only" ]; then
   status=$?
   [ $status = 0 ] || worst=$status
   grep -aE "^(FAILED|ERROR)" "$out/tests.log" | head -20
+  wait ${rehearsals-}
   note "tests: $(tail -1 "$out/tests.log")$([ $status != 124 ] || echo ' (cut off: not all of them ran)')"
 fi
 if [ -n "$build" ]; then
