@@ -5,7 +5,7 @@
 #
 # --out      the runs and results.json, .png, .html of what is finished by then: seed by seed all arms, so that whole pairs remain. The same command
 #            with the same folder goes on where it was cut off.
-# --jobs     runs at a time on the one GPU: a run this small leaves most of it idle
+# --jobs     runs at a time on the one GPU: a run this small leaves most of it idle. `nvidia-cuda-mps-control -d` beforehand lets their kernels overlap.
 # --dry-run  on the CPU, with the smallest policy, three steps a run and one seed
 # Environment: PYTHON (python3).
 set -uo pipefail
