@@ -274,6 +274,18 @@ def test_rows_are_kept_case_by_case_and_session_by_session(tmp_path):
     assert {"commit", "torch", "peers"} <= environment.keys() and not list(tmp_path.glob("*.writing"))
 
 
+def test_a_rehearsal_calls_and_times_nothing(tmp_path):
+    out = tmp_path / "rows.json"
+    result = run_pytest("--benchmark", "--rehearse", "--shapes", "small", "-rs", "-k", "segment_credit and weights and size0", f"--rows={out}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "--rehearse: 2 of 2 called once, nothing timed" in result.stdout and not out.exists()
+
+    def refuses(logits, ids):
+        raise MemoryError
+
+    assert common.rehearse(case_of({"ours": logprob_entropy, "peer": refuses})) == "1 of 2 called once, nothing timed; peer: MemoryError"
+
+
 def test_the_gpu_script_measures_a_case_and_names_a_wrong_option(tmp_path):
     script = ["bash", str(ROOT / "benchmarks" / "gpu.sh")]
     wrong = subprocess.run([*script, "--wrong"], capture_output=True, text=True)
