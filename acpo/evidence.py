@@ -285,7 +285,7 @@ def draw(results: dict, runs: dict[str, dict[int, dict]], path: Path) -> None:
             x, y = taken if kind == "seconds" else tokens.mean(0), interquartile_mean(accuracy.T)
             label = f"{arm} ({len(records)} seed{'s' * (len(records) > 1)})"
             axis.plot(x, y, color=f"C{arms.index(arm) % 10}", linestyle="-" if arms.index(arm) < 10 else "--", label=label, linewidth=1.3)
-        axis.set_xlabel("generated tokens" if kind == "tokens" else "CPU seconds of training, median over seeds", fontsize=9)
+        axis.set_xlabel("generated tokens" if kind == "tokens" else "seconds of training (CPU seconds on a CPU), median over seeds", fontsize=9)
         axis.set_title("held-out greedy accuracy, interquartile mean over seeds", fontsize=10)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)

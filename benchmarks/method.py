@@ -1,11 +1,12 @@
 """Does the method help? The table of comparisons that were run, and what it says about the bars that were fixed before.
 
-    python -m benchmarks.method [--summary | --over ARM] [benchmarks/results/method/*.json]
+    python -m benchmarks.method [--summary | --over ARM | --figure PNG] [benchmarks/results/method/*.json]
 
 The files are the results.json of `acpo compare`, one a task. Every arm that was run is in the table. Areas are interquartile means over seeds of
 the mean held-out greedy accuracy over GRPO's budget; a difference is paired by seed, with its 95 % bootstrap interval where there are 8 seeds or
 more (none where there are fewer), and the seeds that it wins. Seconds are CPU seconds of the process: wall seconds of a shared machine would be
-the doing of others. --summary: one row a task. --over ARM: one row an arm, the mean of its paired differences to that arm and their standard error.
+the doing of others (on a GPU they are wall seconds, of runs side by side). --summary: one row a task. --over ARM: one row an arm, the mean of its
+paired differences to that arm and their standard error. --figure PNG: one file's, every seed as a dot.
 """
 
 from __future__ import annotations
@@ -148,14 +149,36 @@ def cell(found: dict) -> str:
     return f"{found['iqm']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}], {found['wins']} of {found['seeds']} seeds"
 
 
+def runs_of(results: dict) -> dict[str, dict[int, dict]]:
+    """The records behind a table, as far as its file keeps them: by arm and seed, the points and whether the run broke down. Arms that were not timed
+    beside the reference are of other code."""
+    return {
+        arm: {
+            int(seed): {
+                "points": points, "code": results["code"][0] if results["arms"][arm]["seconds"] is not None else "other",
+                "failure": next((f for f in results["arms"][arm]["failures"] if f.startswith(f"seed {seed}:")), ""),
+            }
+            for seed, points in curves.items()
+        }
+        for arm, curves in results["curves"].items()
+        if arm in results["arms"]
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, default=sorted(RESULTS.glob("*.json")))
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--summary", action="store_true")
     kind.add_argument("--over", metavar="ARM", default="")
+    kind.add_argument("--figure", metavar="PNG", type=Path)
     options = parser.parse_args()
     found = [json.loads(path.read_text(encoding="utf-8")) for path in options.files]
+    if options.figure:
+        if len(found) != 1:
+            parser.error(f"--figure draws one file, got {len(found)}")
+        evidence.draw(found[0], runs_of(found[0]), options.figure)
+        return
     if options.summary:
         print(summary(found))
         return

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
 import pytest
 
+from acpo import evidence
 from benchmarks import method
 
 
@@ -101,3 +105,32 @@ def test_what_credit_adds_is_over_the_loop_without_it():
     lines = method.bars(found)
     assert "beside it: over grpo-kl in equal tokens: +0.100 [+0.100, +0.100], 8 of 8 seeds" in lines
     assert "beside it: over grpo-kl: -0.200 [-0.200, -0.200], 0 of 8 seeds" in lines and not [x for x in lines if "grpo-kl in equal seconds" in x]
+
+
+TABLES = sorted(path for folder in (".", "again", "larger") for path in (method.RESULTS / folder).glob("*.json"))
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_the_tables_come_out_of_the_curves_again(path):
+    found = json.loads(path.read_text(encoding="utf-8"))
+    runs, budgets = method.runs_of(found), found["curves"][found["against"]]
+    areas: dict[str, dict[str, float]] = {}
+    for arm, by_seed in runs.items():
+        for seed, run in by_seed.items():
+            x, y = ([point[key] for point in run["points"]] for key in ("tokens", "accuracy"))
+            areas.setdefault(arm, {})[str(seed)] = evidence.area(x, y, budgets[str(seed)][-1]["tokens"])
+    for arm, of in found["arms"].items():
+        assert {seed: round(area, 5) for seed, area in areas[arm].items()} == of["area_tokens_by_seed"], arm
+        if arm != found["against"]:
+            assert evidence.difference(areas[arm], areas[found["against"]]) == of["against_tokens"], arm
+
+
+def test_a_figure_is_of_one_file(tmp_path, monkeypatch, capsys):
+    files = [str(path) for path in sorted(method.RESULTS.glob("larger/*.json"))]
+    monkeypatch.setattr(sys, "argv", ["method", "--figure", str(tmp_path / "out.png"), files[0]])
+    method.main()
+    assert (tmp_path / "out.png").stat().st_size > 50_000
+    monkeypatch.setattr(sys, "argv", ["method", "--figure", str(tmp_path / "out.png"), *files])
+    with pytest.raises(SystemExit):
+        method.main()
+    assert "--figure draws one file, got 2" in capsys.readouterr().err
