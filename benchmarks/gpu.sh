@@ -5,7 +5,7 @@
 #   benchmarks/gpu.sh --out FOLDER [--wheels PEERS]... [--only EXPRESSION] [--no-tests] [--seconds 525] [--dry-run]
 #
 # --out      benchmarks.json (device, versions, commit, rows), written anew after EVERY case, so that a time-out loses nothing; table.md,
-#            ratios.png, roofline.png, tests.log, benchmarks.log, build.log
+#            ratios.png, roofline.png, tests.log, rehearsal.log, benchmarks.log, build.log
 # --wheels   installed without dependencies into a temporary folder: nothing else on the machine changes. Again for a second folder.
 # --only     benchmarks by pytest's -k, in one part, and no tests; e.g. "linear_logprob_entropy and size3"
 # --no-tests the benchmarks alone, and nothing compiled beforehand
