@@ -71,7 +71,7 @@ class Segmenter:
     lies inside $..$, $$..$$, \\(..\\), \\[..\\] or a ``` fence: a boundary whose token goes on with the opening of one is left out.
     `$..$` must open and close as in pandoc (no space inside, no digit after) and on one line, else it was a price and hides nothing; a
     blank line ends any formula, but \\[ only if no \\] comes. A fence opens and closes at the start of a line (also quoted by >), or opens
-    behind a list mark; with a backtick in the rest of its line it is none.
+    behind a list mark, and is closed by no fewer backticks than opened it; with a backtick in the rest of its line it is none.
     And there is an entropy score 0.75 where token t + 1 forks: its entropy is above 0, at or above the threshold, and the highest
     within min_tokens on either side (of equal ones the last). Forks count wherever they are, in formulas too.
 

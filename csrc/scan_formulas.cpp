@@ -8,7 +8,7 @@ namespace acpo {
 using bytes::is_digit;
 using bytes::is_space;
 
-// Three backticks at a line start or behind a list mark open or close a code fence.
+// Three backticks at a line start or behind a list mark open a code fence, and as many as opened it close it.
 void Scan::fence_tick(uint8_t c) {
   const bool first = head_ == Head::start || head_ == Head::item;
   if (c == '>' && first) return;  // a quoted line
@@ -19,11 +19,14 @@ void Scan::fence_tick(uint8_t c) {
   }
   head_ = Head::tick;
   if (first) ticks_ = 0, tick_token_ = t_;
-  if (++ticks_ != 3) return;
+  ++ticks_;
   if (mode_ == Mode::fence) {
-    mode_ = Mode::text;
-  } else {
+    if (ticks_ == fence_ticks_) mode_ = Mode::text;
+  } else if (mode_ == Mode::info) {
+    fence_ticks_ = ticks_;  // opened by more than three
+  } else if (ticks_ == 3) {
     enter(Mode::info, tick_token_, false);
+    fence_ticks_ = ticks_;
   }
 }
 

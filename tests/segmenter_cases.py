@@ -105,6 +105,8 @@ RULES = [
     "Text\n‹l›```x = 1```\n‹l›One.‹s› Two\n\n‹p›Three",  # a backtick behind the opening: no fence
     "Text\n‹l›```py x``` is `x`.‹s› Two\n\n‹p›Three",
     "Text\n‹l›````py\nx = 1.\n\nY = 2\n````\n‹l›One.‹s› Two\n‹l›End",
+    "Text\n‹l›````md\nOne.\n```\nx. Y\n```\nTwo. Three\n`````\n‹l›One.‹s› Two\n‹l›End",  # a shorter run closes nothing, a longer one does
+    "Text\n‹l›```\nOne.\n`` \nTwo. Three\n````\n‹l›One.‹s› Two\n‹l›```\nx. Y\n```\n‹l›End",  # and the next fence has its own
     "Text\n‹t›1. ```py\nx = 1.\n\nY = 2\n```\n‹l›One.‹s› Two",
     "Text\n‹t›-   ```py\n    x = 1.\n\n    Y = 2\n    ```\n‹t›* ```\na.\n\nB\n```\n‹l›One.‹s› Two",
     "Text\n‹t›- `x`.‹s› One\n‹t›2) ```x.```.‹s› Two\n‹t›- x ```\n\n‹p›Three",
