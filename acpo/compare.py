@@ -137,7 +137,7 @@ class Comparer:
             for arm, rate in rates.items()
             if rate is not None
         }
-        out = summarise(runs, self.chosen.against, self.chosen.baselines)
+        out = summarise(runs, self.chosen.against, self.chosen.baselines, self.chosen.warm_starts)
         for arm, found in out["arms"].items():
             found["rate"] = rates[arm]
             found["settings"] = self.chosen.arms[arm]
@@ -146,10 +146,11 @@ class Comparer:
         starts = [{**r["points"][0], **(r["passes"] or [{}])[0]} for job in self.warm_starts if (r := self.finished(job)) is not None]
         code = sorted({r["code"] for found in runs.values() for r in found.values()})
         curves = {arm: {s: r["points"] for s, r in found.items()} for arm, found in runs.items()}
+        ends = {arm: {s: {k: r[k] for k in ("code", "failure", "stage2_from", "passes")} for s, r in found.items()} for arm, found in runs.items()}
         return {
             "name": self.chosen.name, **out, "code": code, "warm_start": _mean(starts),
             "tuning": {"runs": len(tried), "seconds": round(sum(r["points"][-1]["seconds"] for r in tried), 1)},
-            "settings": self.chosen.settings, "curves": curves,
+            "warm_starts": self.chosen.warm_starts, "settings": self.chosen.settings, "curves": curves, "ends": ends,
         }, runs  # fmt: skip
 
     # --- running them ---------------------------------------------------------------------------------------------------------------

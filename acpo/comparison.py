@@ -37,6 +37,10 @@ from .methods import ARMS
 
 MOST_SEEDS = 100_000  # of a range: more is a slip of the keyboard
 ARM = re.compile(r"(?!warm(?:-[0-9]+)?$)\w[\w.-]*")  # a folder beside those of the warm starts
+OF_THE_COMPARISON = {  # what every run has from the comparison: an arm's own would be overwritten
+    "optimizer.learning_rate": "rate", "seed": "seeds", "run_dir": "--dir", "policy.path": "warm_starts", "policy.from_config": "warm_starts",
+    "warmup.steps": "settings", "eval.start": "the comparison", "trainer.threads": "the comparison", "trainer.keep_rollouts": "the comparison",
+}  # fmt: skip
 KEYS = ("name", "settings", "seeds", "warm_starts", "tuning", "against", "baselines", "arms")
 
 
@@ -75,6 +79,8 @@ def load(path: str | Path) -> Comparison:
             rates[name] = _arm_or_rate(path, f"arms.{name}.rate", own.pop("rate"))
         if "seeds" in own:
             fewer[name] = _seeds(path, f"arms.{name}.seeds", own.pop("seeds"))
+        if taken := [key for key in own if key in OF_THE_COMPARISON]:
+            raise ConfigError(f"{path}: arms.{name}.{taken[0]} is no setting of an arm: every run has it from {OF_THE_COMPARISON[taken[0]]}")
         if name not in ARMS and not own:
             raise ConfigError(f"{path}: arms.{name} is not known; the known arms are {', '.join(ARMS)}; one of your own needs its settings")
         arms[name] = {**ARMS.get(name, {}), **own}
@@ -167,6 +173,8 @@ def _check(path: Path, chosen: Comparison) -> None:
             f"{path}: seed {min(both)} is in seeds and in tuning.seeds: a learning rate must not be chosen on the runs that it is judged by"
         )
     for arm, own in chosen.fewer.items():
+        if arm == chosen.against and (other := set(chosen.seeds) - set(own)):
+            raise ConfigError(f"{path}: arms.{arm} must have all seeds, for `against` names it: without seed {min(other)} no arm's has a budget")
         if other := set(own) - set(chosen.seeds):
             raise ConfigError(f"{path}: arms.{arm}.seeds must be among seeds, which lack {min(other)}")
     if bool(chosen.learning_rates) != bool(chosen.tuning_seeds):

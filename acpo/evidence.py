@@ -8,7 +8,8 @@ two evaluations are the MEDIAN over the arm's seeds of its CPU seconds (one thre
 makes noise in single runs, and that is no property of a method. Where runs were made by several versions of the code, seconds are those of one.
 
 Over seeds: interquartile mean; the interval of a difference is the 2.5 % to 97.5 % percentile bootstrap of the interquartile mean of the PAIRED
-differences, resampling seeds (Agarwal et al. 2021, arXiv 2108.13264).
+differences, resampling seeds (Agarwal et al. 2021, arXiv 2108.13264); in seconds each resample has the medians of its own runs. It speaks for the warm starts
+that the runs began with: where there are several, `by_start` holds the differences' means by warm start and what they say of another one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import base64
 import html
 import itertools
 import json
+import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +72,10 @@ def _round(x: float) -> float:
 
 
 def area(x: list[float], y: list[float], budget: float) -> float:
-    """(1/budget) of the integral of y from 0 to budget: linear between the points, constant behind the last."""
+    """(1/budget) of the integral of y from 0 to budget: linear between the points, constant before the first and behind the last."""
     if budget <= 0 or len(x) < 2:
         return float(y[-1])
+    x, y = ([0.0, *x], [y[0], *y]) if x[0] > 0 else (x, y)
     inside = [(a, b) for a, b in zip(x, y, strict=True) if a < budget]
     points = [*inside, (budget, float(np.interp(budget, x, y)))]
     return sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in itertools.pairwise(points)) / budget
@@ -93,37 +97,127 @@ def interquartile_mean(values: np.ndarray) -> np.ndarray:
     return values[..., cut : values.shape[-1] - cut].mean(-1)
 
 
-def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the interquartile mean, resampling the entries."""
-    rng = np.random.default_rng(seed)
-    drawn = interquartile_mean(values[rng.integers(len(values), size=(BOOTSTRAP, len(values)))])
-    low, high = np.quantile(drawn, [0.025, 0.975])
+def interval(values: np.ndarray, resample: Callable[[np.ndarray], np.ndarray] | None = None, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the interquartile mean, resampling the entries. `resample` makes the entries [resamples, n] of drawn places
+    [resamples, n] where they are more than values[places]."""
+    drawn = np.random.default_rng(seed).integers(len(values), size=(BOOTSTRAP, len(values)))
+    low, high = np.quantile(interquartile_mean(values[drawn] if resample is None else resample(drawn)), [0.025, 0.975])
     return float(low), float(high)
 
 
-def difference(ours: dict[int, float], theirs: dict[int, float]) -> dict[str, Any] | None:
+def difference(ours: dict[int, float], theirs: dict[int, float], resample: Callable[[np.ndarray], np.ndarray] | None = None) -> dict[str, Any] | None:
     """Paired difference over the seeds that both have, without an interval for fewer than LEAST_SEEDS; None for fewer than two."""
     seeds = sorted(set(ours) & set(theirs))
     if len(seeds) < 2:
         return None
     values = np.array([ours[s] - theirs[s] for s in seeds])
-    low, high = map(_round, interval(values)) if len(values) >= LEAST_SEEDS else (None, None)
+    low, high = map(_round, interval(values, resample)) if len(values) >= LEAST_SEEDS else (None, None)
     return {
         "seeds": len(seeds), "iqm": _round(interquartile_mean(values)), "low": low, "high": high,
         "mean": _round(values.mean()), "standard_error": _round(values.std(ddof=1) / len(values) ** 0.5), "wins": int((values > 0).sum()),
     }  # fmt: skip
 
 
-def summarise(runs: dict[str, dict[int, dict]], against: str, baselines: list[str]) -> dict[str, Any]:
-    """The table: runs[arm][seed] are the records of finished runs; arms without any are left out.
+T_975 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, by degrees of freedom
 
-    The best baseline is the one of highest mean area against `against` on these very seeds, which favours it, among those that were run on more than
-    half of them.
+
+def by_start(ours: dict[int, float], theirs: dict[int, float], starts: list[int]) -> dict[str, Any] | None:
+    """The paired difference's mean by warm start (the runs' seeds go round them by turns), the mean of those and half the width of its 95 % interval by
+    Student's t: what the runs say of a warm start that was not tried. None for fewer than two of them, and without an interval for more than ten."""
+    found: dict[int, list[float]] = {}
+    for s in sorted(set(ours) & set(theirs)):
+        found.setdefault(starts[s % len(starts)], []).append(ours[s] - theirs[s])
+    if len(found) < 2:
+        return None
+    means = np.array([np.mean(v) for v in found.values()])
+    half = T_975[len(means) - 1] * means.std(ddof=1) / len(means) ** 0.5 if len(means) <= len(T_975) else None
+    return {
+        "means": {start: _round(mean) for start, mean in zip(found, means, strict=True)},
+        "mean": _round(means.mean()), "half_width": None if half is None else _round(half),
+    }  # fmt: skip
+
+
+class Clock:
+    """An arm in time. The seconds between two evaluations are the median over its timed runs; accuracies are of all its runs, on the steps at which
+    any of them has a point: one that broke down has some of its own."""
+
+    def __init__(self, runs: dict[int, dict], timed: dict[int, dict]):
+        whole = {s: r for s, r in timed.items() if not r.get("failure")} or timed
+        self.steps = max(([p["step"] for p in r["points"]] for r in whole.values()), key=len)
+        self.timed = sorted(whole)
+        self.taken = np.array([np.diff(np.interp(self.steps, *_series(whole[s], "step", "seconds"))) for s in self.timed])
+        self.seeds = sorted(runs)
+        self.grid = sorted({p["step"] for r in runs.values() for p in r["points"]})
+        self.accuracy = np.array([np.interp(self.grid, *_series(runs[s], "step", "accuracy")) for s in self.seeds])
+
+    def elapsed(self, drawn: np.ndarray | None = None) -> np.ndarray:
+        """Seconds until each of `steps` [resamples, steps], by the timed runs drawn [resamples, n]; without drawn by all of them, one resample."""
+        taken = np.median(self.taken[np.arange(len(self.timed))[None] if drawn is None else drawn], axis=1)
+        return np.concatenate([np.zeros((len(taken), 1)), np.cumsum(taken, 1)], 1)
+
+    def areas(self, elapsed: np.ndarray, budget: np.ndarray) -> np.ndarray:
+        """What `area` says of every run [resamples, seeds], at seconds until each of `steps` [resamples, steps] and budgets [resamples]."""
+        at = np.interp(self.grid, self.steps, range(len(self.steps)))
+        left = np.minimum(at.astype(int), max(len(self.steps) - 2, 0))
+        part = at - left
+        t = elapsed[:, left] * (1 - part) + elapsed[:, np.minimum(left + 1, len(self.steps) - 1)] * part
+        width, budget = np.diff(t), np.maximum(budget, 1e-12)[:, None]
+        inside = np.clip((budget - t[:, :-1]) / np.maximum(width, 1e-12), 0.0, 1.0)  # how much of each interval is within the budget
+        weight = np.zeros_like(t)
+        weight[:, :-1] += width * (inside - inside**2 / 2)
+        weight[:, 1:] += width * inside**2 / 2
+        weight[:, -1:] += np.maximum(budget - t[:, -1:], 0.0)
+        return weight @ self.accuracy.T / budget
+
+
+def _series(record: dict, x: str, y: str) -> tuple[list, list]:
+    return [p[x] for p in record["points"]], [p[y] for p in record["points"]]
+
+
+def clocks(runs: dict[str, dict[int, dict]], against: str) -> dict[str, Clock]:
+    """Of the arms that were timed beside `against`, on the seeds that both have; none where that one was not."""
+    reference = runs.get(against, {})
+    timed = _timed({arm: {s: r for s, r in found.items() if s in reference} for arm, found in runs.items()}, reference)
+    return {arm: Clock({s: runs[arm][s] for s in runs[arm] if s in reference}, found) for arm, found in timed.items()} if against in timed else {}
+
+
+def seconds_difference(arms: dict[str, Clock], arm: str, other: str, against: str) -> dict[str, Any] | None:
+    """`difference` of two arms' areas in equal seconds. A resample draws seeds, and each arm's clock is that of its runs of these seeds (an arm that was
+    timed on fewer of them: of as many draws of those)."""
+    if arm not in arms or other not in arms:
+        return None
+    budget = arms[against].elapsed()[:, -1]
+    ours, theirs = (dict(zip(c.seeds, c.areas(c.elapsed(), budget)[0], strict=True)) for c in (arms[arm], arms[other]))
+    seeds = sorted(set(ours) & set(theirs))
+
+    def resample(drawn: np.ndarray) -> np.ndarray:
+        rng = np.random.default_rng(1)
+
+        def elapsed(clock: Clock) -> np.ndarray:
+            if set(seeds) <= set(clock.timed):
+                return clock.elapsed(np.array([clock.timed.index(s) for s in seeds])[drawn])
+            return clock.elapsed(rng.integers(len(clock.timed), size=(len(drawn), len(clock.timed))))
+
+        budgets = elapsed(arms[against])[:, -1]
+        areas = []
+        for clock in (arms[arm], arms[other]):
+            found = clock.areas(elapsed(clock), budgets)
+            areas.append(np.take_along_axis(found, np.array([clock.seeds.index(s) for s in seeds])[drawn], 1))
+        return areas[0] - areas[1]
+
+    return difference(ours, theirs, resample)
+
+
+def summarise(runs: dict[str, dict[int, dict]], against: str, baselines: list[str], starts: list[int] | None = None) -> dict[str, Any]:
+    """The table: runs[arm][seed] are the records of finished runs; arms without any are left out. starts are the warm starts, where there are several.
+
+    The best baseline is the one of highest mean area against `against` on the seeds that the candidates have in common, which favours it, among those
+    that were run on more than half of the seeds of `against`.
     """
     runs = {arm: found for arm, found in runs.items() if found}
     reference = runs.get(against, {})
     arms: dict[str, dict[str, Any]] = {}
-    seconds = {arm: _median_seconds(list(found.values())) for arm, found in _timed(runs, reference).items()}
+    timed = clocks(runs, against)
     areas: dict[str, dict[str, dict[int, float]]] = {axis: {arm: {} for arm in runs} for axis in AXES}
     at_budget: dict[str, list[float]] = {arm: [] for arm in runs}
     for arm, found in runs.items():
@@ -134,29 +228,34 @@ def summarise(runs: dict[str, dict[int, dict]], against: str, baselines: list[st
             at_budget[arm].append(float(np.interp(budget["tokens"], [p["tokens"] for p in points], accuracy)))
             if "extra" in points[0] and "extra" in budget:
                 areas["all_tokens"][arm][s] = area([p["tokens"] + p["extra"] for p in points], accuracy, budget["tokens"] + budget["extra"])
-            if arm in seconds and against in seconds:  # by steps: a run that broke down has points of its own
-                steps, taken = seconds[arm]
-                areas["seconds"][arm][s] = area(np.interp([p["step"] for p in points], steps, taken).tolist(), accuracy, seconds[against][1][-1])
-    gain = {b: [a - areas["tokens"][against][s] for s, a in areas["tokens"][b].items()] for b in baselines if b in runs}
-    best = max((b for b in gain if 2 * len(gain[b]) > len(reference)), key=lambda b: float(np.mean(gain[b])), default=against)
+    for arm, clock in timed.items():
+        budget = timed[against].elapsed()[:, -1]
+        areas["seconds"][arm] = dict(zip(clock.seeds, map(float, clock.areas(clock.elapsed(), budget)[0]), strict=True))
+    gain = {b: {s: a - areas["tokens"][against][s] for s, a in areas["tokens"][b].items()} for b in baselines if b in runs}
+    gain = {b: found for b, found in gain.items() if 2 * len(found) > len(reference)}
+    common = set(reference).intersection(*gain.values())
+    best = max(gain, key=lambda b: float(np.mean([g for s, g in gain[b].items() if s in common or not common])), default=against)
     for arm, found in runs.items():
         values = {axis: areas[axis][arm] for axis in areas}
         if not values["tokens"]:
             continue
+        others = [(name, other) for name, other in (("against", against), ("best_baseline", best)) if arm != other]
         arms[arm] = {
             "seeds": sorted(values["tokens"]),
             "failures": [f"seed {s}: {r['failure']}" for s, r in sorted(found.items()) if r.get("failure")],
             **{f"area_{axis}": _round(interquartile_mean(np.array(list(v.values())))) for axis, v in values.items() if v},
             **{f"area_{axis}_by_seed": {s: _round(a) for s, a in v.items()} for axis, v in values.items()},
             **{
-                f"{name}_{axis}": difference(values[axis], areas[axis].get(other, {}))
+                f"{name}_{axis}": (
+                    seconds_difference(timed, arm, other, against) if axis == "seconds" else difference(values[axis], areas[axis].get(other, {}))
+                )
                 for axis in areas
-                for name, other in (("against", against), ("best_baseline", best))
-                if arm != other
+                for name, other in others
             },
+            **({f"{name}_by_start": by_start(values["tokens"], areas["tokens"].get(other, {}), starts) for name, other in others} if starts else {}),
             "at_budget": _round(interquartile_mean(np.array(at_budget[arm]))),
             **_ends({s: found[s] for s in values["tokens"]}),
-            "seconds": round(seconds[arm][1][-1], 2) if arm in seconds else None,
+            "seconds": round(float(timed[arm].elapsed()[0, -1]), 2) if arm in timed else None,
         }
     return {"against": against, "best_baseline": best, "arms": arms}
 
@@ -169,20 +268,13 @@ def _timed(runs: dict[str, dict[int, dict]], reference: dict[int, dict]) -> dict
     return {arm: found for arm, found in own.items() if found}
 
 
-def _median_seconds(records: list[dict]) -> tuple[list[int], list[float]]:
-    """The steps of the evaluations, and the seconds until each: the sum of the medians over the runs of the seconds between evaluations."""
-    whole = [r for r in records if not r.get("failure")] or records
-    length = min(len(r["points"]) for r in whole)
-    taken = np.array([[p["seconds"] for p in r["points"][:length]] for r in whole])
-    return [p["step"] for p in whole[0]["points"][:length]], [0.0, *np.cumsum(np.median(np.diff(taken, axis=1), 0)).tolist()]
-
-
 def _ends(found: dict[int, dict]) -> dict[str, Any]:
     """Of the runs' own ends: accuracy, pass@k, entropy (where filler is known, that of the other tokens as well: the decisions), reliability and
-    groups without variance, interquartile means over the seeds."""
+    groups without variance, interquartile means over the seeds. What a run that broke down before has none of (entropy, reliability) is of the others;
+    its accuracy and pass@k are 0."""
     records = list(found.values())
 
-    def over(values: list[float]) -> float | None:
+    def over(values: list[float | None]) -> float | None:
         values = [v for v in values if v is not None]
         return _round(interquartile_mean(np.array(values))) if values else None
 
@@ -197,7 +289,8 @@ def _ends(found: dict[int, dict]) -> dict[str, Any]:
         "stage2_from": over([r["stage2_from"] for r in records]),
     }
     for name in ("reliability", "zero_variance"):
-        out[name] = over([float(np.mean([p[name] for p in r["points"] if name in p] or [np.nan])) for r in records])
+        seen = [[p[name] for p in r["points"] if name in p] for r in records]
+        out[name] = over([float(np.mean(values)) if values else None for values in seen])
     for name in sorted({k for r in records for p in r["passes"] for k in p}):
         out[f"{name} after"] = over([0.0 if r.get("failure") else r["passes"][-1].get(name) for r in records if r["passes"] or r.get("failure")])
     return out
@@ -271,13 +364,16 @@ def draw(results: dict, runs: dict[str, dict[int, dict]], path: Path) -> None:
         axis.set_yticks(list(place.values()), list(place), fontsize=8)
         axis.set_title(f"area in equal {kind}: difference to {results['against']}, paired by seed", fontsize=10)
         axis.grid(alpha=0.3, axis="x")
-    timed = _timed(runs, runs.get(results["against"], {}))
+    timed = clocks(runs, results["against"])
     for axis, kind in zip(axes[1], ("tokens", "seconds"), strict=True):
         for arm in arms:
-            records = [r for r in (runs if kind == "tokens" else timed).get(arm, {}).values() if not r.get("failure")]
+            records = [r for r in runs.get(arm, {}).values() if not r.get("failure") and (kind == "tokens" or arm in timed)]
             if not records:
                 continue
-            steps, taken = _median_seconds(records)
+            if kind == "seconds":
+                steps, taken = timed[arm].steps, timed[arm].elapsed()[0]
+            else:
+                steps = max(([p["step"] for p in r["points"]] for r in records), key=len)
             tokens, accuracy = (
                 np.array([np.interp(steps, [p["step"] for p in r["points"]], [p[name] for p in r["points"]]) for r in records])
                 for name in ("tokens", "accuracy")

@@ -55,7 +55,7 @@ def bars(results: dict, default: str = "acpo") -> list[str]:
         met = found["iqm"] >= least and (found["low"] > 0 if least > 0 else True)
         lines.append(f"{verdict(met)}: {words}{' and its interval above 0' if least > 0 else ''}: {cell(found)}")
     others = list(dict.fromkeys((results["against"], best, *((NEAR,) if NEAR in results["arms"] else ()))))
-    if best != NEAR:
+    if NEAR in results["arms"] and best != NEAR:
         for axis in ("tokens", "seconds"):
             found = paired(results, default, NEAR, axis)
             if found:
@@ -67,9 +67,15 @@ def bars(results: dict, default: str = "acpo") -> list[str]:
             if not found:
                 continue
             if other == results["against"]:
-                lines.append(f"{verdict(found['low'] <= 0)}: {words} does not gain over {other}: {cell(found)}")
+                lines.append(f"{verdict(found['low'] <= 0)}: no gain of {words} over {other} is shown: {cell(found)}")
             else:  # what credit in the wrong places adds to a loop that is held near its start
                 lines.append(f"beside it: over {other}: {cell(found)}")
+        if found := paired(results, default, f"{default}-{name}", "tokens"):
+            lines.append(f"beside it: {default} over {words}: {cell(found)}")
+    for key, other in (("against", results["against"]), ("best_baseline", best)):
+        if found := ours.get(f"{key}_by_start"):
+            means = ", ".join(f"{mean:+.3f}" for mean in found["means"].values())
+            lines.append(f"beside it: over {other} by warm start: {means}; of another one {found['mean']:+.3f} +- {found['half_width']:.3f} (t, 95 %)")
     for name, words in (("entropy_stage1_end", "entropy"), ("decisions_stage1_end", "entropy without filler")):
         if ours[name] and theirs[name]:
             ratio = ours[name] / theirs[name]
@@ -89,7 +95,10 @@ def paired(results: dict, arm: str, other: str, axis: str) -> dict | None:
     known = {"against": results["against"], "best_baseline": results["best_baseline"]}
     entry = results["arms"].get(arm, {})
     found = next((entry[f"{key}_{axis}"] for key, name in known.items() if name == other and f"{key}_{axis}" in entry), None)
-    if found is None:
+    if found is None and axis == "seconds":
+        if results.get("curves"):
+            found = evidence.seconds_difference(evidence.clocks(runs_of(results), results["against"]), arm, other, results["against"])
+    elif found is None:
         areas = [results["arms"].get(name, {}).get(f"area_{axis}_by_seed", {}) for name in (arm, other)]
         found = evidence.difference(*areas)
     return found if found and found["low"] is not None else None
@@ -101,12 +110,10 @@ def entropy_behind_the_switch(results: dict, arm: str) -> float | None:
     curves, switch = results.get("curves", {}), results["arms"][arm].get("stage2_from")
     if switch is None or not curves.get(arm) or not curves.get(results["against"]):
         return None
-    steps = [p["step"] for p in next(iter(curves[arm].values()))]
+    steps = max(([p["step"] for p in c] for c in curves[arm].values()), key=len)
     at = next((b for a, b in itertools.pairwise(steps) if a >= switch - 1), None)
-    if at is None:
-        return None
-    ours, theirs = (np.mean([p["entropy"] for c in curves[name].values() for p in c if p["step"] == at]) for name in (arm, results["against"]))
-    return float(ours / theirs)
+    ours, theirs = ([p["entropy"] for c in curves[name].values() for p in c if p["step"] == at and "entropy" in p] for name in (arm, results["against"]))
+    return float(np.mean(ours) / np.mean(theirs)) if ours and theirs else None
 
 
 SUMMARY = (("grpo", "GRPO"), ("grpo-kl", "GRPO with the KL"), ("acpo", "ACPO"))  # whose areas stand in a task's row
@@ -150,19 +157,31 @@ def cell(found: dict) -> str:
 
 
 def runs_of(results: dict) -> dict[str, dict[int, dict]]:
-    """The records behind a table, as far as its file keeps them: by arm and seed, the points and whether the run broke down. Arms that were not timed
-    beside the reference are of other code."""
+    """The records behind a table, by arm and seed, as far as its file keeps them: the points, whether the run broke down and, of newer files, how it
+    ended. In older ones arms that were not timed beside the reference are of other code."""
+
+    def ends(arm: str, seed: str) -> dict:
+        if "ends" in results:
+            return results["ends"][arm][seed]
+        failure = next((f for f in results["arms"][arm]["failures"] if f.startswith(f"seed {seed}:")), "")
+        return {"code": results["code"][0] if results["arms"][arm]["seconds"] is not None else "other", "failure": failure}
+
     return {
-        arm: {
-            int(seed): {
-                "points": points, "code": results["code"][0] if results["arms"][arm]["seconds"] is not None else "other",
-                "failure": next((f for f in results["arms"][arm]["failures"] if f.startswith(f"seed {seed}:")), ""),
-            }
-            for seed, points in curves.items()
-        }
+        arm: {int(seed): {"points": points, **ends(arm, seed)} for seed, points in curves.items()}
         for arm, curves in results["curves"].items()
         if arm in results["arms"]
-    }  # fmt: skip
+    }
+
+
+def load(path: Path) -> dict:
+    """A results.json of `acpo compare`."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, dict) or not {"name", "arms", "against", "code", "curves"} <= set(found):
+        raise SystemExit(f"{path} must be a results.json of acpo compare")
+    return found
 
 
 def main() -> None:
@@ -173,7 +192,7 @@ def main() -> None:
     kind.add_argument("--over", metavar="ARM", default="")
     kind.add_argument("--figure", metavar="PNG", type=Path)
     options = parser.parse_args()
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in options.files]
+    found = [load(path) for path in options.files]
     if options.figure:
         if len(found) != 1:
             parser.error(f"--figure draws one file, got {len(found)}")

@@ -158,8 +158,9 @@ def time_text(seconds: float) -> str:
 def load(path: str | Path) -> tuple[dict, list[dict]]:
     """(environment, rows) of one file."""
     data = json.loads(Path(path).read_text(encoding="utf-8"))
-    if "benchmarks" not in data:
-        raise SystemExit(f"{path} must be what --benchmark-json wrote, got keys {', '.join(list(data)[:5]) or 'none'}")
+    if not isinstance(data, dict) or "benchmarks" not in data:
+        got = f"keys {', '.join(list(data)[:5]) or 'none'}" if isinstance(data, dict) else f"a {type(data).__name__}"
+        raise SystemExit(f"{path} must be what --benchmark-json wrote, got {got}")
     return data.get("acpo", {}), [row for bench in data["benchmarks"] for row in bench.get("extra_info", {}).get("rows", [])]
 
 

@@ -68,14 +68,14 @@ def test_few_seeds_decide_nothing_and_a_control_that_gains_is_seen():
     found = results("t2", 0.1, 0.2)
     found["arms"]["acpo-shuffled"] = {**found["arms"]["acpo"]}
     gains, beside = (
-        "does not gain over grpo: +0.200 [+0.100, +0.300], 12 of 16 seeds",
+        "over grpo is shown: +0.200 [+0.100, +0.300], 12 of 16 seeds",
         "beside it: over grpo-kl: +0.200 [+0.100, +0.300], 12 of 16 seeds",
     )
-    inside = f"NOT met: the shuffled control {gains}"
+    inside = f"NOT met: no gain of the shuffled control {gains}"
     assert inside in method.bars(found) and beside not in method.bars(found)
     assert {inside, beside} < set(method.bars({**found, "best_baseline": "grpo-kl"}))
     found["arms"]["acpo-everywhere"] = {**found["arms"]["acpo"], "against_tokens": found["arms"]["acpo"]["against_tokens"] | {"low": -0.1}}
-    everywhere = "the control shuffled over rollouts and groups as well does not gain over grpo: +0.200 [-0.100, +0.300], 12 of 16 seeds"
+    everywhere = "no gain of the control shuffled over rollouts and groups as well over grpo is shown: +0.200 [-0.100, +0.300], 12 of 16 seeds"
     assert f"met: {everywhere}" in method.bars(found)
     found["arms"]["acpo"] = {**found["arms"]["acpo"], "best_baseline_tokens": {"iqm": 0.2, "low": None, "high": None, "wins": 3, "seeds": 3}}
     assert method.bars(found)[0].startswith("not known")
