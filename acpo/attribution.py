@@ -107,6 +107,11 @@ def binary_entropy(p: Tensor) -> Tensor:
     return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
 
 
+def information(outcome: Tensor, after: Tensor, before: Tensor) -> Tensor:
+    """iota = log Phat(R | after) - log Phat(R | before) of values in (0, 1), nats."""
+    return outcome * (after / before).log() + (1 - outcome) * ((1 - after) / (1 - before)).log()
+
+
 def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
     """Mean outcome of the other rollouts of the group, [B]. NaN, here and below, is an outcome that the verifier left out: it takes no part."""
     groups = rewards.view(-1, group_size)
@@ -144,6 +149,12 @@ def running_sum(values: Tensor, segments: Segments) -> Tensor:
     total = torch.nn.functional.pad(values.double().cumsum(0), (1, 0))
     start = total[segments.sequence_offsets[:-1]][segments.segment_sequence_ids()]
     return (total[1:] - start).to(values.dtype)
+
+
+def place_in_sequence(segments: Segments) -> Tensor:
+    """The place of each segment in its rollout, from 0, [S]."""
+    sequence = segments.segment_sequence_ids()
+    return torch.arange(segments.num_segments, device=sequence.device) - segments.sequence_offsets[:-1][sequence]
 
 
 def previous_in_sequence(values: Tensor, first: Tensor, segments: Segments) -> Tensor:
@@ -280,11 +291,10 @@ class Attributor:
         # After the answer the outcome is known: the terminal boundary belongs to it, and takes no part in phi of the steps.
         values = torch.where(terminal & seen, outcome.double()[sequence].clamp(low, 1.0 - low), values)
         before = previous_in_sequence(values, first, segments)
-        r = outcome.double()[sequence]
-        iota = r * (values / before).log() + (1 - r) * ((1 - values) / (1 - before)).log()
+        iota = information(outcome.double()[sequence], values, before)
         reliability = self.reliability.value  # of earlier batches: this batch's outcomes do not choose it
 
-        order = torch.arange(segments.num_segments, device=sequence.device) - segments.sequence_offsets[:-1][sequence]
+        order = place_in_sequence(segments)
         ordinary = torch.zeros(segments.num_sequences, dtype=torch.int64, device=sequence.device).index_add(0, sequence, (~terminal).long())
         later = seen & ~terminal & ~same[sequence] & (2 * (order + 1) > ordinary[sequence])
         at = sequence[later]

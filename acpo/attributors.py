@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .attribution import Attribution, Evidence, entropy_evidence, hindsight_evidence, tree_evidence
+from .attribution import Attribution, Evidence, entropy_evidence, hindsight_evidence, place_in_sequence, tree_evidence
 from .batch import Batch, on_host
 from .config import Config
 from .head import Head, boundary_rows
@@ -68,8 +68,7 @@ class Attributors(Panel):
     def _head(self, batch: Batch, outcome: Tensor, base: Tensor, acts: Tensor) -> Evidence:
         segments = batch.segments
         sequence, low = segments.segment_sequence_ids(), 0.5 / self.group_size
-        order = torch.arange(segments.num_segments, device=sequence.device) - segments.sequence_offsets[:-1][sequence]
-        place = (order + 1) / segments.sequence_offsets.diff()[sequence]
+        place = (place_in_sequence(segments) + 1) / segments.sequence_offsets.diff()[sequence]
         features = self.head.features(batch.token["hidden"][boundary_rows(segments)], torch.logit(base.double(), low)[sequence], place)
         evidence = self.head.evidence(features).to(outcome.device)
         use = acts[sequence] & ~segments.is_terminal()
@@ -102,7 +101,7 @@ class Attributors(Panel):
         rows_at_once = max(1, self.config.trainer.micro_batch_tokens // max((len(job[3].ids) for job in jobs), default=1))
         for part in (jobs[i : i + rows_at_once] for i in range(0, len(jobs), rows_at_once)):
             packed = [job[3] for job in part]
-            ids = [targets(job[3], suffix, job[2]) for job in part]
+            ids = [targets(job[3], job[2]) for job in part]
             self.extra_tokens += sum(len(p.ids) for p in packed)
             found = self.policy.branch_logp(packed, ids, batch.temperature)
             for (b, boundaries, candidates, _), logp in zip(part, found, strict=True):

@@ -17,7 +17,7 @@ from acpo_kernels import Segments
 class Batch:
     """B rollouts, packed. Rollouts of one problem stand side by side: rollout b belongs to group b // group_size.
 
-    prompts holds the token ids in front of each response; token, segment and sequence hold named tensors of length N, S and B; lengths
+    prompts holds the token ids in front of each response; token and sequence hold named tensors of length N and B; lengths
     are the response lengths on the host. temperature is that of the distribution that sampled them, and so of every log-prob, entropy and ratio here.
     """
 
@@ -25,7 +25,6 @@ class Batch:
     lengths: list[int]
     segments: Segments
     token: dict[str, Tensor] = field(default_factory=dict)
-    segment: dict[str, Tensor] = field(default_factory=dict)
     sequence: dict[str, Tensor] = field(default_factory=dict)
     temperature: float = 1.0
 
@@ -80,7 +79,6 @@ class Batch:
             [self.lengths[b] for b in rows],
             chosen,
             {name: value[tokens] for name, value in self.token.items()},
-            {name: value[segments] for name, value in self.segment.items()},
             {name: value[index] for name, value in self.sequence.items()},
             self.temperature,
         )

@@ -6,8 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import segment
-from .commands import compare, completion, doctor, evaluate, report, train
+from .commands import compare, completion, doctor, evaluate, report, segment, train
 from .inspect import command as inspect
 
 VERBS = {

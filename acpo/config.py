@@ -133,6 +133,10 @@ class AttributionConfig:
     mask_answer_copies: bool = True  # tokens that spell the answer carry no information about reaching it
     reliability: float = -1.0  # in [0, 1]: fixed instead of measured; 0 is exactly the update without attribution
 
+    @property
+    def sources(self) -> list[str]:
+        return [] if self.source == "none" else self.source.split(",")
+
 
 @dataclass
 class CreditConfig:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from acpo_kernels import Segments
 
-from .attribution import Attribution, zero_variance
+from .attribution import Attribution, place_in_sequence, zero_variance
 
 
 def control(kind: str, attribution: Attribution, segments: Segments, outcome: Tensor, group_size: int, generator: torch.Generator) -> Attribution:
@@ -21,7 +21,7 @@ def control(kind: str, attribution: Attribution, segments: Segments, outcome: Te
     """
     sequence, ordinary = segments.segment_sequence_ids(), ~segments.is_terminal()
     if kind == "position":
-        order = torch.arange(segments.num_segments, device=sequence.device) - segments.sequence_offsets[:-1][sequence]
+        order = place_in_sequence(segments)
         use = (ordinary & attribution.rows[sequence]).double()
         return replace(
             attribution,

@@ -28,7 +28,6 @@ import numpy as np
 
 BOOTSTRAP = 10_000
 LEAST_SEEDS = 8  # fewer differences resampled give an interval that means nothing: then there is none
-FILES = {"table": "results.json", "figure": "results.png", "both": "results.html"}
 SERIES = {"entropy": "entropy", "reliability": "attribution/reliability", "zero_variance": "frac_reward_zero_std", "reward": "reward"}
 AXES = ("tokens", "all_tokens", "seconds")  # generated; with those of the extra forwards; CPU
 SERIES_ELSEWHERE = {"decisions": "entropy/decisions"}  # only of tasks with filler: entropy without it

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from acpo_kernels import Segments
 
+from .checkpoint import load_optimizer, optimizer_tensors
+
 WINDOW = 8  # batches, as the calibrator's
 UNITS = 32
 EPOCHS, RATE = 20, 3e-3  # full passes over the window after each batch: some tens of milliseconds for a few thousand boundaries
@@ -61,18 +63,13 @@ class Head:
     def tensors(self) -> dict[str, Tensor]:
         """All state, for a checkpoint."""
         out = {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        out |= {f"optimizer.{i}.{key}": value for i, entry in self.optimizer.state_dict()["state"].items() for key, value in entry.items()}
+        out |= {f"optimizer.{name}": value for name, value in optimizer_tensors(self.optimizer).items()}
         for i, (x, y) in enumerate(self.batches):
             out |= {f"batch.{i}.features": x, f"batch.{i}.outcome": y}
         return out
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         self.network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".", 2)
-                state.setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        load_optimizer(self.optimizer, {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")})
         count = sum(name.endswith(".features") for name in tensors)
         self.batches = deque(((tensors[f"batch.{i}.features"], tensors[f"batch.{i}.outcome"]) for i in range(count)), maxlen=WINDOW)

@@ -79,7 +79,7 @@ def missing(trainer: Trainer) -> list[str]:
 def _longest_prompt(trainer: Trainer, most: int = 256) -> tuple[int, str]:
     """Tokens, and the problem's id; with the hint where a source reads one. Of so many problems to train on and as many held out, those whose text is
     longest in bytes: no byte-level tokenizer makes more tokens than those."""
-    prompts, hinted = trainer.prompts, "hindsight" in trainer.config.attribution.source
+    prompts, hinted = trainer.prompts, "hindsight" in trainer.config.attribution.sources
     size = lambda problem: len(problem.prompt.encode(errors="replace"))  # noqa: E731
     found = [
         (len(encode(problem)), problem.id)
@@ -176,7 +176,7 @@ def _verifier(trainer: Trainer) -> str:
         (verdict,) = trainer.verifier([problem], [text])
     finally:
         trainer.verifier.metrics()  # this rollout is nobody's
-    if verdict.status in ("timeout", "crash", "error", "memory", "died"):
+    if verdict.status in ("timeout", "crash", "error"):
         raise ValueError(f"{trainer.verifier.describe()}: {verdict.status} on the first problem's own answer {problem.answer!r:.60}")
     said = "left out" if verdict.reward is None else f"reward {verdict.reward:g}"
     return f"{trainer.verifier.describe()}; the first problem's own answer {problem.answer!r:.40}: {said}, {verdict.status}"

@@ -58,7 +58,7 @@ def pack_branches(prompt: list[int], response: Tensor, ends: list[int], suffix: 
     return Packed(torch.tensor(ids), torch.tensor(positions), visible, torch.tensor(rows), torch.tensor(branch), len(ends) * len(candidates))
 
 
-def targets(packed: Packed, suffix: list[int], candidates: list[list[int]]) -> Tensor:
+def targets(packed: Packed, candidates: list[list[int]]) -> Tensor:
     """The ids that packed.rows predict."""
     answers = [token for answer in candidates for token in answer]
     return torch.tensor(answers * (packed.branches // len(candidates)))

@@ -9,12 +9,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from acpo_kernels import Segments
+from acpo_kernels import Segmenter, Segments
 
 from .batch import on_host
+from .config import SegmenterConfig
 
 DECAY = 0.9
 MOST = 1 << 24  # torch.quantile takes no more
+
+
+def segmenter_of(tokenizer, settings: SegmenterConfig, vocab_size: int | None = None) -> Segmenter:
+    """The segmenter of a configuration. ValueError for a tokenizer whose tokens have no bytes."""
+    return Segmenter.from_tokenizer(
+        tokenizer, vocab_size=vocab_size, min_tokens=settings.min_tokens, max_tokens=settings.max_tokens, max_segments=settings.max_segments,
+        target_tokens=settings.target_tokens,
+    )  # fmt: skip
 
 
 @dataclass

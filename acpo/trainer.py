@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from acpo_kernels import Segmenter
 from acpo_kernels.segmenter import Reading
 
 from . import checkpoint, credit, effective, state, trackers, verify
@@ -45,7 +44,7 @@ from .rollout import build as build_engine
 from .rollout.kept import Kept
 from .run import Run, Stopped
 from .sampling import Group, assembled
-from .segmentation import ForkThreshold, answer_starts, fixed_length
+from .segmentation import ForkThreshold, answer_starts, fixed_length, segmenter_of
 from .sources import load_problems
 from .stages import Stages
 from .update import update
@@ -67,10 +66,7 @@ class Trainer:
         self.prompts = Prompts(config.problems, self.tokenizer)
         self.rules: list[str] = []  # behind the end of each segment, where rollouts are kept
         self.kept: list[Kept] = []  # the rollouts of the step under way, where the engine is another program
-        self.segmenter = Segmenter.from_tokenizer(
-            self.tokenizer, vocab_size=self.policy.vocab_size, min_tokens=config.segmenter.min_tokens, max_tokens=config.segmenter.max_tokens,
-            max_segments=config.segmenter.max_segments, target_tokens=config.segmenter.target_tokens,
-        )  # fmt: skip
+        self.segmenter = segmenter_of(self.tokenizer, config.segmenter, self.policy.vocab_size)
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="segmenter")
         self.attributors = Attributors(config, self.policy, self.tokenizer, self.segmenter.tokens)
         filler = self.prompts.encode(getattr(self.task, "filler", ""))

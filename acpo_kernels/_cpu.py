@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._layout import row_layout
+from ._results import METRICS
 
 available: bool = importlib.util.find_spec(f"{__package__}._C") is not None
 if available:  # one that is there and does not load is an error, not a reason to be slow
@@ -159,7 +160,7 @@ def policy_loss(
     ref_logp, kl_weight, rollout_logp, rollout_cap, denominator, denominators,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     n = logp.shape[0]
-    loss, metrics, grad_logp, grad_entropy = _empty(logp, ()), _empty(logp, 10), _empty(logp, n), _empty(logp, 0 if entropy is None else n)
+    loss, metrics, grad_logp, grad_entropy = _empty(logp, ()), _empty(logp, len(METRICS)), _empty(logp, n), _empty(logp, 0 if entropy is None else n)
     mask = _contiguous(mask)
     settings = _policy_loss(
         logp, old_logp, advantages, token_offsets, sequence_offsets, mask, clip_low, clip_high, ratio, entropy, entropy_weight, entropy_weights,
@@ -223,7 +224,7 @@ def linear_policy_loss(
         ref_logp, kl_weight, rollout_logp, rollout_cap, denominator, denominators,
     )  # fmt: skip
     n = ids.shape[0]
-    results = [hidden.new_zeros(shape, dtype=torch.float32) for shape in ((), 10, n, n)]
+    results = [hidden.new_zeros(shape, dtype=torch.float32) for shape in ((), len(METRICS), n, n)]
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     makers = (hidden.new_zeros, empty, hidden.new_empty)
     dtypes = (hidden.dtype, weight.dtype, torch.float32)

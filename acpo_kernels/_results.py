@@ -6,6 +6,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+METRICS = (
+    "tokens", "clip_ratio/low_mean", "clip_ratio/high_mean", "ratio/mean", "ratio/min", "ratio/max", "ratio/ess", "kl/old", "kl/ref", "entropy",
+)  # fmt: skip
+
 
 class LogprobEntropy(NamedTuple):
     logp: Tensor

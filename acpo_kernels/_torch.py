@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._results import METRICS
 from .segments import Segments, _ids
 
-METRICS = (
-    "tokens", "clip_ratio/low_mean", "clip_ratio/high_mean", "ratio/mean", "ratio/min", "ratio/max", "ratio/ess", "kl/old", "kl/ref", "entropy",
-)  # fmt: skip
 TILE_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}  # 64 MiB of float32 logits at a time stay near the caches, 512 MiB fill a GPU
 CACHED_ELEMENTS = 1 << 20
 

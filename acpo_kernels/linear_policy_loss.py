@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
-from . import _cpu, _linear_loss, _torch, reference
+from . import _cpu, _linear_loss, reference
 from ._library import define, number_or_tensor, once_differentiable, transformed
-from ._results import LinearPolicyLoss
+from ._results import METRICS, LinearPolicyLoss
 from .policy_loss import check_arguments
 from .segments import Segments, check_segments
 
@@ -91,7 +91,7 @@ def linear_policy_loss(
         segments.sequence_offsets, mask, low, high, ratio, *number_or_tensor(entropy_weight), ref_logp, kl_weight, rollout_logp, rollout_cap,
         *number_or_tensor(denominator), needs,
     )  # fmt: skip
-    return LinearPolicyLoss(loss, dict(zip(_torch.METRICS, metrics.unbind(), strict=True)), logp, entropy)
+    return LinearPolicyLoss(loss, dict(zip(METRICS, metrics.unbind(), strict=True)), logp, entropy)
 
 
 # The results of the operation are loss, metrics [10], logp and entropy [N], and the gradients of hidden [N,H], weight [V,H] and
@@ -119,7 +119,7 @@ def _forward_cuda(hidden, *rest):
 
 def _fake(hidden, weight, ids, *rest):
     dtype, needs = reference.working_dtype(hidden.dtype), rest[-1]
-    shapes = [(), (len(_torch.METRICS),), ids.shape, ids.shape]
+    shapes = [(), (len(METRICS),), ids.shape, ids.shape]
     shapes += [shape if need else (0,) for shape, need in zip((hidden.shape, weight.shape, weight.shape[:1]), needs, strict=True)]
     dtypes = [dtype] * 4 + ([hidden.dtype] * 2 if hidden.device.type == "cpu" else [dtype] * 2) + [dtype]
     return tuple(hidden.new_empty(shape, dtype=kind) for shape, kind in zip(shapes, dtypes, strict=True))

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from . import _checks as check
-from . import _cpu, _library, reference
+from . import _cpu, reference
 from ._layout import writable_in_place
+from ._library import define
 from ._results import LogprobEntropy
 
 
@@ -66,7 +67,7 @@ def logprob_entropy(
         check.ids_in_range(ids, reference.active_rows(ids, mask), logits.shape[-1])
         return reference.logprob_entropy(logits, ids, temperature=temperature, mask=mask)
     number, tensor = (1.0, temperature.detach()) if isinstance(temperature, Tensor) else (float(temperature), None)
-    logp, entropy, _, _ = _forward_op(logits, ids, number, tensor, mask, inplace_backward)
+    logp, entropy, _, _ = _op(logits, ids, number, tensor, mask, inplace_backward)
     return LogprobEntropy(logp, entropy)
 
 
@@ -88,41 +89,41 @@ def _check_inplace(logits: Tensor) -> None:
 # and the centred logsumexp l. Every implementation gives and takes the same four.
 
 
-def _cpu_forward(logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, mask: Tensor | None, inplace_backward=False):
+def _forward_cpu(logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, mask: Tensor | None, inplace_backward=False):
     if not _cpu.available:
         check.ids_in_range(ids, reference.active_rows(ids, mask), logits.shape[-1])
-        return _torch_forward(logits, ids, temperature, temperatures, mask)
-    results = _fake_forward(logits, ids, temperature, temperatures, mask)
+        return _forward_torch(logits, ids, temperature, temperatures, mask)
+    results = _fake(logits, ids, temperature, temperatures, mask)
     if not _cpu.logprob_entropy_forward(logits, ids, temperature, temperatures, mask, results):
         check.ids_in_range(ids, reference.active_rows(ids, mask), logits.shape[-1])
     return results
 
 
-def _cpu_backward(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsumexp, temperature, temperatures, mask):
+def _backward_cpu(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsumexp, temperature, temperatures, mask):
     statistics = (entropy, maximum, logsumexp)
     if not _cpu.available:
-        return _torch_backward(grad_logp, grad_entropy, logits, ids, *statistics, temperature, temperatures, mask)
+        return _backward_torch(grad_logp, grad_entropy, logits, ids, *statistics, temperature, temperatures, mask)
     gradient = logits.new_empty(logits.shape)
     _cpu.logprob_entropy_backward(grad_logp, grad_entropy, logits, ids, statistics, temperature, temperatures, mask, gradient)
     return gradient
 
 
-def _cuda_forward(logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, mask: Tensor | None, inplace_backward=False):
+def _forward_cuda(logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, mask: Tensor | None, inplace_backward=False):
     if logits.dtype == torch.float64:
         inside = (ids >= 0) & (ids < logits.shape[-1])
-        results = _torch_forward(logits, torch.where(inside | (ids == reference.IGNORED), ids, 0), temperature, temperatures, mask)
+        results = _forward_torch(logits, torch.where(inside | (ids == reference.IGNORED), ids, 0), temperature, temperatures, mask)
         return tuple(torch.where(inside | ~reference.active_rows(ids, mask), r, torch.nan) for r in results)
     from ._triton import logprob_entropy as kernels
 
-    results = _fake_forward(logits, ids, temperature, temperatures, mask)
+    results = _fake(logits, ids, temperature, temperatures, mask)
     kernels.forward(logits, ids, temperature, temperatures, mask, results)
     return results
 
 
-def _cuda_backward(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsumexp, temperature, temperatures, mask):
+def _backward_cuda(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsumexp, temperature, temperatures, mask):
     statistics = (entropy, maximum, logsumexp)
     if logits.dtype == torch.float64:
-        return _torch_backward(grad_logp, grad_entropy, logits, ids, *statistics, temperature, temperatures, mask)
+        return _backward_torch(grad_logp, grad_entropy, logits, ids, *statistics, temperature, temperatures, mask)
     from ._triton import logprob_entropy as kernels
 
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -130,20 +131,20 @@ def _cuda_backward(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsu
     return gradient
 
 
-def _cpu_backward_inplace(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsumexp, temperature, temperatures, mask):
+def _backward_inplace_cpu(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsumexp, temperature, temperatures, mask):
     _written(logits)
     if not _cpu.available:
-        logits.copy_(_torch_backward(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsumexp, temperature, temperatures, mask))
+        logits.copy_(_backward_torch(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsumexp, temperature, temperatures, mask))
     else:
         statistics = (entropy, maximum, logsumexp)
         _cpu.logprob_entropy_backward(grad_logp, grad_entropy, logits, ids, statistics, temperature, temperatures, mask, None)
 
 
-def _cuda_backward_inplace(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsumexp, temperature, temperatures, mask):
+def _backward_inplace_cuda(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsumexp, temperature, temperatures, mask):
     _written(logits)
     statistics = (entropy, maximum, logsumexp)
     if logits.dtype == torch.float64:
-        logits.copy_(_torch_backward(grad_logp, grad_entropy, logits, ids, *statistics, temperature, temperatures, mask))
+        logits.copy_(_backward_torch(grad_logp, grad_entropy, logits, ids, *statistics, temperature, temperatures, mask))
     else:
         from ._triton import logprob_entropy as kernels
 
@@ -156,7 +157,7 @@ def _written(logits: Tensor) -> None:
     torch.autograd.graph.increment_version(logits)  # what else has saved them raises
 
 
-def _torch_forward(logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, mask: Tensor | None):
+def _forward_torch(logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, mask: Tensor | None):
     """For float64 on CUDA, and for the CPU without the extension."""
     t = temperature if temperatures is None else temperatures
     logp, entropy = reference.logprob_entropy(logits, ids, temperature=t, mask=mask)
@@ -166,7 +167,7 @@ def _torch_forward(logits: Tensor, ids: Tensor, temperature: float, temperatures
     return logp.contiguous(), entropy.contiguous(), maximum.contiguous(), torch.where(active, l, 0.0).contiguous()
 
 
-def _torch_backward(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsumexp, temperature, temperatures, mask):
+def _backward_torch(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsumexp, temperature, temperatures, mask):
     t = temperature if temperatures is None else temperatures.to(entropy.dtype).unsqueeze(-1)
     g_logp, g_entropy = (torch.zeros_like(entropy) if g is None else g.to(entropy.dtype) for g in (grad_logp, grad_entropy))
     active = reference.active_rows(ids, mask) & ((g_logp != 0) | (g_entropy != 0))
@@ -180,12 +181,12 @@ def _torch_backward(grad_logp, grad_entropy, logits, ids, entropy, maximum, logs
     return gradient.to(logits.dtype).contiguous()
 
 
-def _fake_forward(logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, mask: Tensor | None, inplace_backward=False):
+def _fake(logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, mask: Tensor | None, inplace_backward=False):
     dtype = reference.working_dtype(logits.dtype)
     return tuple(torch.empty(logits.shape[:-1], dtype=dtype, device=logits.device) for _ in range(4))
 
 
-def _fake_backward(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsumexp, temperature, temperatures, mask):
+def _backward_fake(grad_logp, grad_entropy, logits, ids, entropy, maximum, logsumexp, temperature, temperatures, mask):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
@@ -213,26 +214,26 @@ def _backward(ctx, grad_logp, grad_entropy, _grad_maximum, _grad_logsumexp):
     return gradient, *(None,) * (ctx.number_of_inputs - 1)
 
 
-_forward_op = _library.define(
+_op = define(
     "logprob_entropy(Tensor logits, Tensor ids, float temperature, Tensor? temperatures, Tensor? mask,"
     " bool inplace_backward=False) -> (Tensor, Tensor, Tensor, Tensor)",
-    cpu=_cpu_forward,
-    cuda=_cuda_forward,
-    fake=_fake_forward,
+    cpu=_forward_cpu,
+    cuda=_forward_cuda,
+    fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
 )
-_backward_op = _library.define(
+_backward_op = define(
     "logprob_entropy_backward(Tensor? grad_logp, Tensor? grad_entropy, Tensor logits, Tensor ids, Tensor entropy, Tensor maximum,"
     " Tensor logsumexp, float temperature, Tensor? temperatures, Tensor? mask) -> Tensor",
-    cpu=_cpu_backward,
-    cuda=_cuda_backward,
-    fake=_fake_backward,
+    cpu=_backward_cpu,
+    cuda=_backward_cuda,
+    fake=_backward_fake,
 )
-_backward_inplace_op = _library.define(
+_backward_inplace_op = define(
     "logprob_entropy_backward_(Tensor? grad_logp, Tensor? grad_entropy, Tensor(a!) logits, Tensor ids, Tensor entropy, Tensor maximum,"
     " Tensor logsumexp, float temperature, Tensor? temperatures, Tensor? mask) -> ()",
-    cpu=_cpu_backward_inplace,
-    cuda=_cuda_backward_inplace,
+    cpu=_backward_inplace_cpu,
+    cuda=_backward_inplace_cuda,
     fake=lambda *arguments: None,
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 from . import _checks as check
 from . import _cpu, _torch, reference
 from ._library import define, number_or_tensor, once_differentiable, triton
-from ._results import PolicyLoss
+from ._results import METRICS, PolicyLoss
 from .segments import Segments, check_segments
 
 
@@ -76,7 +76,7 @@ def policy_loss(
         logp, old_logp, advantages, segments.token_offsets, segments.sequence_offsets, mask, low, high, ratio, entropy,
         *number_or_tensor(entropy_weight), ref_logp, kl_weight, rollout_logp, rollout_cap, *number_or_tensor(denominator),
     )  # fmt: skip
-    return PolicyLoss(loss, dict(zip(_torch.METRICS, metrics.unbind(), strict=True)))
+    return PolicyLoss(loss, dict(zip(METRICS, metrics.unbind(), strict=True)))
 
 
 def check_arguments(segments, clip, ratio, kl_weight, rollout_cap, entropy_weight, denominator, given, optional) -> tuple[float, float]:
@@ -104,7 +104,7 @@ def check_arguments(segments, clip, ratio, kl_weight, rollout_cap, entropy_weigh
 
 def _fake(logp, old_logp, advantages, token_offsets, sequence_offsets, mask, clip_low, clip_high, ratio, entropy, *rest):
     dtype = reference.working_dtype(logp.dtype)
-    metrics = logp.new_empty(len(_torch.METRICS), dtype=dtype)
+    metrics = logp.new_empty(len(METRICS), dtype=dtype)
     return (
         logp.new_empty((), dtype=dtype),
         metrics,

@@ -29,21 +29,7 @@ constexpr int64_t SLICE_ROWS = SLICE + 3; // a panel's stride is no multiple of 
 constexpr int64_t UNIT = 8 * BLOCK;       // what one thread takes in the forward pass
 constexpr double INFINITE = std::numeric_limits<double>::infinity();
 
-inline const HeadKernels& head_kernels() {
-#if defined(__x86_64__)
-  switch (isa()) {
-    case Isa::avx512:
-      return head_avx512;
-    case Isa::avx2:
-      return head_avx2;
-    case Isa::baseline:
-      break;
-  }
-#else
-  isa();
-#endif
-  return head_baseline;
-}
+inline const HeadKernels& head_kernels() { return ACPO_KERNELS(head); }
 
 inline int64_t panels(int64_t n) { return (n + PANEL - 1) / PANEL; }
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }

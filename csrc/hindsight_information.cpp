@@ -11,21 +11,7 @@ namespace {
 
 constexpr double INFINITE = std::numeric_limits<double>::infinity(), NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
 
-const PairKernels& pair_kernels() {
-#if defined(__x86_64__)
-  switch (isa()) {
-    case Isa::avx512:
-      return hindsight_information_avx512;
-    case Isa::avx2:
-      return hindsight_information_avx2;
-    case Isa::baseline:
-      break;
-  }
-#else
-  isa();
-#endif
-  return hindsight_information_baseline;
-}
+const PairKernels& pair_kernels() { return ACPO_KERNELS(hindsight_information); }
 
 struct PairResult {
   double logp, hindsight_logp, entropy, log_ratio, kl, information;

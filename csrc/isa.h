@@ -19,3 +19,10 @@ const char* isa_name();
 void restrict_isa(const std::string& name);
 
 }  // namespace acpo
+
+// The copy of an operation's kernels for the instruction set in use: name_baseline, name_avx2 or name_avx512.
+#if defined(__x86_64__)
+#define ACPO_KERNELS(name) (isa() == Isa::avx512 ? name##_avx512 : isa() == Isa::avx2 ? name##_avx2 : name##_baseline)
+#else
+#define ACPO_KERNELS(name) (isa(), name##_baseline)  // an ACPO_CPU_ISA that this machine lacks is an error here too
+#endif

@@ -4,12 +4,11 @@
 #include <vector>
 
 #include "buffer.h"
+#include "head_kernels.h"
 #include "threads.h"
 
 namespace acpo {
 namespace {
-
-constexpr int64_t PANEL_ROWS = 32;  // of head_kernels.h: logits lie as [row / 32][V][row % 32]
 
 class Sweep {
  public:
@@ -109,13 +108,13 @@ class Sweep {
     if (some == 0) return;
     if (held + some > LOGITS_ROWS) flush(false);
     if (held_.get() == nullptr) held_ = tile();
-    const int64_t first = static_cast<int64_t>(held_rows_.size()), padded = (first + some + PANEL_ROWS - 1) / PANEL_ROWS * PANEL_ROWS;
+    const int64_t first = static_cast<int64_t>(held_rows_.size()), padded = (first + some + PANEL - 1) / PANEL * PANEL;
     std::vector<int64_t> from;  // places in the tile
     for (int64_t i = begin, k = 0; i < end && k < some; ++i) {
       if (rows_[i] == rows[k]) from.push_back(i - begin), ++k;
     }
     float* const to = held_.get();
-    const auto place = [&](int64_t row, int64_t v) { return (row / PANEL_ROWS * head_.vocab + v) * PANEL_ROWS + row % PANEL_ROWS; };
+    const auto place = [&](int64_t row, int64_t v) { return (row / PANEL * head_.vocab + v) * PANEL + row % PANEL; };
     parallel_for(head_.vocab, 1 << 10, threads_, [&](int64_t v, int64_t last) {
       for (; v < last; ++v) {
         for (int64_t k = 0; k < some; ++k) to[place(first + k, v)] = logits[place(from[k], v)];

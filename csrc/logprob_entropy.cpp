@@ -16,6 +16,8 @@ constexpr int64_t IGNORED = -100;
 constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
 constexpr RowResult NOT_A_DISTRIBUTION = {NOT_A_NUMBER, NOT_A_NUMBER, NOT_A_NUMBER, NOT_A_NUMBER};
 
+const RowKernels& row_kernels() { return ACPO_KERNELS(logprob_entropy); }
+
 int64_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
 double value(const void* values, Dtype dtype, int64_t r) {
@@ -71,22 +73,6 @@ int64_t first_bad_id(const LogitRows& rows) {
     if (counts(rows, r) && (rows.ids[r] < 0 || rows.ids[r] >= rows.vocab)) return r;
   }
   return -1;
-}
-
-const RowKernels& row_kernels() {
-#if defined(__x86_64__)
-  switch (isa()) {
-    case Isa::avx512:
-      return logprob_entropy_avx512;
-    case Isa::avx2:
-      return logprob_entropy_avx2;
-    case Isa::baseline:
-      break;
-  }
-#else
-  isa();  // an ACPO_CPU_ISA that this machine lacks is an error here too
-#endif
-  return logprob_entropy_baseline;
 }
 
 RowResult finish_row(const RowSums& sums, double x_t, double temperature) {

@@ -67,7 +67,6 @@ struct RowKernels {
   ScanRow scan[3];
   BackwardRow backward[3];
 };
-const RowKernels& row_kernels();  // those of the instruction set in use
 extern const RowKernels logprob_entropy_baseline, logprob_entropy_avx2, logprob_entropy_avx512;
 
 }  // namespace acpo

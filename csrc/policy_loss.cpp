@@ -13,21 +13,7 @@ namespace {
 constexpr double INF = std::numeric_limits<double>::infinity();
 constexpr int64_t BLOCKS = 16;  // blocks of tokens that a thread takes at a time: some 10 us, what it costs to wake it
 
-const TokenKernels& token_kernels() {
-#if defined(__x86_64__)
-  switch (isa()) {
-    case Isa::avx512:
-      return policy_loss_avx512;
-    case Isa::avx2:
-      return policy_loss_avx2;
-    case Isa::baseline:
-      break;
-  }
-#else
-  isa();
-#endif
-  return policy_loss_baseline;
-}
+const TokenKernels& token_kernels() { return ACPO_KERNELS(policy_loss); }
 
 double larger(double x, double best) { return x > best || x != x ? x : best; }  // a NaN stays
 double smaller(double x, double best) { return x < best || x != x ? x : best; }

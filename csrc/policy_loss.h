@@ -25,7 +25,7 @@ struct PolicyLoss {
   bool grouped() const { return ratio != Ratio::token && old_logp; }
 };
 
-constexpr int POLICY_METRICS = 10;  // in the order of METRICS in acpo_kernels/_torch.py
+constexpr int POLICY_METRICS = 10;  // in the order of METRICS in acpo_kernels/_results.py
 
 // loss 0-d, metrics [10], grad_logp and grad_entropy [N] (null: not wanted): float32, or float64 for float64 logp. The gradients are
 // those for an incoming gradient of 1.

@@ -9,8 +9,8 @@
 
 #include <string.h>
 
-#include "floats.h"
 #include "policy_loss.h"
+#include "values_lanes.h"
 
 namespace acpo {
 namespace {
@@ -76,22 +76,6 @@ inline Exp exp_of(vec x) {
   return {e, choose(small, f + g, e - 1.0), choose(small, g, (e - 1.0) - x)};
 }
 
-inline double widen(double x) { return x; }
-template <class T>
-double widen(T x) {
-  return to_float(x);
-}
-
-template <class T>
-void load_values(const void* data, int64_t stride, int64_t begin, int64_t n, double* out) {
-  const T* x = static_cast<const T*>(data) + begin * stride;
-  if (stride == 1) {
-    for (int64_t i = 0; i < n; ++i) out[i] = widen(x[i]);
-  } else {
-    for (int64_t i = 0; i < n; ++i) out[i] = widen(x[i * stride]);
-  }
-}
-
 struct Block {
   alignas(64) int64_t kept[TOKENS];  // -1 where a token counts
   int64_t count, padded;
@@ -107,20 +91,7 @@ struct Block {
 
   // Zeros where a token does not count.
   void load(const Values& values, int64_t begin, double* out) const {
-    switch (values.dtype) {
-      case Dtype::float32:
-        load_values<float>(values.data, values.stride, begin, count, out);
-        break;
-      case Dtype::bfloat16:
-        load_values<bf16>(values.data, values.stride, begin, count, out);
-        break;
-      case Dtype::float16:
-        load_values<fp16>(values.data, values.stride, begin, count, out);
-        break;
-      case Dtype::float64:
-        load_values<double>(values.data, values.stride, begin, count, out);
-        break;
-    }
+    read_values(values, begin, count, out);
     for (int64_t i = count; i < padded; ++i) out[i] = 0.0;
     for (int64_t i = 0; i < padded; i += W) store(out + i, keep(acpo::load(kept + i), acpo::load(out + i)));
   }

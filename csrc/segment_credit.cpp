@@ -9,21 +9,7 @@
 namespace acpo {
 namespace {
 
-const CreditKernels& credit_kernels() {
-#if defined(__x86_64__)
-  switch (isa()) {
-    case Isa::avx512:
-      return segment_credit_avx512;
-    case Isa::avx2:
-      return segment_credit_avx2;
-    case Isa::baseline:
-      break;
-  }
-#else
-  isa();
-#endif
-  return segment_credit_baseline;
-}
+const CreditKernels& credit_kernels() { return ACPO_KERNELS(segment_credit); }
 
 double sign(double x) { return static_cast<double>((x > 0.0) - (x < 0.0)); }
 

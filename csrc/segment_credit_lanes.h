@@ -5,6 +5,7 @@
 
 #include "segment_credit.h"
 #include "segment_lanes.h"
+#include "values_lanes.h"
 
 namespace acpo {
 namespace {
@@ -21,38 +22,9 @@ inline vec clamp(vec x, double low, double high) {  // a NaN stays
   return x > high ? set(high) : x;
 }
 
-inline double widen(double x) { return x; }
-template <class T>
-double widen(T x) {
-  return to_float(x);
-}
-
-template <class T>
-void read_scores(const Values& scores, int64_t begin, int64_t n, double* phi) {
-  const T* x = static_cast<const T*>(scores.data) + begin * scores.stride;
-  if (scores.stride == 1) {
-    for (int64_t i = 0; i < n; ++i) phi[i] = widen(x[i]);
-  } else {
-    for (int64_t i = 0; i < n; ++i) phi[i] = widen(x[i * scores.stride]);
-  }
-}
-
 // phi of n segments, 0 where the score is not finite and behind the last
 void read_block(const Values& scores, int64_t begin, int64_t n, double* phi) {
-  switch (scores.dtype) {
-    case Dtype::float32:
-      read_scores<float>(scores, begin, n, phi);
-      break;
-    case Dtype::bfloat16:
-      read_scores<bf16>(scores, begin, n, phi);
-      break;
-    case Dtype::float16:
-      read_scores<fp16>(scores, begin, n, phi);
-      break;
-    case Dtype::float64:
-      read_scores<double>(scores, begin, n, phi);
-      break;
-  }
+  read_values(scores, begin, n, phi);
   for (int64_t i = n; i % W != 0; ++i) phi[i] = 0.0;
   for (int64_t i = 0; i < n; i += W) {
     const vec x = load(phi + i);

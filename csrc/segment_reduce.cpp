@@ -129,21 +129,7 @@ void with_types(Dtype dtype, Call call) {
 
 }  // namespace
 
-const GroupKernels& group_kernels() {
-#if defined(__x86_64__)
-  switch (isa()) {
-    case Isa::avx512:
-      return segment_reduce_avx512;
-    case Isa::avx2:
-      return segment_reduce_avx2;
-    case Isa::baseline:
-      break;
-  }
-#else
-  isa();  // an ACPO_CPU_ISA that this machine lacks is an error here too
-#endif
-  return segment_reduce_baseline;
-}
+const GroupKernels& group_kernels() { return ACPO_KERNELS(segment_reduce); }
 
 void segment_reduce(const SegmentReduce& of, const void* values, Dtype dtype, int64_t channel_stride, void* out, int threads) {
   with_types(dtype, [&]<class T, class Out>(T*, Out*) {

@@ -63,7 +63,6 @@ struct Simd {
   static mask not_less(vec a, vec b) { return _mm256_cmp_ps(a, b, _CMP_NLT_UQ); }  // a >= b, or one is NaN
   static mask equal(vec a, vec b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
   static mask and_not(mask a, mask b) { return _mm256_andnot_ps(b, a); }
-  static bool any_greater(vec a, vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
   static mask either(mask a, mask b) { return _mm256_or_ps(a, b); }
   static int count(mask m) { return __builtin_popcount(_mm256_movemask_ps(m)); }
   static vec keep(mask m, vec x) { return _mm256_and_ps(m, x); }  // 0 elsewhere
@@ -104,7 +103,6 @@ struct Simd {
     }
   };
   static vec at_most(vec x, vec high) { return _mm256_min_ps(high, x); }  // a NaN in x stays
-  static float reduce_min(vec x) { return -reduce_max(_mm256_sub_ps(_mm256_setzero_ps(), x)); }
   static double sum(vec x) {
     const __m256d s = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
     const __m128d h = _mm_add_pd(_mm256_castpd256_pd128(s), _mm256_extractf128_pd(s, 1));

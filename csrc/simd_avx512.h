@@ -59,7 +59,6 @@ struct Simd {
   static mask not_less(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }  // a >= b, or one is NaN
   static mask equal(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
   static mask and_not(mask a, mask b) { return a & static_cast<mask>(~b); }
-  static bool any_greater(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
   static mask either(mask a, mask b) { return a | b; }
   static int count(mask m) { return __builtin_popcount(m); }
   static vec keep(mask m, vec x) { return _mm512_maskz_mov_ps(m, x); }  // 0 elsewhere
@@ -96,7 +95,6 @@ struct Simd {
     bool over(uint32_t limit) const { return _mm512_cmpgt_epu32_mask(bits, _mm512_set1_epi32(static_cast<int>(limit))) != 0; }
   };
   static vec at_most(vec x, vec high) { return _mm512_min_ps(high, x); }  // a NaN in x stays
-  static float reduce_min(vec x) { return _mm512_reduce_min_ps(x); }
   static double sum(vec x) {
     const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
     return _mm512_reduce_add_pd(_mm512_add_pd(low, high));

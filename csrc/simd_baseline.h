@@ -58,7 +58,6 @@ struct Simd {
   static mask not_less(vec a, vec b) { return ~(a < b); }  // a >= b, or one is NaN
   static mask equal(vec a, vec b) { return a == b; }
   static mask and_not(mask a, mask b) { return a & ~b; }
-  static bool any_greater(vec a, vec b) { return count(a > b) != 0; }
   static mask either(mask a, mask b) { return a | b; }
   static int count(mask m) { return -(m[0] + m[1] + m[2] + m[3]); }
   static vec keep(mask m, vec x) { return reinterpret_cast<vec>(m & reinterpret_cast<mask>(x)); }  // 0 elsewhere
@@ -91,7 +90,6 @@ struct Simd {
     bool negative() const { return count(low < set(0.0f)) != 0; }
   };
   static vec at_most(vec x, vec high) { return x > high ? high : x; }  // a NaN in x stays
-  static float reduce_min(vec x) { return -reduce_max(-x); }
   static double sum(vec x) { return (static_cast<double>(x[0]) + x[2]) + (static_cast<double>(x[1]) + x[3]); }
 };
 

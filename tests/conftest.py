@@ -132,7 +132,7 @@ def kernels_in_the_interpreter(request):
     library = torch.library.Library(NAMESPACE, "IMPL")
     for name in KERNELS[operation]:
         own = name != "logprob_entropy"
-        kernel = triton(name.removesuffix("_backward"), name) if own else importlib.import_module("acpo_kernels.logprob_entropy")._cuda_forward
+        kernel = triton(name.removesuffix("_backward"), name) if own else importlib.import_module("acpo_kernels.logprob_entropy")._forward_cuda
         library.impl(name, seen(name, kernel), "CPU", allow_override=True)
     with torch.overrides.BaseTorchFunctionMode():  # somebody watches: a call without gradient does not go around the dispatcher to C++
         yield

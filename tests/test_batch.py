@@ -24,7 +24,6 @@ def batch() -> Batch:
     ends = [start + end for start, cuts in zip(starts, CUTS, strict=True) for end in cuts]
     terminal = torch.tensor([True, False, True, False])
     out.segments = Segments(torch.tensor([0, *ends]), torch.tensor([0, 2, 3, 6, 7]), terminal=terminal)
-    out.segment["name"] = torch.arange(7)
     out.sequence["name"] = torch.arange(4)
     out.temperature = 0.7
     return out
@@ -47,8 +46,6 @@ def test_select_keeps_every_value_with_its_rollout(batch, rows):
     assert chosen.token["logp"].tolist() == (-chosen.token["ids"].double()).tolist()
     assert chosen.sequence["name"].tolist() == rows and chosen.temperature == 0.7
     assert chosen.segments.terminal.tolist() == [b in (0, 2) for b in rows]
-    first = [0, 2, 3, 6]
-    assert chosen.segment["name"].tolist() == [first[b] + k for b in rows for k in range(len(CUTS[b]))]
     ends = chosen.segments.token_offsets.tolist()
     wanted, at = [0], 0
     for b in rows:

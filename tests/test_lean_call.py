@@ -50,11 +50,6 @@ def tensors(result) -> list[torch.Tensor]:
     return [x for part in result for x in (part.values() if isinstance(part, dict) else [part])]
 
 
-def operator(operation: str) -> str:
-    """The module's name of its operator."""
-    return "_forward_op" if operation == "logprob_entropy" else "_op"
-
-
 @pytest.fixture
 def taken(monkeypatch):
     """taken(operation) -> a list that grows by one each time the way around the dispatcher is taken."""
@@ -62,7 +57,7 @@ def taken(monkeypatch):
     def count(operation: str) -> list:
         calls: list[bool] = []
         module = importlib.import_module(f"acpo_kernels.{operation}")
-        run = getattr(module, operator(operation))
+        run = module._op
         cells = dict(zip(run.__code__.co_freevars, run.__closure__, strict=True))
         cpu = cells["cpu"].cell_contents
         monkeypatch.setattr(cells["cpu"], "cell_contents", lambda *args: calls.append(True) or cpu(*args))
@@ -207,7 +202,7 @@ def test_a_gradient_reaches_through_vmap(operation, lean, monkeypatch):
     """A tensor of torch.vmap's does not say that a gradient is asked for: the rows' gradient is what it is without vmap, of the head's weight too."""
     if not lean:
         op = _library._below_autograd(*[getattr(torch.ops.acpo_kernels, operation).default] * 2)
-        monkeypatch.setattr(importlib.import_module(f"acpo_kernels.{operation}"), operator(operation), op)
+        monkeypatch.setattr(importlib.import_module(f"acpo_kernels.{operation}"), "_op", op)
     (first, *rest), keywords = arguments(operation)
     rows, others = torch.stack([first, 2 * first]).requires_grad_(), [x for x in rest if isinstance(x, torch.Tensor) and x.is_floating_point()]
     weight = others[0].requires_grad_() if operation == "linear_policy_loss" else None
@@ -273,7 +268,7 @@ def test_a_forward_mode_derivative_is_not_dropped(operation, lean, monkeypatch):
     module = importlib.import_module(f"acpo_kernels.{operation}")
     if not lean:
         plain = getattr(torch.ops.acpo_kernels, operation).default
-        monkeypatch.setattr(module, operator(operation), _library._below_autograd(plain, _library._without_tangents(plain)))
+        monkeypatch.setattr(module, "_op", _library._below_autograd(plain, _library._without_tangents(plain)))
 
     def first(x, impl=None):
         return tensors(getattr(ops, operation)(x, *others, impl=impl, **keywords))[0]

@@ -26,7 +26,7 @@ def test_packed_branches_are_separate_forwards(tmp_path, warmed, suffix):
     rollouts = [([2, 5, 6], torch.tensor([8, 9, 10, 11, 12]), [0, 2, 5]), ([4, 4], torch.tensor([9, 8, 7]), [1, 2, 3])]
     candidates = [[6], [5, 4, 3], [5, 9]]
     packed = [pack_branches(prompt, response, ends, suffix, candidates) for prompt, response, ends in rollouts]
-    found = policy.branch_logp(packed, [targets(p, suffix, candidates) for p in packed], 0.7)
+    found = policy.branch_logp(packed, [targets(p, candidates) for p in packed], 0.7)
     for (prompt, response, ends), logp in zip(rollouts, found, strict=True):
         wanted = []
         for end in ends:

@@ -19,13 +19,13 @@ from torch import Tensor
 from acpo_kernels import Segmenter, Segments, segment_credit, segment_reduce
 
 from .. import credit, verify
-from ..attribution import Calibrator, answer_copies, hindsight_evidence, leave_one_out, previous_in_sequence, standardised, zero_variance
+from ..attribution import Calibrator, answer_copies, hindsight_evidence, information, leave_one_out, previous_in_sequence, standardised, zero_variance
 from ..batch import Batch
 from ..config import Config
 from ..policy import Policy, build
 from ..problems import HINT, Problem
 from ..prompts import Prompts
-from ..segmentation import ForkThreshold, answered
+from ..segmentation import ForkThreshold, answered, segmenter_of
 from .data import Group, InspectError, Rollout, Step, View, finite
 from .traces import Trace
 
@@ -103,10 +103,7 @@ def inspect_traces(traces: list[Trace], settings: Config, title: str, advance: C
     entropy = batch.token["entropy"]
     forks = {"entropy": entropy, "entropy_threshold": ForkThreshold(settings.segmenter.forking_share).update(entropy)}
     chosen = settings.segmenter
-    segmenter = Segmenter.from_tokenizer(
-        tokenizer, vocab_size=policy.vocab_size, min_tokens=chosen.min_tokens, max_tokens=chosen.max_tokens, max_segments=chosen.max_segments,
-        target_tokens=chosen.target_tokens,
-    )  # fmt: skip
+    segmenter = segmenter_of(tokenizer, chosen, policy.vocab_size)
     batch.segments, rules = segmented(segmenter, packed, **(forks if chosen.entropy and len(entropy) else {}))
     steps = steps_of(packed, [t.response for t in traces], batch.segments, rules)
 
@@ -201,8 +198,7 @@ def _fill(
     calibrator = Calibrator()
     values = calibrator.predict(base[sequence], evidence.evidence, low)
     before = previous_in_sequence(values, calibrator.predict_before(base, low), segments)
-    r = outcome.double()[sequence]
-    iota = r * (values / before).log() + (1 - r) * ((1 - values) / (1 - before)).log()
+    iota = information(outcome.double()[sequence], values, before)
     seen = torch.nan_to_num(torch.stack([token["log_ratio"], token["log_ratio"] + token["kl"]]), nan=0.0, posinf=0.0, neginf=0.0)
     hindsight, centred = segment_reduce(seen, segments)
     entropy, logp = segment_reduce(torch.stack([token["entropy"], token["old_logp"]]), segments, reduce="mean")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acpo_kernels import Segmenter, Segments, pack, unpack
+from acpo_kernels import Segments, pack, unpack
 
 from .. import credit
 from ..attribution import Attribution, Evidence, answer_copies, entropy_evidence, hindsight_evidence, tree_evidence, zero_variance
@@ -24,7 +24,7 @@ from ..config import method_settings
 from ..entropy import EntropyController
 from ..panel import Panel
 from ..problems import HINT, filled
-from ..segmentation import ForkThreshold
+from ..segmentation import ForkThreshold, segmenter_of
 from ..stages import Stages
 from ..tree import prefixes_of, sharing
 
@@ -71,7 +71,7 @@ class StepCredit:
         if not isinstance(settings, (Mapping, NoneType)):
             raise TypeError(f"{where} must be a mapping of the method's settings, got {type(settings).__name__}")
         self.settings = config = method_settings({**LOOPS_OWN, **(settings or {})}, where)
-        names = [] if config.attribution.source == "none" else config.attribution.source.split(",")
+        names = config.attribution.sources
         for name in ("probe", "head"):
             if name in names:
                 raise ValueError(f"{where}: attribution.source {name!r} needs the policy itself and is our own loop's; leave it out, got {names}")
@@ -84,10 +84,7 @@ class StepCredit:
         if total_steps is not None and (not isinstance(total_steps, int) or total_steps < 1):
             raise ValueError(f"total_steps must be an integer of at least 1, got {total_steps!r}")
         self.tokenizer, self.group_size = tokenizer, group_size
-        self.segmenter = Segmenter.from_tokenizer(
-            tokenizer, vocab_size=vocab_size, min_tokens=config.segmenter.min_tokens, max_tokens=config.segmenter.max_tokens,
-            max_segments=config.segmenter.max_segments, target_tokens=config.segmenter.target_tokens,
-        )  # fmt: skip
+        self.segmenter = segmenter_of(tokenizer, config.segmenter, vocab_size)
         self.panel = Panel(config.attribution, config.credit, group_size)
         self.forks = ForkThreshold(config.segmenter.forking_share)
         self.entropy = EntropyController(config.entropy)

@@ -10,9 +10,9 @@ from pathlib import Path
 from ..layers import ConfigError
 from . import figure, page
 from .panels import SECTIONS, Sections, chosen, lines
-from .records import Group, Records, ReportError, area, cell, columns, distinct, group_summary, grouped, read, summary
+from .records import Group, ReportError, cell, columns, distinct, group_summary, grouped, read, summary
 
-__all__ = ["Group", "Records", "ReportError", "area", "cell", "chosen", "columns", "group_summary", "grouped", "load", "read", "summary", "write"]
+__all__ = ["ReportError", "cell", "chosen", "columns", "group_summary", "load", "read", "summary", "write"]
 NUMBERS = (".csv",)
 PAGES = (".html", ".htm")
 

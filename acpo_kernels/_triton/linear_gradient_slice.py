@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .linear_tiles import INF, LN2, LOG2E, _finish_logits, _multiply, _place, _rounded, _row_scale, _tile
+from .linear_tiles import INF, LN2, _finish_logits, _multiply, _place, _rounded, _row_scale, _tile
 from .logits_rows import _expm1_series
 
 FLAG = tl.constexpr(64)  # rows and columns of a flagged block: the products' own step
@@ -35,7 +35,7 @@ def _upstream(source, valid, grad_logp_ptr, grad_entropy_ptr, HAS_LOGP: tl.const
 @triton.jit(do_not_specialize=["inverse_temperature"])
 def _scales_kernel(
     grad_logp_ptr, grad_entropy_ptr, entropy_ptr, temperatures_ptr, index_ptr, count_ptr, scales_ptr, shares_ptr, least_ptr, inverse_temperature,
-    HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_TEMPERATURES: tl.constexpr, LOG2E: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_TEMPERATURES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """scales[i]: the power of two that brings row i's gradient into float16's middle; shares[i] = min(scales) / scales[i] <= 1, for the other
     operand of the weight's gradient; least = min(scales)."""
@@ -45,7 +45,7 @@ def _scales_kernel(
         offs = start + tl.arange(0, BLOCK)
         valid = offs < count
         source = tl.load(index_ptr + offs, mask=valid, other=0)
-        per_t, _, _ = _row_scale(source, valid, inverse_temperature, temperatures_ptr, HAS_TEMPERATURES, LOG2E)
+        per_t, _, _ = _row_scale(source, valid, inverse_temperature, temperatures_ptr, HAS_TEMPERATURES)
         g_logp, g_entropy = _upstream(source, valid, grad_logp_ptr, grad_entropy_ptr, HAS_LOGP, HAS_ENTROPY)
         # A slice of the vocabulary without the row's target has the log-prob's gradient in a far entropy (_vocabulary_parallel.py).
         far = tl.maximum(tl.abs(tl.load(entropy_ptr + source, mask=valid, other=0.0)) * 0.0625, 1.0)
@@ -74,7 +74,7 @@ def _gradient_of(
     columns = v + tl.arange(0, BLOCK_V)
     if not HELD:
         x = _finish_logits(x, columns, bias_ptr, softcap, V, HAS_BIAS, HAS_SOFTCAP)
-    per_t, k, limit = _row_scale(source, valid, inverse_temperature, temperatures_ptr, HAS_TEMPERATURES, LOG2E)
+    per_t, k, limit = _row_scale(source, valid, inverse_temperature, temperatures_ptr, HAS_TEMPERATURES)
     g_logp, g_entropy = _upstream(source, valid, grad_logp_ptr, grad_entropy_ptr, HAS_LOGP, HAS_ENTROPY)
     entropy = tl.load(entropy_ptr + source, mask=valid, other=0.0)
     l = tl.load(logsumexp_ptr + source, mask=valid, other=0.0)  # noqa: E741

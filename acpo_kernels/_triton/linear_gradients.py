@@ -23,7 +23,6 @@ from .linear_gradient_slice import FLAG, PART, _linear_gradient_kernel, _scales_
 from .linear_tiles import (
     GATHER_COLUMNS,
     GATHER_ROWS,
-    LOG2E,
     ROW_BLOCK,
     Head,
     Rows,
@@ -32,12 +31,12 @@ from .linear_tiles import (
     _place,
     _rounded,
     _tile,
-    compact,
+    counted_rows,
     machine,
-    on_device,
     operand,
     tiles,
 )
+from .ragged import device
 
 SLICE = 8192
 
@@ -218,10 +217,10 @@ def backward(
     grad_bias = torch.empty(weight.shape[0] if need_bias else 0, dtype=dtype or (torch.float32 if bias is None else bias.dtype), **new)
     if ids.shape[0] == 0 or not any(needs):
         return grad_hidden, grad_weight.zero_(), grad_bias.zero_()
-    with on_device(hidden):
+    with device(hidden):
         head = Head.of(weight, ids, bias, temperature, temperatures, softcap)
         grad_logp, grad_entropy = (None if g is None else g.contiguous() for g in (grad_logp, grad_entropy))
-        rows = compact(head.ids, mask, grad_logp, grad_entropy)
+        rows = counted_rows(head.ids, mask, grad_logp, grad_entropy)
         add(head, rows, hidden, grad_logp, grad_entropy, statistics, (grad_hidden, grad_weight, grad_bias))
     return grad_hidden, grad_weight, grad_bias
 
@@ -261,7 +260,7 @@ def add(
     if scaled:
         scales, shares, least = (torch.empty(n, dtype=torch.float32, **new) for n in (rows.padded, rows.padded, 1))
         _scales_kernel[(1,)](
-            grad_logp, grad_entropy, statistics[0], temperatures, rows.index, rows.count, scales, shares, least, head.inverse, LOG2E=LOG2E.value,
+            grad_logp, grad_entropy, statistics[0], temperatures, rows.index, rows.count, scales, shares, least, head.inverse,
             BLOCK=1024, **given,
         )  # fmt: skip
     gathered = rows.gather(hidden)

@@ -34,13 +34,13 @@ from .linear_tiles import (
     _row_scale,
     _tile,
     aligned_weight,
-    compact,
+    counted_rows,
     machine,
-    on_device,
     operand,
     tiles,
 )
 from .logits_rows import _log1p
+from .ragged import device
 
 PARTS = 9  # numbers a row and split: maximum, r, w, S1, S2 of the policy; maximum, r, S1, S2 of hindsight
 FAR = tl.constexpr(-1e30)  # u where x is -inf: finite, and exp of it is 0
@@ -59,7 +59,7 @@ def _phi(t, e_u, e_v):
 
 
 @triton.jit
-def _move(d_p, d_q, n_p, n_q, s1, s2, z1, z2, per_t, LOG2E: tl.constexpr):
+def _move(d_p, d_q, n_p, n_q, s1, s2, z1, z2, per_t):
     """S1 and S2 of both streams against other maxima: d is a part's maximum minus the new one, n its sum of exp(u)."""
     a, b = tl.maximum(d_p * per_t, FAR), tl.maximum(d_q * per_t, FAR)
     e_a, e_b = tl.exp2(a * LOG2E), tl.exp2(b * LOG2E)
@@ -129,7 +129,7 @@ def _linear_hindsight_kernel(
         columns, rows = first + tl.arange(0, BLOCK_V), m + tl.arange(0, BLOCK_M)
         valid = rows < count
         source = tl.load(index_ptr + rows, mask=valid, other=0)
-        per_t, k, limit = _row_scale(source, valid, inverse_temperature, temperatures_ptr, HAS_TEMPERATURES, LOG2E)
+        per_t, k, limit = _row_scale(source, valid, inverse_temperature, temperatures_ptr, HAS_TEMPERATURES)
         x = _finish_logits(x, columns, bias_ptr, softcap, V, HAS_BIAS, HAS_SOFTCAP)
         y = _finish_logits(y, columns, bias_ptr, softcap, V, HAS_BIAS, HAS_SOFTCAP)
         target = tl.load(ids_ptr + source, mask=valid, other=-1)
@@ -151,8 +151,8 @@ def _linear_hindsight_kernel(
         r_p, r_q, w = tl.where(fresh, 0.0, r_p), tl.where(fresh, 0.0, r_q), tl.where(fresh, 0.0, w)
         s1, s2, z1, z2 = tl.where(fresh, 0.0, s1), tl.where(fresh, 0.0, s2), tl.where(fresh, 0.0, z1), tl.where(fresh, 0.0, z2)
         n_p, n_q = tl.maximum(m_p, t_p), tl.maximum(m_q, t_q)
-        s1, s2, z1, z2 = _move(m_p - n_p, m_q - n_q, _mass(m_p, r_p), _mass(m_q, r_q), s1, s2, z1, z2, per_t, LOG2E)
-        t_s1, t_s2, t_z1, t_z2 = _move(t_p - n_p, t_q - n_q, _mass(t_p, t_r), _mass(t_q, t_rq), t_s1, t_s2, t_z1, t_z2, per_t, LOG2E)
+        s1, s2, z1, z2 = _move(m_p - n_p, m_q - n_q, _mass(m_p, r_p), _mass(m_q, r_q), s1, s2, z1, z2, per_t)
+        t_s1, t_s2, t_z1, t_z2 = _move(t_p - n_p, t_q - n_q, _mass(t_p, t_r), _mass(t_q, t_rq), t_s1, t_s2, t_z1, t_z2, per_t)
         s1, s2, z1, z2 = s1 + t_s1, s2 + t_s2, z1 + t_z1, z2 + t_z2
         m_p, r_p, w = _meet(m_p, r_p, w, t_p, t_r, t_w, k, limit)
         m_q, r_q, _ = _meet(m_q, r_q, zero, t_q, t_rq, zero, k, limit)
@@ -198,7 +198,7 @@ def _linear_hindsight_combine_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = tl.load(position_ptr + row, mask=row < rows, other=-1)
     active = at >= 0
-    per_t, k, limit = _row_scale(row, active, inverse_temperature, temperatures_ptr, HAS_TEMPERATURES, LOG2E)
+    per_t, k, limit = _row_scale(row, active, inverse_temperature, temperatures_ptr, HAS_TEMPERATURES)
     split = tl.arange(0, SPLITS)
     splits = tl.cdiv(V, SPLIT)
     there = active[None, :] & (split < splits)[:, None]  # [SPLITS,ROWS]
@@ -220,7 +220,7 @@ def _linear_hindsight_combine_kernel(
     top_q, rest_q, _ = _meet_all(m_q, r_q, tl.zeros([SPLITS, ROWS], tl.float32), split, k, limit, SPLITS)
     base_p, base_q = tl.maximum(top_p, LOWEST), tl.maximum(top_q, LOWEST)
     s1, s2, z1, z2 = _move(
-        m_p - base_p[None, :], m_q - base_q[None, :], _mass(m_p, r_p), _mass(m_q, r_q), s1, s2, z1, z2, per_t[None, :], LOG2E
+        m_p - base_p[None, :], m_q - base_q[None, :], _mass(m_p, r_p), _mass(m_q, r_q), s1, s2, z1, z2, per_t[None, :]
     )  # fmt: skip
 
     target = tl.load(ids_ptr + row, mask=active, other=-1)
@@ -268,13 +268,13 @@ def forward(
     results = tuple(torch.empty(rows, dtype=torch.float32, device=ids.device) for _ in range(6))
     if rows == 0:
         return results
-    with on_device(hidden):
+    with device(hidden):
         architecture, programs = machine(hidden)
         tile = pair_tiles(tiles(hidden.element_size(), architecture))
         ids, weight = ids.contiguous(), aligned_weight(weight)
         temperatures = None if temperatures is None else temperatures.contiguous()
         vocab = weight.shape[0]
-        active = compact(ids, mask)
+        active = counted_rows(ids, mask)
         streams = [operand(active.gather(h), tile.m, tile.k, tile.tma) for h in (hidden, hindsight_hidden)]
         splits = triton.cdiv(vocab, SPLIT)
         parts, chosen = (torch.empty(n * active.padded, dtype=torch.float32, device=ids.device) for n in (PARTS * splits, 2))

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from .linear_tiles import (
     INF,
-    LOG2E,
     LOWEST,
     Head,
     Rows,
@@ -32,13 +31,13 @@ from .linear_tiles import (
     _row_scale,
     _tile,
     _tile_statistics,
-    compact,
+    counted_rows,
     machine,
-    on_device,
     operand,
     tiles,
 )
 from .logits_rows import _log1p
+from .ragged import device
 
 SPLIT = 1024  # columns: 149 splits of V = 151,936 keep a GPU busy with one row tile, and cost 12 bytes a row and split
 COMBINE = 4096  # splits x rows of one program that lets the splits meet
@@ -71,7 +70,7 @@ def _linear_logprob_entropy_fwd_kernel(
         columns, rows = v + tl.arange(0, BLOCK_V), m + tl.arange(0, BLOCK_M)
         valid = rows < count
         source = tl.load(index_ptr + rows, mask=valid, other=0)
-        _, k, limit = _row_scale(source, valid, inverse_temperature, temperatures_ptr, HAS_TEMPERATURES, LOG2E)
+        _, k, limit = _row_scale(source, valid, inverse_temperature, temperatures_ptr, HAS_TEMPERATURES)
         x = _finish_logits(acc, columns, bias_ptr, softcap, V, HAS_BIAS, HAS_SOFTCAP)
         if HOLD:
             at = held_ptr + rows.to(tl.int64)[:, None] * stride_held + columns[None, :]
@@ -108,7 +107,7 @@ def _linear_logprob_entropy_combine_kernel(
     else:
         at = tl.load(position_ptr + row, mask=inside_rows, other=-1)
         active = at >= 0
-    per_t, k, limit = _row_scale(row, active, inverse_temperature, temperatures_ptr, HAS_TEMPERATURES, LOG2E)
+    per_t, k, limit = _row_scale(row, active, inverse_temperature, temperatures_ptr, HAS_TEMPERATURES)
     split = tl.arange(0, SPLITS)
     splits = tl.cdiv(V, SPLIT)
     there = active[None, :] & (split < splits)[:, None]  # [SPLITS,ROWS]
@@ -159,9 +158,9 @@ def forward(
     results = tuple(torch.empty(ids.shape, dtype=torch.float32, device=ids.device) for _ in range(4))
     if ids.shape[0] == 0:
         return results
-    with on_device(hidden):
+    with device(hidden):
         head = Head.of(weight, ids, bias, temperature, temperatures, softcap)
-        rows = compact(head.ids, mask)
+        rows = counted_rows(head.ids, mask)
         product(head, rows, rows.gather(hidden), results)
     return results
 

@@ -28,10 +28,9 @@ from torch import Tensor
 from .._linear_loss import in_one_sweep
 from ..reference import active_rows
 from . import linear_gradients, linear_logprob_entropy
-from .linear_tiles import ROW_BLOCK, Head, Rows, aligned_width, compact, on_device
+from .linear_tiles import ROW_BLOCK, Head, Rows, aligned_width, counted_rows
 from .policy_loss import _denominator, _limited, _token_loss
-from .ragged import _exp_wide, _reciprocal, _unit_begin, bisections
-from .ragged import compact as packed
+from .ragged import _exp_wide, _reciprocal, _unit_begin, bisections, compact, device
 
 WORKSPACE = 2**31  # bytes
 BALANCE = {2: 165, 4: 31}  # operations in the time of a byte, by the size of an element
@@ -59,12 +58,12 @@ def _chunks_kernel(count_ptr, counts_ptr, rows, chunks, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=[
-    "num_tokens", "num_sequences", "bisections", "low", "high", "entropy_weight", "kl_weight", "rollout_cap", "denominator",
+    "num_sequences", "bisections", "low", "high", "entropy_weight", "kl_weight", "rollout_cap", "denominator",
 ])  # fmt: skip
 def _row_gradients_kernel(
     index_ptr, count_ptr, total_ptr, logp_ptr, old_logp_ptr, advantages_ptr, token_offsets_ptr, sequence_offsets_ptr, entropy_ptr,
     entropy_weights_ptr, ref_logp_ptr, rollout_logp_ptr, denominators_ptr, grad_logp_ptr, grad_entropy_ptr, some_index_ptr, places_ptr,
-    some_count_ptr, num_tokens, num_sequences, bisections, low, high, entropy_weight, kl_weight, rollout_cap, denominator,
+    some_count_ptr, num_sequences, bisections, low, high, entropy_weight, kl_weight, rollout_cap, denominator,
     HAS_OLD: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_REF: tl.constexpr, HAS_ROLLOUT: tl.constexpr, DENOMINATOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -159,11 +158,11 @@ def _sweep(
     kind, number = _denominator(denominator, denominators, n, mask)
     kind = "count" if denominator is None and denominators is None else kind  # ids == -100 leave rows out too
     rows, sequences = chunk_rows(vocab), sequence_offsets.shape[0] - 1
-    vectors = [packed(x) for x in (old_logp, advantages, entropy_weights, ref_logp, rollout_logp, denominators)]
+    vectors = [compact(x) for x in (old_logp, advantages, entropy_weights, ref_logp, rollout_logp, denominators)]
     old_logp, advantages, entropy_weights, ref_logp, rollout_logp, denominators = vectors
-    with on_device(hidden):
+    with device(hidden):
         head = Head.of(weight, ids, bias, temperature, temperatures, softcap)
-        every = compact(head.ids, mask)
+        every = counted_rows(head.ids, mask)
         chunks = triton.cdiv(n, rows)
         counts, some_count = torch.empty(chunks, 4, **integers), torch.empty(1, **integers)
         some_index, places = (torch.empty(rows, **integers) for _ in range(2))
@@ -175,7 +174,7 @@ def _sweep(
             linear_logprob_entropy.product(head, here, here.gather(hidden), results, logits)
             _row_gradients_kernel[(1,)](
                 index, here.count, every.count, results[0], old_logp, advantages, token_offsets, sequence_offsets, results[1], entropy_weights,
-                ref_logp, rollout_logp, denominators, *upstream, some_index, places, some_count, n, sequences, bisections(sequences),
+                ref_logp, rollout_logp, denominators, *upstream, some_index, places, some_count, sequences, bisections(sequences),
                 float(clip_low), float(clip_high), float(entropy_weight or 0.0), float(kl_weight), float(rollout_cap), number,
                 HAS_OLD=old_logp is not None, HAS_WEIGHTS=entropy_weights is not None, HAS_REF=ref_logp is not None,
                 HAS_ROLLOUT=rollout_logp is not None, DENOMINATOR=kind, BLOCK=BLOCK, num_warps=8,

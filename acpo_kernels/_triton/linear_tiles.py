@@ -1,6 +1,6 @@
 """What the kernels on hidden states share: tile shapes, the rows that count, tiles of logits, and statistics of a row that meet.
 
-Rows. `compact` gathers the rows that count (not masked; in a backward also: with a gradient that is not exactly zero) one behind the
+Rows. `counted_rows` lists the rows that count (not masked; in a backward also: with a gradient that is not exactly zero) one behind the
 other: an index, a position, and their NUMBER ON THE DEVICE, so that the host never waits. Every product runs on that copy: masked and
 zero-gradient rows cost nothing and are not read, and rows of tensor cores' tiles that hold no row are zero. The copy moves 2 N H
 elements where a product does 2 N V H operations.
@@ -22,7 +22,6 @@ against all of the vocabulary, rows fastest, so that a weight tile is fetched fr
 
 from __future__ import annotations
 
-import contextlib
 import os
 from typing import NamedTuple
 
@@ -33,7 +32,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference import IGNORED
-from .logprob_entropy import _bytes
+from .ragged import compact
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -78,10 +77,6 @@ def machine(tensor: Tensor) -> tuple[int, int]:
         return 90, 3
     properties = torch.cuda.get_device_properties(tensor.device)
     return properties.major * 10 + properties.minor, properties.multi_processor_count
-
-
-def on_device(tensor: Tensor):
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def operand(matrix: Tensor, rows: int, columns: int, tma: bool) -> Tensor | TensorDescriptor:
@@ -141,12 +136,12 @@ class Rows(NamedTuple):
         return out
 
 
-def compact(ids: Tensor, mask: Tensor | None, grad_logp: Tensor | None = None, grad_entropy: Tensor | None = None) -> Rows:
+def counted_rows(ids: Tensor, mask: Tensor | None, grad_logp: Tensor | None = None, grad_entropy: Tensor | None = None) -> Rows:
     rows = ids.shape[0]
     padded = max(triton.cdiv(rows, ROW_BLOCK), 1) * ROW_BLOCK
     count, index, position = (torch.empty(n, dtype=torch.int32, device=ids.device) for n in (1, padded, rows))
     _index_kernel[(1,)](
-        ids, _bytes(mask), grad_logp, grad_entropy, index, position, count, rows, HAS_MASK=mask is not None, HAS_LOGP=grad_logp is not None,
+        ids, compact(mask), grad_logp, grad_entropy, index, position, count, rows, HAS_MASK=mask is not None, HAS_LOGP=grad_logp is not None,
         HAS_ENTROPY=grad_entropy is not None, IGNORED=IGNORED, BLOCK=SCAN, num_warps=8,
     )  # fmt: skip
     return Rows(count, index, position, padded)
@@ -286,7 +281,7 @@ def _meet(top_a, r_a, w_a, top_b, r_b, w_b, k, limit):
 
 
 @triton.jit
-def _row_scale(source, valid, inverse_temperature, temperatures_ptr, HAS_TEMPERATURES: tl.constexpr, LOG2E: tl.constexpr):
+def _row_scale(source, valid, inverse_temperature, temperatures_ptr, HAS_TEMPERATURES: tl.constexpr):
     """1/T, log2(e)/T and the lowest x - maximum that is told apart, of the rows of a tile."""
     if HAS_TEMPERATURES:
         per_t = tl.div_rn(1.0, tl.load(temperatures_ptr + source, mask=valid, other=1.0).to(tl.float32))

@@ -22,9 +22,6 @@ then writes it.
 
 from __future__ import annotations
 
-import contextlib
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -46,6 +43,7 @@ from .logits_rows import (
     _sweep,
     aligned_elements,
 )
+from .ragged import compact, device
 
 BLOCK = 1024  # of the backward: 16 bytes of bf16 for each of 128 threads
 CHUNK = 4096  # four blocks a program: the scalar work of a row is spread over 32 logits a thread
@@ -137,21 +135,13 @@ def _logprob_entropy_bwd_kernel(
         tl.store(out_ptr + offs, g.to(gradient_ptr.dtype.element_ty, fp_downcast_rounding=ROUNDING), mask=offs < size)
 
 
-def _device(tensor: Tensor):
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def _bytes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous().view(torch.uint8)
-
-
 def forward(logits: Tensor, ids: Tensor, temperature: float, temperatures: Tensor | None, mask: Tensor | None, results: tuple[Tensor, ...]) -> None:
     logits, inner, stride_outer, stride_inner = row_layout(logits)
     if ids.numel() == 0:
         return
-    with _device(logits):
+    with device(logits):
         _logprob_entropy_fwd_kernel[(ids.numel(),)](
-            logits, ids.contiguous(), _bytes(mask), None if temperatures is None else temperatures.contiguous(), *results,
+            logits, ids.contiguous(), compact(mask), compact(temperatures), *results,
             logits.shape[-1], inner, stride_outer, stride_inner, 1.0 / temperature,
             ALIGNED=aligned_elements(logits, stride_outer, stride_inner), HAS_MASK=mask is not None,
             HAS_TEMPERATURES=temperatures is not None, IGNORED=IGNORED, num_warps=NUM_WARPS,
@@ -177,9 +167,9 @@ def backward(
         raise ValueError("gradient must have the strides of logits that can be read in place, where it takes their place")
     logits, inner, stride_outer, stride_inner = row_layout(logits)
     incoming = [None if g is None else g.contiguous() for g in (grad_logp, grad_entropy)]
-    with _device(logits):
+    with device(logits):
         _logprob_entropy_bwd_kernel[(ids.numel(), triton.cdiv(logits.shape[-1], CHUNK))](
-            *incoming, logits, ids.contiguous(), _bytes(mask), None if temperatures is None else temperatures.contiguous(),
+            *incoming, logits, ids.contiguous(), compact(mask), compact(temperatures),
             *(s.contiguous() for s in statistics), gradient,
             logits.shape[-1], inner, stride_outer, stride_inner, 1.0 / temperature,
             ALIGNED=aligned_elements(logits, stride_outer, stride_inner), HAS_LOGP=grad_logp is not None,

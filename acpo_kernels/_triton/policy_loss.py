@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from .. import _torch
+from .._results import METRICS
 from .ragged import (
     LAUNCH,
     REDUNDANT,
@@ -322,7 +323,7 @@ def policy_loss(
         )  # fmt: skip
     n, where = logp.shape[0], logp.device
     new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=where)  # noqa: E731
-    loss, metrics, grad_logp, grad_entropy = new(), new(len(_torch.METRICS)), new(n), new(0 if entropy is None else n)
+    loss, metrics, grad_logp, grad_entropy = new(), new(len(METRICS)), new(n), new(0 if entropy is None else n)
     level, groups = "segment" if ratio == "segment" else "sequence", ratio != "token"
     tile, sequences = TILES[level], sequence_offsets.shape[0] - 1
     units = token_offsets.shape[0] - 1 if level == "segment" else sequences

@@ -81,7 +81,7 @@ class ACPOConfig(GRPOConfig):
         for name in ("{prompt}", "{answer}"):
             if name not in self.acpo_hint:
                 raise ValueError(f"acpo_hint must hold {{prompt}} and {{answer}}, got {self.acpo_hint!r}")
-        sources = [] if method.attribution.source == "none" else method.attribution.source.split(",")
+        sources = method.attribution.sources
         if sources and method.credit.form != "none" and self.importance_sampling_level == "sequence" and self.loss_type not in OWN_LOGP_LOSSES:
             raise ValueError(
                 f"importance_sampling_level='sequence' with loss_type={self.loss_type!r}: one ratio a sequence gives its tokens one gradient, in "

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from .commands import verb
+from . import verb
 
 EXAMPLES = """acpo segment traces.jsonl --tokenizer FOLDER                       the steps of every trace, with the reason for each boundary
   acpo segment solution.txt --tokenizer tokenizer.json --json        one JSON object a trace
@@ -29,14 +29,13 @@ def add(verbs) -> None:
 
 
 def run(options) -> int:
-    from acpo_kernels import Segmenter
-
-    from . import config
-    from .config import ConfigError
-    from .inspect.data import InspectError
-    from .inspect.terminal import output
-    from .inspect.text import segmented, steps_of, tokenized
-    from .policy import byte_tokenizer, load_tokenizer
+    from .. import config
+    from ..config import ConfigError
+    from ..inspect.data import InspectError
+    from ..inspect.terminal import output
+    from ..inspect.text import segmented, steps_of, tokenized
+    from ..policy import byte_tokenizer, load_tokenizer
+    from ..segmentation import segmenter_of
 
     for name in ("most", "width"):
         if getattr(options, name) < 0:
@@ -49,13 +48,7 @@ def run(options) -> int:
     traces = _traces(options)
     tokenizer = byte_tokenizer() if options.tokenizer == "bytes" else load_tokenizer(options.tokenizer)
     try:
-        segmenter = Segmenter.from_tokenizer(
-            tokenizer,
-            min_tokens=chosen.min_tokens,
-            max_tokens=chosen.max_tokens,
-            max_segments=chosen.max_segments,
-            target_tokens=chosen.target_tokens,
-        )
+        segmenter = segmenter_of(tokenizer, chosen)
     except ValueError as error:
         raise InspectError(f"--tokenizer: {error}") from None
     texts = [t.response for t in traces]
@@ -72,8 +65,8 @@ def run(options) -> int:
 
 
 def _traces(options) -> list:
-    from .inspect.data import InspectError, clean
-    from .inspect.traces import Trace, read_traces
+    from ..inspect.data import InspectError, clean
+    from ..inspect.traces import Trace, read_traces
 
     if options.file.endswith(".jsonl"):
         return read_traces(options.file, options.most)
@@ -96,9 +89,9 @@ def _print(traces: list, steps: list, options) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from .inspect.data import RULES
-    from .inspect.shown import plural, visible
-    from .inspect.terminal import printing
+    from ..inspect.data import RULES
+    from ..inspect.shown import plural, visible
+    from ..inspect.terminal import printing
 
     with printing(options.width, options.no_color) as console:
         for trace, own in zip(traces, steps, strict=True):
