@@ -1,4 +1,4 @@
-"""What a comparison says: areas under held-out accuracy, paired differences with their intervals, and the table as JSON, PNG and HTML.
+"""What a comparison says: areas under held-out accuracy, and paired differences with their intervals.
 
 The primary figure of a run is the area under its held-out greedy accuracy against generated tokens, up to a budget and divided by it: the mean
 accuracy over the budget. The budget of a seed is what the arm `against` spent on that seed; a curve that ends before it keeps its last value.
@@ -8,20 +8,16 @@ two evaluations are the MEDIAN over the arm's seeds of its CPU seconds (one thre
 makes noise in single runs, and that is no property of a method. Where runs were made by several versions of the code, seconds are those of one.
 
 Over seeds: interquartile mean; the interval of a difference is the 2.5 % to 97.5 % percentile bootstrap of the interquartile mean of the PAIRED
-differences, resampling seeds (Agarwal et al. 2021, arXiv 2108.13264); in seconds each resample has the medians of its own runs. It speaks for the warm starts
-that the runs began with: where there are several, `by_start` holds the differences' means by warm start and what they say of another one.
+differences, resampling seeds (Agarwal et al. 2021, arXiv 2108.13264); in seconds each resample has the medians of its own runs. It speaks for the
+warm starts that the runs began with: where there are several, `by_start` holds the differences' means by warm start and what they say of another.
 """
 
 from __future__ import annotations
 
-import base64
-import html
 import itertools
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,8 +93,8 @@ def interquartile_mean(values: np.ndarray) -> np.ndarray:
 
 
 def interval(values: np.ndarray, resample: Callable[[np.ndarray], np.ndarray] | None = None, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the interquartile mean, resampling the entries. `resample` makes the entries [resamples, n] of drawn places
-    [resamples, n] where they are more than values[places]."""
+    """95 % percentile bootstrap interval of the interquartile mean, resampling the entries. `resample` makes the entries [resamples, n] of drawn
+    places [resamples, n] where they are more than values[places]."""
     drawn = np.random.default_rng(seed).integers(len(values), size=(BOOTSTRAP, len(values)))
     low, high = np.quantile(interquartile_mean(values[drawn] if resample is None else resample(drawn)), [0.025, 0.975])
     return float(low), float(high)
@@ -121,8 +117,8 @@ T_975 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.26
 
 
 def by_start(ours: dict[int, float], theirs: dict[int, float], starts: list[int]) -> dict[str, Any] | None:
-    """The paired difference's mean by warm start (the runs' seeds go round them by turns), the mean of those and half the width of its 95 % interval by
-    Student's t: what the runs say of a warm start that was not tried. None for fewer than two of them, and without an interval for more than ten."""
+    """The paired difference's mean by warm start (the runs' seeds go round them by turns), the mean of those and half the width of its 95 % interval
+    by Student's t: what the runs say of a warm start that was not tried. None for fewer than two, and without an interval for more than ten."""
     found: dict[int, list[float]] = {}
     for s in sorted(set(ours) & set(theirs)):
         found.setdefault(starts[s % len(starts)], []).append(ours[s] - theirs[s])
@@ -181,8 +177,8 @@ def clocks(runs: dict[str, dict[int, dict]], against: str) -> dict[str, Clock]:
 
 
 def seconds_difference(arms: dict[str, Clock], arm: str, other: str, against: str) -> dict[str, Any] | None:
-    """`difference` of two arms' areas in equal seconds. A resample draws seeds, and each arm's clock is that of its runs of these seeds (an arm that was
-    timed on fewer of them: of as many draws of those)."""
+    """`difference` of two arms' areas in equal seconds. A resample draws seeds, and each arm's clock is that of its runs of these seeds (an arm that
+    was timed on fewer of them: of as many draws of those)."""
     if arm not in arms or other not in arms:
         return None
     budget = arms[against].elapsed()[:, -1]
@@ -208,7 +204,8 @@ def seconds_difference(arms: dict[str, Clock], arm: str, other: str, against: st
 
 
 def summarise(runs: dict[str, dict[int, dict]], against: str, baselines: list[str], starts: list[int] | None = None) -> dict[str, Any]:
-    """The table: runs[arm][seed] are the records of finished runs; arms without any are left out. starts are the warm starts, where there are several.
+    """The table: runs[arm][seed] are the records of finished runs; arms without any are left out. starts are the warm starts, where there are
+    several.
 
     The best baseline is the one of highest mean area against `against` on the seeds that the candidates have in common, which favours it, among those
     that were run on more than half of the seeds of `against`.
@@ -251,7 +248,7 @@ def summarise(runs: dict[str, dict[int, dict]], against: str, baselines: list[st
                 for axis in areas
                 for name, other in others
             },
-            **({f"{name}_by_start": by_start(values["tokens"], areas["tokens"].get(other, {}), starts) for name, other in others} if starts else {}),
+            **{f"{n}_by_start": by_start(values["tokens"], areas["tokens"].get(b, {}), starts) for n, b in others if starts},
             "at_budget": _round(interquartile_mean(np.array(at_budget[arm]))),
             **_ends({s: found[s] for s in values["tokens"]}),
             "seconds": round(float(timed[arm].elapsed()[0, -1]), 2) if arm in timed else None,
@@ -304,113 +301,3 @@ def _stage1_end(record: dict, name: str) -> float | None:
     end = (record["stage2_from"] or 0.6 * record["points"][-1]["step"] + 1) - 1
     inside = [p[name] for p in record["points"] if name in p and p["step"] <= end]
     return inside[-1] if inside else None
-
-
-# --- to look at ---------------------------------------------------------------------------------------------------------------------
-
-COLUMNS = (
-    ("arm", "arm"), ("learning rate", "rate"), ("seeds", "n"), ("area, tokens", "area_tokens"), ("against {against}, tokens", "against_tokens"),
-    ("against {best_baseline}, tokens", "best_baseline_tokens"), ("against {against}, tokens of extra forwards counted", "against_all_tokens"),
-    ("area, seconds", "area_seconds"), ("against {against}, seconds", "against_seconds"),
-    ("accuracy at the budget", "at_budget"), ("at its end", "after"), ("pass@1", "pass@1 after"), ("pass@8", "pass@8 after"),
-    ("entropy, end of stage 1", "entropy_stage1_end"), ("of its decisions", "decisions_stage1_end"), ("reliability", "reliability"),
-    ("zero-variance groups", "zero_variance"), ("seconds", "seconds"),
-)  # fmt: skip
-
-
-def cell(value: Any) -> str:
-    if isinstance(value, dict):
-        between = "[too few seeds]" if value["low"] is None else f"[{value['low']:+.3f}, {value['high']:+.3f}]"
-        return f"{value['iqm']:+.3f} {between} {value['wins']}/{value['seeds']}"
-    if value is None:
-        return ""
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def rows(results: dict) -> tuple[list[str], list[list[str]]]:
-    """Head and body of the table, as text."""
-    head = [title.format(against=results["against"], best_baseline=f"the best baseline ({results['best_baseline']})") for title, _ in COLUMNS]
-    body = []
-    for arm, found in results["arms"].items():
-        found = {**found, "arm": arm, "n": len(found["seeds"]), "rate": f"{found['rate']:g}" if "rate" in found else ""}
-        body.append([cell(found.get(key)) for _, key in COLUMNS])
-    return head, body
-
-
-def draw(results: dict, runs: dict[str, dict[int, dict]], path: Path) -> None:
-    """Every seed as a dot: areas, paired differences with their intervals, and the mean curves against tokens and seconds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    arms = list(results["arms"])
-    height = max(3.2, 0.34 * len(arms) + 1.2)
-    figure, axes = pyplot.subplots(2, 2, figsize=(13, 2 * height), layout="constrained")
-    place = {arm: len(arms) - 1 - i for i, arm in enumerate(arms)}
-    for axis, kind in zip(axes[0], ("tokens", "seconds"), strict=True):
-        for arm in arms:
-            found = results["arms"][arm]
-            ours, theirs = found[f"area_{kind}_by_seed"], results["arms"].get(results["against"], {}).get(f"area_{kind}_by_seed", {})
-            differences = [v - theirs[s] for s, v in ours.items() if s in theirs]
-            axis.plot(differences, [place[arm]] * len(differences), "o", color=f"C{arms.index(arm) % 10}", alpha=0.45, markersize=4)
-            if isinstance(found.get(f"against_{kind}"), dict):
-                d = found[f"against_{kind}"]
-                if d["low"] is not None:
-                    axis.plot([d["low"], d["high"]], [place[arm]] * 2, color="black", linewidth=1.5)
-                axis.plot([d["iqm"]], [place[arm]], "|", color="black", markersize=14, markeredgewidth=2)
-        axis.axvline(0, color="black", linewidth=0.6)
-        axis.set_yticks(list(place.values()), list(place), fontsize=8)
-        axis.set_title(f"area in equal {kind}: difference to {results['against']}, paired by seed", fontsize=10)
-        axis.grid(alpha=0.3, axis="x")
-    timed = clocks(runs, results["against"])
-    for axis, kind in zip(axes[1], ("tokens", "seconds"), strict=True):
-        for arm in arms:
-            records = [r for r in runs.get(arm, {}).values() if not r.get("failure") and (kind == "tokens" or arm in timed)]
-            if not records:
-                continue
-            if kind == "seconds":
-                steps, taken = timed[arm].steps, timed[arm].elapsed()[0]
-            else:
-                steps = max(([p["step"] for p in r["points"]] for r in records), key=len)
-            tokens, accuracy = (
-                np.array([np.interp(steps, [p["step"] for p in r["points"]], [p[name] for p in r["points"]]) for r in records])
-                for name in ("tokens", "accuracy")
-            )
-            x, y = taken if kind == "seconds" else tokens.mean(0), interquartile_mean(accuracy.T)
-            label = f"{arm} ({len(records)} seed{'s' * (len(records) > 1)})"
-            axis.plot(x, y, color=f"C{arms.index(arm) % 10}", linestyle="-" if arms.index(arm) < 10 else "--", label=label, linewidth=1.3)
-        axis.set_xlabel("generated tokens" if kind == "tokens" else "seconds of training (CPU seconds on a CPU), median over seeds", fontsize=9)
-        axis.set_title("held-out greedy accuracy, interquartile mean over seeds", fontsize=10)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
-
-
-def write(results: dict, runs: dict[str, dict[int, dict]], directory: Path) -> None:
-    """results.json, results.png and results.html in the comparison's directory."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    draw(results, runs, directory / "results.png")
-    picture = base64.b64encode((directory / "results.png").read_bytes()).decode()
-    head, body = rows(results)
-    table = "".join(f"<th>{html.escape(h)}</th>" for h in head)
-    lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in body)
-    failures = "".join(f"<li>{html.escape(arm)}, {html.escape(f)}</li>" for arm, found in results["arms"].items() for f in found["failures"])
-    (directory / "results.html").write_text(
-        "<!doctype html><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
-        f"<title>{html.escape(results['name'])}</title>"
-        "<style>:root{color-scheme:light dark}body{font:15px/1.5 system-ui;margin:2rem auto;max-width:90rem;padding:0 1rem}div{overflow-x:auto}"
-        "table{border-collapse:collapse;font-size:13px}td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #8884;white-space:nowrap}"
-        "td:first-child{text-align:left}img{max-width:100%}</style>"
-        f"<h1>{html.escape(results['name'])}</h1><p>Interquartile means over seeds; in brackets the 95 % bootstrap interval of the "
-        f"paired difference, then the seeds won. Best baseline: {html.escape(results['best_baseline'])}. "
-        f"Warm start of all: {html.escape(', '.join(f'{k} {v:.3f}' for k, v in results['warm_start'].items() if isinstance(v, float)))}. "
-        f"Learning rates chosen on other seeds, outside of these figures: {results['tuning']['runs']} runs, {results['tuning']['seconds']:.0f} s. "
-        f"Code: {html.escape(', '.join(results['code']))}.</p>"
-        f"<div><table><tr>{table}</tr>{lines}</table></div>{'<h2>Runs that broke down</h2><ul>' + failures + '</ul>' if failures else ''}"
-        f"<img alt='every seed, and the mean curves' src='data:image/png;base64,{picture}'>"
-        f"<details><summary>settings</summary><pre>{html.escape(json.dumps(results['settings'], indent=1))}</pre></details>",
-        encoding="utf-8",
-    )

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from acpo import evidence
+from acpo import evidence, exhibit
 
 RESULTS = Path(__file__).parent / "results" / "method"
 LEAST = {"t2": 0.05, "multiplication": 0.02, "no_attribution": -0.02}  # area over the best baseline, in equal tokens
@@ -30,7 +30,7 @@ LEFT_OUT = ("area, seconds", "reliability", "zero-variance groups", "at its end"
 
 
 def markdown(results: dict) -> str:
-    head, body = evidence.rows(results)
+    head, body = exhibit.rows(results)
     keep = [i for i, title in enumerate(head) if title not in LEFT_OUT and any(row[i] for row in body)]
     head, body = [head[i] for i in keep], [[row[i].replace(" [too few seeds]", "") for i in keep] for row in body]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
@@ -75,7 +75,8 @@ def bars(results: dict, default: str = "acpo") -> list[str]:
     for key, other in (("against", results["against"]), ("best_baseline", best)):
         if found := ours.get(f"{key}_by_start"):
             means = ", ".join(f"{mean:+.3f}" for mean in found["means"].values())
-            lines.append(f"beside it: over {other} by warm start: {means}; of another one {found['mean']:+.3f} +- {found['half_width']:.3f} (t, 95 %)")
+            another = f"{found['mean']:+.3f} +- {found['half_width']:.3f} (t, 95 %)"
+            lines.append(f"beside it: over {other} by warm start: {means}; of another one {another}")
     for name, words in (("entropy_stage1_end", "entropy"), ("decisions_stage1_end", "entropy without filler")):
         if ours[name] and theirs[name]:
             ratio = ours[name] / theirs[name]
@@ -112,7 +113,9 @@ def entropy_behind_the_switch(results: dict, arm: str) -> float | None:
         return None
     steps = max(([p["step"] for p in c] for c in curves[arm].values()), key=len)
     at = next((b for a, b in itertools.pairwise(steps) if a >= switch - 1), None)
-    ours, theirs = ([p["entropy"] for c in curves[name].values() for p in c if p["step"] == at and "entropy" in p] for name in (arm, results["against"]))
+    ours, theirs = (
+        [p["entropy"] for c in curves[name].values() for p in c if p["step"] == at and "entropy" in p] for name in (arm, results["against"])
+    )
     return float(np.mean(ours) / np.mean(theirs)) if ours and theirs else None
 
 
@@ -131,7 +134,7 @@ def summary(found: list[dict]) -> str:
         areas = [f"{arms[arm]['area_tokens']:.3f}" if arm in arms else "" for arm, _ in SUMMARY]
         over = [ours.get("against_tokens"), ours.get("best_baseline_tokens"), ours.get("best_baseline_seconds")]
         over += [inside.get("against_tokens"), everywhere.get("against_tokens")]
-        told = [evidence.cell(x) for x in over]
+        told = [exhibit.cell(x) for x in over]
         told[1] = f"{best}: {told[1]}" if told[1] else ""
         body.append([results["name"], *areas, *told])
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
@@ -196,7 +199,7 @@ def main() -> None:
     if options.figure:
         if len(found) != 1:
             parser.error(f"--figure draws one file, got {len(found)}")
-        evidence.draw(found[0], runs_of(found[0]), options.figure)
+        exhibit.draw(found[0], runs_of(found[0]), options.figure)
         return
     if options.summary:
         print(summary(found))

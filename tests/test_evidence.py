@@ -14,6 +14,7 @@ def test_area_by_hand():
     assert evidence.area([0, 10, 20], [0.0, 1.0, 1.0], 20) == pytest.approx(0.75)
     assert evidence.area([0, 10, 20], [0.0, 1.0, 1.0], 5) == pytest.approx(0.25), "cut between two points"
     assert evidence.area([0, 10], [0.0, 1.0], 20) == pytest.approx(0.75), "the last value holds"
+    assert evidence.area([10, 20], [0.5, 1.0], 20) == pytest.approx(0.625), "and the first before it"
 
 
 @given(st.lists(st.floats(0, 1), min_size=4, max_size=24), st.randoms())
@@ -78,6 +79,9 @@ def test_the_best_baseline_is_the_better_one_on_the_same_seeds():
     }
     assert evidence.summarise(runs, "grpo", ["grpo", "easy", "few"])["best_baseline"] == "grpo"
     assert evidence.summarise(runs, "grpo", ["grpo", "easy", "few", "better"])["best_baseline"] == "better"
+    hard = {**runs, "whole": {s: record([0.1, 0.13 + 0.05 * s - 0.5 * (s < 3), 0.13 + 0.05 * s - 0.5 * (s < 3)]) for s in range(8)}}
+    hard["easy"] = {s: record([0.1, 0.11 + 0.05 * s, 0.11 + 0.05 * s]) for s in range(3, 8)}
+    assert evidence.summarise(hard, "grpo", ["easy", "whole"])["best_baseline"] == "whole", "better on the seeds that both have"
 
 
 def test_seconds_are_the_medians_over_seeds():
@@ -86,6 +90,58 @@ def test_seconds_are_the_medians_over_seeds():
     runs["other"][3] = record([0.0, 0.5, 1.0], seconds=9.0)
     out = evidence.summarise(runs, "grpo", ["grpo"])
     assert out["arms"]["other"]["against_seconds"]["iqm"] == 0.0 and out["arms"]["other"]["seconds"] == 2.0
+
+
+@pytest.mark.parametrize("budget", [3.0, 7.5, 12.0, 40.0])
+def test_areas_in_seconds_are_those_of_the_curve_by_hand(budget):
+    rng = np.random.default_rng(0)
+    found = {s: record(rng.random(6).tolist(), seconds=rng.uniform(1, 4)) for s in range(5)}
+    clock = evidence.Clock(found, found)
+    taken = clock.elapsed()
+    assert taken[0, -1] == pytest.approx(5 * np.median([found[s]["points"][1]["seconds"] for s in found]))
+    wanted = [evidence.area(taken[0].tolist(), [p["accuracy"] for p in found[s]["points"]], budget) for s in found]
+    assert clock.areas(taken, np.array([budget]))[0] == pytest.approx(wanted)
+
+
+def test_an_interval_in_seconds_holds_the_noise_of_the_clocks():
+    """Two arms that learn the same, each run of one of them 1 or 3 seconds a step: by medians one is ahead by chance, and the interval says so."""
+    rng = np.random.default_rng(3)
+    curve = [0.0, 0.5, 1.0]
+    runs = {"grpo": {s: record(curve, seconds=2.0) for s in range(16)}, "other": {s: record(curve, seconds=rng.choice([1.0, 3.0])) for s in range(16)}}
+    found = evidence.summarise(runs, "grpo", ["grpo"])["arms"]["other"]["against_seconds"]
+    assert abs(found["iqm"]) > 0.1 and found["low"] < 0 < found["high"] and found["high"] - found["low"] > 0.2
+    steady = {**runs, "other": {s: record(curve, seconds=2.0) for s in range(16)}}
+    assert evidence.summarise(steady, "grpo", ["grpo"])["arms"]["other"]["against_seconds"]["high"] == 0.0, "without noise as before"
+
+
+def test_warm_starts_are_what_another_warm_start_is_told_by():
+    """Four of them by turns: differences that hold within each and differ between them say little of a fifth."""
+    gain = {0: 0.3, 1: 0.1, 2: -0.1, 3: 0.3}
+    base = {s: record([0.2, 0.2, 0.2]) for s in range(16)}
+    runs = {"grpo": base, "other": {s: record([0.2 + gain[s % 4]] * 3) for s in range(16)}}
+    out = evidence.summarise(runs, "grpo", ["grpo"], [10, 11, 12, 13])["arms"]["other"]
+    found = out["against_by_start"]
+    assert found["means"] == {10: 0.3, 11: 0.1, 12: -0.1, 13: 0.3} and found["mean"] == pytest.approx(0.15)
+    assert found["half_width"] == pytest.approx(3.182 * np.std([0.3, 0.1, -0.1, 0.3], ddof=1) / 2, abs=1e-4)
+    assert out["against_tokens"]["low"] > 0 > found["mean"] - found["half_width"], "sure of these four, not of a fifth"
+    assert "against_by_start" not in evidence.summarise(runs, "grpo", ["grpo"])["arms"]["other"]
+
+
+def test_runs_that_all_broke_down_have_the_seconds_of_their_steps():
+    def broken(at: int) -> dict:
+        steps = [*range(0, at, 5), at, 40]
+        return {"points": [{"step": s, "tokens": 10.0 * s, "seconds": float(s), "accuracy": 0.0} for s in steps], "failure": "nan", "passes": []}
+
+    runs = {s: {**broken(at), "stage2_from": None} for s, at in enumerate((4, 14, 34))}
+    clock = evidence.Clock(runs, runs)
+    assert clock.elapsed()[0] == pytest.approx(clock.steps) and clock.steps[-1] == 40
+
+
+def test_what_a_run_never_had_is_no_number():
+    """A run that broke down before its first evaluation has no reliability: the others' mean is no NaN, and none of theirs is trimmed for it."""
+    whole = [{**record([0.1, 0.2, 0.3]), "points": [{**p, "reliability": 0.4} for p in record([0.1, 0.2, 0.3])["points"]]} for _ in range(3)]
+    runs = {"grpo": {s: r for s, r in enumerate([*whole, record([0.0, 0.0, 0.0], failure="nan")])}}
+    assert evidence.summarise(runs, "grpo", ["grpo"])["arms"]["grpo"]["reliability"] == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize("broken_at", [5, 35, 85, 95])

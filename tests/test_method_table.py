@@ -92,6 +92,8 @@ def test_entropy_behind_the_switch_is_that_of_the_first_interval_in_stage_2():
     found["curves"] = {"acpo": {0: points}, "grpo": {0: others, 1: others}}
     assert method.entropy_behind_the_switch(found, "acpo") == pytest.approx(0.75)
     assert "beside it: entropy at the start of stage 2, at the configured temperature: 0.75 times" in method.bars(found)
+    found["curves"]["acpo"][1] = [{"step": 0}, {"step": 13, "accuracy": 0.0}, {"step": 30, "accuracy": 0.0}, {"step": 40, "accuracy": 0.0}]
+    assert method.entropy_behind_the_switch(found, "acpo") == pytest.approx(0.75), "what broke down before has none"
     found["arms"]["acpo"]["stage2_from"] = 41
     assert method.entropy_behind_the_switch(found, "acpo") is None, "no evaluation behind it"
 
@@ -123,6 +125,20 @@ def test_the_tables_come_out_of_the_curves_again(path):
         assert {seed: round(area, 5) for seed, area in areas[arm].items()} == of["area_tokens_by_seed"], arm
         if arm != found["against"]:
             assert evidence.difference(areas[arm], areas[found["against"]]) == of["against_tokens"], arm
+            if found.get("warm_starts"):
+                by = {k: {int(s): a for s, a in areas[k].items()} for k in (arm, found["against"])}
+                wanted = evidence.by_start(by[arm], by[found["against"]], found["warm_starts"])
+                assert json.loads(json.dumps(wanted)) == of["against_by_start"], arm
+    clocks = evidence.clocks(runs, found["against"])
+    assert evidence.seconds_difference(clocks, "acpo", found["against"], found["against"]) == found["arms"]["acpo"]["against_seconds"]
+
+
+@pytest.mark.parametrize(("text", "message"), [("[]", "must be a results.json"), ('{"name": "x"}', "must be a results.json"), ("{", "cannot be read")])
+def test_a_file_that_is_no_table_is_named(tmp_path, text, message):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        method.load(path)
 
 
 def test_a_figure_is_of_one_file(tmp_path, monkeypatch, capsys):

@@ -26,7 +26,7 @@ def add(verbs) -> None:
 
 
 def run(options) -> int:
-    from .. import evidence
+    from .. import exhibit
     from ..compare import Comparer
     from ..config import ConfigError
 
@@ -41,12 +41,12 @@ def run(options) -> int:
             comparer.run(options.jobs, options.launch, [a for a in options.arms.split(",") if a] or None, options.most)
     results, runs = comparer.results()
     if results["arms"]:
-        evidence.write(results, runs, comparer.directory)
+        exhibit.write(results, runs, comparer.directory)
     if options.json:
         print_json(results)
     elif not results["arms"]:
         print(f"no finished run of {comparer.chosen.against} and an arm beside it in {comparer.directory} yet")
     else:
-        print_table(*evidence.rows(results))
+        print_table(*exhibit.rows(results))
         print("\n".join(str(comparer.directory / f"results.{kind}") for kind in ("json", "png", "html")))
     return 0
