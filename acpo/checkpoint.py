@@ -80,6 +80,10 @@ def put(path: Path, write: Callable[[Path], object]) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
+def put_text(path: Path, text: str) -> None:
+    put(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -23,7 +23,7 @@ from typing import Any
 
 from . import config as configuration
 from . import state
-from .checkpoint import put
+from .checkpoint import put_text
 from .comparison import load
 from .config import Config, ConfigError
 from .evidence import mean_area, run_record, summarise
@@ -227,7 +227,7 @@ class Comparer:
             state.export(trainer)
         curve = run_record(run.records(), settings.trainer.steps, trainer.policy.device.type == "cpu")
         record = {"key": job.key, "config": configuration.to_dict(settings), "code": code_hash(), "failure": failure, **curve}
-        put(run.directory / "finished.json", lambda path: path.write_text(json.dumps(record), encoding="utf-8"))
+        put_text(run.directory / "finished.json", json.dumps(record))
         shutil.rmtree(run.checkpoints, ignore_errors=True)  # a finished run needs none: some megabytes a run, hundreds of runs
 
 

@@ -33,7 +33,7 @@ class ProblemsConfig:
     question: str = "problem"  # the field with the question; several names separated by |: the first that a row has
     answer: str = "answer"  # the field with the answer
     answer_after: str = ""  # the answer is what stands behind the last of these in its field, where it holds one, e.g. ####
-    cell: str = ""  # its field with the difficulty: problems of one cell share a curriculum posterior; empty: each has its own
+    cell: str = ""  # the field with the difficulty: problems of one cell share a curriculum posterior; empty: there are no cells
     template: str = "{problem}"  # the prompt around the question
     chat: bool = False  # put the prompt through the tokenizer's chat template as a user message
     system: str = ""  # with chat: the system message in front of it
@@ -65,7 +65,7 @@ class PolicyConfig:
     packing: Literal["auto", "packed", "padded"] = "auto"  # of rollouts in a forward pass; auto: packed with flash_attention_2, else padded
     gradient_checkpointing: bool = False  # compute activations again in the backward: less memory, about a third more time
     lora_rank: int = 0  # above 0: train adapters of this rank (peft) and leave the weights of policy.path as they are
-    lora_alpha: float = 0.0  # adapters count lora_alpha / lora_rank; 0: twice the rank
+    lora_alpha: float = 0.0  # adapters are scaled by lora_alpha / lora_rank; 0: twice the rank
     lora_targets: str = "all-linear"  # every linear layer of the body, or names like q_proj,v_proj
 
 
@@ -85,7 +85,7 @@ class RolloutConfig:
     group_size: int = 8  # rollouts a prompt
     max_new_tokens: int = 256  # a rollout is cut there
     temperature: float = 1.0
-    exploration: float = 1.3  # stage 1 of two samples, and trains, at up to so many times the temperature, as success and entropy allow; 1: never
+    exploration: float = 1.3  # in stage 1 of two the temperature is raised up to this many times, as success and entropy allow; 1: never
     batch_tokens: int = 262144  # engine `local`: most prompt and response tokens in the key-value cache at a time
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -240,7 +240,7 @@ class EvalConfig:
 
 @dataclass
 class Config:
-    name: str = "run"  # of the run; a file without one gives its own
+    name: str = "run"  # of the run; default: the configuration file's name
     method: Literal["acpo", "grpo", "rloo", "dr_grpo", "dapo", "gspo"] = "acpo"  # shorthand for the settings of METHODS
     seed: int = 0
     run_dir: str = ""  # empty: runs/{name}-{method}-{seed}

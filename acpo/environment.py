@@ -60,7 +60,7 @@ def machine() -> dict[str, str]:
     """Processor, threads, GPUs, memory."""
     threads = torch.get_num_threads()
     cores = f"{threads} thread{'s' * (threads > 1)} of torch on {os.cpu_count()} processors"
-    out = {"processor": f"{_processor()}, {cores}", "platform": platform.platform()}
+    out = {"processor": f"{processor()}, {cores}", "platform": platform.platform()}
     total = memory_total("cpu")
     if total:
         out["memory"] = f"{total / 2**30:.1f} GB, {(memory_free('cpu') or 0) / 2**30:.1f} GB free"
@@ -72,7 +72,7 @@ def machine() -> dict[str, str]:
     return out
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))

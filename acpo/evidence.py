@@ -266,8 +266,8 @@ def _timed(runs: dict[str, dict[int, dict]], reference: dict[int, dict]) -> dict
 
 def _ends(found: dict[int, dict]) -> dict[str, Any]:
     """Of the runs' own ends: accuracy, pass@k, entropy (where filler is known, that of the other tokens as well: the decisions), reliability and
-    groups without variance, interquartile means over the seeds. What a run that broke down before has none of (entropy, reliability) is of the others;
-    its accuracy and pass@k are 0."""
+    groups without variance, interquartile means over the seeds. Of what a run that broke down before never had (entropy, reliability)
+    it is the others' mean; its accuracy and pass@k are 0."""
     records = list(found.values())
 
     def over(values: list[float | None]) -> float | None:

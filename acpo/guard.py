@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import put
+from .checkpoint import put_text
 
 LIMIT = 3  # one is bad luck with a batch, three in a row are not
 STANDS = "the last checkpoint stands; a lower optimizer.learning_rate is the usual way out"
@@ -68,7 +68,7 @@ class Guard:
             "batch": {name: _look(v) for name, v in batch.items() if v.is_floating_point()},
         }
         if self.writes:
-            put(self.path, lambda path: path.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8"))
+            put_text(self.path, json.dumps(found, indent=2, allow_nan=False) + "\n")
 
     def state(self) -> dict[str, Any]:
         return {"left_out": self.left_out, "in_a_row": self.in_a_row}

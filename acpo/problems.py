@@ -1,4 +1,4 @@
-"""Problems and where they come from. A source yields `Problem`s; what a rollout is worth is verify.py's business."""
+"""Problems and where they come from. A source yields `Problem`s; what a rollout is worth is verify/'s business."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import TextIO
 import yaml
 
 from . import trackers
-from .checkpoint import put
+from .checkpoint import put, put_text
 from .config import Config, to_dict
 from .display import Display
 
@@ -67,7 +67,7 @@ class Run:
         """Makes the directory this run's own. Nothing is written before: a run that is refused leaves no trace in another's directory."""
         self.directory.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(to_dict(self.config), sort_keys=False)
-        put(self.directory / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+        put_text(self.directory / "config.yaml", text)
 
     def records(self) -> list[dict]:
         """The lines of metrics.jsonl that are records: a last line that a kill cut off is left out, and a damaged one."""
@@ -85,7 +85,7 @@ class Run:
         if damaged:
             self.say(f"{self.metrics}: line {', '.join(map(str, damaged))} cannot be read and is left out")
         kept = [r for r in self.records() if (r["step"] <= warmup_step if r["phase"] == "warmup" else r["step"] <= step)]
-        put(self.metrics, lambda path: path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8"))
+        put_text(self.metrics, "".join(json.dumps(r) + "\n" for r in kept))
         for path in (self.directory / "rollouts").glob("step-*.parquet"):
             number = re.fullmatch(r"step-([0-9]+)", path.stem)  # and not somebody's copy of one
             if number and int(number[1]) > step:

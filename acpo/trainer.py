@@ -23,7 +23,7 @@ from torch import Tensor
 
 from acpo_kernels.segmenter import Reading
 
-from . import checkpoint, credit, effective, state, trackers, verify
+from . import checkpoint, credit, first_step, state, trackers, verify
 from .attribution import Attribution, answer_copies
 from .attributors import Attributors
 from .batch import Batch, on_host
@@ -123,8 +123,8 @@ class Trainer:
             evaluation = self._evaluate(self.step_number) if due else {}
             self.run.log({"phase": f"stage{stage}", "step": self.step_number, **metrics, **evaluation})
             if self.step_number == 1:
-                self.run.say(effective.line(metrics, self.config))
-                for text in effective.warnings(metrics, self.config):
+                self.run.say(first_step.line(metrics, self.config))
+                for text in first_step.warnings(metrics, self.config):
                     self.run.warn(text)
             if self.stages.stage != stage:
                 self.run.say(f"stage 2 from step {self.step_number + 1}: {self.stages.reason}")

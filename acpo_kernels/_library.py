@@ -34,24 +34,23 @@ def define(
     forward-mode derivative, and a tangent that reaches it raises. One that writes into an argument (`Tensor(a!)`) is called below
     autograd, from a backward, and has none.
     """
-    name, plain_cpu = schema.split("(", 1)[0], cpu
+    name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, _without_autocast(cpu, "cpu"), "CPU")
     _LIBRARY.impl(name, _without_autocast(cuda, "cuda"), "CUDA")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    operation = getattr(getattr(torch.ops, NAMESPACE), name).default
     if "!)" in schema:
-        return getattr(getattr(torch.ops, NAMESPACE), name).default
-    operation = dispatched = getattr(getattr(torch.ops, NAMESPACE), name).default
-    if backward is not None:
-        dispatched = _without_tangents(operation)
-    else:
+        return operation
+    dispatched = operation if backward is None else _without_tangents(operation)
+    if backward is None:
 
         def backward(ctx, *grads):
             raise RuntimeError(f"{qualified} has no derivative: second derivatives and gradients through detached results are not supported")
 
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
-    return _lean(operation, plain_cpu, dispatched)
+    return _lean(operation, cpu, dispatched)
 
 
 def once_differentiable(backward: Callable, through: Callable) -> Callable:

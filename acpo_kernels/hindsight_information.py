@@ -30,7 +30,8 @@ def hindsight_information(
     pi itself samples. Averaged over answers, information is I(Y_t; A | state) where pi is the mixture of the hinted policies.
 
     Shapes
-        logits and hindsight_logits [...,V]; ids, mask [...]; temperature a number or the shape of ids; six results of the shape of ids.
+        logits and hindsight_logits [...,V]; ids, mask [...]; temperature a number or the shape of ids; six results of the shape of ids; N = 0
+        gives six empty ones.
     Dtypes
         Both logits of one dtype: float32, bfloat16, float16 (results float32) or float64 (results float64). No gradient flows.
     Units
@@ -38,7 +39,8 @@ def hindsight_information(
         only the first has mass. mask=False or ids == -100: all outputs 0. A row with NaN, +inf or only -inf gives NaN there alone;
         a target that is -inf in both streams has log_ratio NaN.
     Errors
-        ValueError for shapes, dtypes or devices that do not fit, ids outside [0, V) (CPU), a temperature outside [1e-16, 1e36].
+        TypeError for what is no tensor or number; ValueError for shapes, dtypes or devices that do not fit, ids outside [0, V) (CPU), a
+        temperature outside [1e-16, 1e36].
     Source
         Section 3 of docs/method.md; the centring E[log_ratio] = -kl is the definition of KL.
     """

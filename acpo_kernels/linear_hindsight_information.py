@@ -35,8 +35,8 @@ def linear_hindsight_information(
     Units
         As `hindsight_information`.
     Errors
-        ValueError for shapes, dtypes or devices that do not fit, ids outside [0, V) (CPU), a temperature outside [1e-16, 1e36], a softcap
-        outside [1e-36, 1e30].
+        TypeError for what is no tensor or number; ValueError for shapes, dtypes or devices that do not fit, ids outside [0, V) (CPU), a
+        temperature outside [1e-16, 1e36], a softcap outside [1e-36, 1e30].
     Source
         As `hindsight_information`.
     """

@@ -36,15 +36,15 @@ def linear_logprob_entropy(
     Units
         Nats. mask=False or ids == -100: both outputs 0, gradient 0. N = 0 gives empty results. A row that holds NaN gives NaN there alone.
     Errors
-        ValueError for shapes, dtypes or devices that do not fit, ids outside [0, V) (CPU), a temperature outside [1e-36, 1e36], a softcap
-        outside [1e-36, 1e30]; ValueError for impl with a group.
+        TypeError for what is no tensor or number; ValueError for shapes, dtypes or devices that do not fit, ids outside [0, V) (CPU), a
+        temperature outside [1e-36, 1e36], a softcap outside [1e-36, 1e30], and for impl with a group.
     Group
         group (a torch.distributed process group): weight [V_r,H] and bias [V_r] are this rank's slice of the vocabulary, the slices in the order
         of the ranks; hidden, ids (of the whole vocabulary) and the gradients that come in are the same on every rank, and so are logp, entropy
         and the gradient of hidden, the sum over the group. Every rank must make the call, and its backward. A row whose logits are -inf over a
         whole slice is NaN. Not traced by torch.compile.
     Source
-        `logprob_entropy`, after the head. Peers: TRL's ChunkedLogProbFunction, Liger, verl, cut-cross-entropy (see docs/log.md).
+        `logprob_entropy`, after the head. Peers: TRL's ChunkedLogProbFunction, Liger, verl, cut-cross-entropy (docs/benchmarks.md).
     """
     check.implementation(impl)
     if group is not None and impl is not None:

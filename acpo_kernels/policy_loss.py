@@ -50,8 +50,9 @@ def policy_loss(
         Metrics over unmasked tokens: `tokens`; `clip_ratio/low_mean`, `clip_ratio/high_mean` (shares clipped); `ratio/mean|min|max`;
         `ratio/ess` (effective sample size as a share); `kl/old`, `kl/ref` (k3 estimates); `entropy`.
     Errors
-        ValueError for shapes or devices that do not match segments, an unknown ratio, clip outside [0, 1] or negative, kl_weight < 0,
-        kl_weight > 0 without ref_logp, entropy_weight without entropy, rollout_cap <= 0, denominator <= 0.
+        TypeError for what is no tensor, number or Segments; ValueError for shapes or devices that do not match segments, an unknown
+        ratio, clip[0] outside [0, 1], clip[1] negative, kl_weight < 0, kl_weight > 0 without ref_logp, entropy_weight
+        without entropy, rollout_cap <= 0, denominator <= 0.
     Source
         DAPO (arXiv 2503.14476) eq. 8-12, GSPO (arXiv 2507.18071) eq. 13-14, k3 with importance correction (DeepSeek-V3.2 eq. 7).
     """

@@ -47,7 +47,7 @@ def segment_credit(
 
     Shapes
         scores [S], advantages [B], mask [N], reliability a number, 0-d or [B], scale a number or 0-d;
-        results token_advantages [N], weights [S].
+        results token_advantages [N], weights [S]. B = 0 gives empty ones.
     Dtypes
         float32, bfloat16, float16 (results float32) or float64 (results float64); mask bool. No gradient flows.
     Units
@@ -55,7 +55,8 @@ def segment_credit(
         mean |phi| + 1e-6 for weights, sqrt(mean phi^2) + 1e-6 for additive, whose scores come centred. A score that is not finite
         counts as 0. Masked tokens get advantage 0 and count in no length. terminal="include" treats the last segment as any other.
     Errors
-        ValueError for shapes and devices that do not match segments, an unknown form or terminal, bound outside [0, 1),
+        TypeError for what is no tensor, number or Segments; ValueError for shapes and devices that do not match segments, an unknown
+        form or terminal, bound outside [0, 1),
         gain < 0, reliability outside [0, 1] (a number; a tensor is the caller's promise), scale <= 0.
     Source
         Section 4 of docs/method.md: our reading of ACPO's factorized reward (arXiv 2510.08899).

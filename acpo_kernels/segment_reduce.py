@@ -26,7 +26,8 @@ def segment_reduce(
     Units
         Those of values. A segment without unmasked tokens gives 0 (sum, mean) or -inf (max, gradient 0). Masked tokens get gradient 0.
     Errors
-        ValueError for values whose last dimension is not N = segments.num_tokens, an unknown reduce or level, a mask of another shape.
+        TypeError for values or a mask that are no tensors, segments that are no Segments; ValueError for values whose last
+        dimension is not N = segments.num_tokens, an unknown reduce or level, a mask of another shape.
     Source
         `torch.segment_reduce`, with offsets on two levels and a mask.
     """

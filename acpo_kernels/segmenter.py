@@ -101,6 +101,7 @@ class Segmenter:
         entropy in nats (any unit that the threshold shares); entropy[t] is the policy's when it PREDICTS ids[t]. answer_start counts
         tokens from the sequence's first; -1: unknown, detect it.
     Errors
+        TypeError for tokens that are no bytes or boundary_scores that are no mapping; ImportError without the compiled extension;
         ValueError for a tokenizer without byte access, bad limits, ids outside [0, vocab_size), offsets that do not start at 0,
         decrease or do not end at N, entropy that is not finite, scores outside [0, 64], answer_start outside its sequence.
     Source

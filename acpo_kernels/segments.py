@@ -166,7 +166,7 @@ def pack(values: Tensor, mask: Tensor) -> Tensor:
         Row t of the operations holds the logits or the hidden state that PREDICT ids[t]. With hidden states of a whole
         sequence [B,T,H] that shift is part of the call: `pack(hidden[:, :-1], mask[:, 1:])` beside `pack(ids[:, 1:], mask[:, 1:])`.
     Errors
-        ValueError when mask is not bool [B,T] on the device of values.
+        TypeError for what is no tensor; ValueError when mask is not bool [B,T] on the device of values.
     Source
         `unpad_input` of flash-attention.
     """
@@ -183,7 +183,8 @@ def unpack(values: Tensor, mask: Tensor, fill: float = 0) -> Tensor:
     Shapes, Dtypes, Units, Source
         As in `pack`. Differentiable in values.
     Errors
-        ValueError when mask is not bool [B,T] or does not hold N times True.
+        TypeError for what is no tensor; ValueError when mask is not bool [B,T] or, on the CPU outside of torch.compile, does not hold N
+        times True (elsewhere that is the caller's promise).
     """
     check.tensor("mask", mask, check.BOOL, ndim=2)
     check.tensor("values", values, None, device=mask.device)

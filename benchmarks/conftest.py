@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from acpo.environment import processor
+
 from . import clocks, common, peers
 from .report import table
 
@@ -170,7 +172,7 @@ def environment() -> dict:
         }  # fmt: skip
     return {
         "commit": commit(), "python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__,
-        "cuda": torch.version.cuda, "gpu": gpu, "cpu": cpu_name(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda, "gpu": gpu, "cpu": processor(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
         "extension": _cpu.available, "cpu_isa": _cpu._C.cpu_isa() if _cpu.available else "none", "peers": peers.versions(),
         "loadavg": os.getloadavg()[0],
     }  # fmt: skip
@@ -196,13 +198,3 @@ def commit() -> str:
         return head + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("ACPO_COMMIT", "unknown")
-
-
-def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

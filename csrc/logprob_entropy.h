@@ -43,8 +43,8 @@ int64_t logprob_entropy_forward(const LogitRows& rows, const RowStatistics& out,
 void logprob_entropy_backward(const LogitRows& rows, const RowStatistics& saved, const void* grad_logp,
                               const void* grad_entropy, void* gradient, int threads);
 
-// One row, compiled once for each instruction set. Indexed by Dtype (float64 has one scalar form, elsewhere). Other operations use
-// them too: what is scanned may be a row, or one piece of it after the other (a tile of logits that a matrix product has just made).
+// One row, compiled once for each instruction set. Indexed by Dtype (float64 has one scalar form, elsewhere). RowSums, RowResult,
+// finish_row and row_f64 serve hindsight_information.cpp too.
 struct RowSums {
   float top;              // the maximum so far, m
   double rest, weighted;  // sum of exp((x - m) / T) without one maximum; of exp((x - m) / T) (m - x)

@@ -107,7 +107,10 @@ def test_an_interval_in_seconds_holds_the_noise_of_the_clocks():
     """Two arms that learn the same, each run of one of them 1 or 3 seconds a step: by medians one is ahead by chance, and the interval says so."""
     rng = np.random.default_rng(3)
     curve = [0.0, 0.5, 1.0]
-    runs = {"grpo": {s: record(curve, seconds=2.0) for s in range(16)}, "other": {s: record(curve, seconds=rng.choice([1.0, 3.0])) for s in range(16)}}
+    runs = {
+        "grpo": {s: record(curve, seconds=2.0) for s in range(16)},
+        "other": {s: record(curve, seconds=rng.choice([1.0, 3.0])) for s in range(16)},
+    }
     found = evidence.summarise(runs, "grpo", ["grpo"])["arms"]["other"]["against_seconds"]
     assert abs(found["iqm"]) > 0.1 and found["low"] < 0 < found["high"] and found["high"] - found["low"] > 0.2
     steady = {**runs, "other": {s: record(curve, seconds=2.0) for s in range(16)}}
@@ -140,7 +143,7 @@ def test_runs_that_all_broke_down_have_the_seconds_of_their_steps():
 def test_what_a_run_never_had_is_no_number():
     """A run that broke down before its first evaluation has no reliability: the others' mean is no NaN, and none of theirs is trimmed for it."""
     whole = [{**record([0.1, 0.2, 0.3]), "points": [{**p, "reliability": 0.4} for p in record([0.1, 0.2, 0.3])["points"]]} for _ in range(3)]
-    runs = {"grpo": {s: r for s, r in enumerate([*whole, record([0.0, 0.0, 0.0], failure="nan")])}}
+    runs = {"grpo": dict(enumerate([*whole, record([0.0, 0.0, 0.0], failure="nan")]))}
     assert evidence.summarise(runs, "grpo", ["grpo"])["arms"]["grpo"]["reliability"] == pytest.approx(0.4)
 
 

@@ -11,7 +11,7 @@ import torch
 
 TEXT = (Path(__file__).resolve().parents[1] / "docs" / "kernels.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"<!-- (setup|instead|write|run)(?:: ([\w, ]+))?(?:; needs: ([\w, ]+))? -->\n```python\n(.*?)```", TEXT, flags=re.S)
-COMPARED = ("logp", "entropy", "loss", "surprise")
+COMPARED = ("logp", "entropy", "loss", "mean_logp")
 
 
 def pairs():

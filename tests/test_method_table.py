@@ -133,7 +133,9 @@ def test_the_tables_come_out_of_the_curves_again(path):
     assert evidence.seconds_difference(clocks, "acpo", found["against"], found["against"]) == found["arms"]["acpo"]["against_seconds"]
 
 
-@pytest.mark.parametrize(("text", "message"), [("[]", "must be a results.json"), ('{"name": "x"}', "must be a results.json"), ("{", "cannot be read")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("[]", "must be a results.json"), ('{"name": "x"}', "must be a results.json"), ("{", "cannot be read")]
+)
 def test_a_file_that_is_no_table_is_named(tmp_path, text, message):
     path = tmp_path / "x.json"
     path.write_text(text)

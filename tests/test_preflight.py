@@ -17,7 +17,7 @@ import torch
 from loop import settings, trainer_of, write_config
 from rich.console import Console
 
-from acpo import effective, memory, preflight, trackers
+from acpo import first_step, memory, preflight, trackers
 from acpo.cli import main
 from acpo.config import ConfigError
 from acpo.display import Display
@@ -189,7 +189,7 @@ def test_plain_lines_where_nobody_watches(capsys):
 def test_quiet(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ["train", str(write_config(tmp_path)), "warmup.steps=0", "trainer.steps=1", "eval.samples=0", "problems.held_out=4"]
-    monkeypatch.setattr(effective, "warnings", lambda *_: ["[bold]made up[/bold]"])
+    monkeypatch.setattr(first_step, "warnings", lambda *_: ["[bold]made up[/bold]"])
     assert main([*arguments, "--json"]) == 0
     shown = capsys.readouterr()
     found = json.loads(shown.out)
@@ -222,7 +222,7 @@ GOOD = {
     ],
 )
 def test_what_is_wrong_with_a_first_step(tmp_path, change, said):
-    found = effective.warnings({**GOOD, **change}, settings(tmp_path))
+    found = first_step.warnings({**GOOD, **change}, settings(tmp_path))
     if said is None:
         assert found == []
     else:

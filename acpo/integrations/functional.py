@@ -52,8 +52,9 @@ class StepCredit:
     """Credit for the rollouts of one loop.
 
     settings are those of the method in our configuration files (segmenter, attribution, credit, entropy, stages), nested or dotted. The entropy
-    bonus and the second stage need the loop's help and are off by default; total_steps is how long training goes on, which both then need.
-    tokenizer is a Hugging Face fast tokenizer, vocab_size the model's. Errors: ConfigError (a ValueError) for settings, ValueError for the rest.
+    bonus and the second stage need the loop's help and are off by default; total_steps is how long training goes on, which stages.two and the
+    controllers `target` and `step` need. tokenizer is a Hugging Face fast tokenizer, vocab_size the model's. Errors: TypeError for settings that
+    are no mapping, ConfigError (a ValueError) for a setting, ValueError for the rest.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import put
+from ..checkpoint import put_text
 from .functional import Credited, StepCredit
 
 TESTED = ("0.9",)
@@ -188,7 +188,7 @@ def register() -> type:
         def _save_checkpoint(self):
             super()._save_checkpoint()
             text = json.dumps(self.acpo.state())
-            put(Path(self._acpo_folder(), STATE), lambda path: path.write_text(text, encoding="utf-8"))
+            put_text(Path(self._acpo_folder(), STATE), text)
 
         def _load_checkpoint(self):
             super()._load_checkpoint()

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...checkpoint import put
+from ...checkpoint import put_text
 
 logger = get_logger(__name__)
 STATE, BUFFER = "acpo_state.json", "acpo_buffer_{}.safetensors"
@@ -41,7 +41,7 @@ def save(trainer, folder: Path) -> None:
         "curriculum": None if curriculum is None else curriculum.state(),
         "sampler": None if sampler is None else sampler.state(epoch_is_over=float(trainer.state.epoch or 0.0).is_integer()),
     }  # fmt: skip
-    put(folder / STATE, lambda path: path.write_text(json.dumps(state), encoding="utf-8"))
+    put_text(folder / STATE, json.dumps(state))
 
 
 def load(trainer, folder: Path) -> None:
