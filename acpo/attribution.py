@@ -185,7 +185,7 @@ class Calibrator:
 
     def fit(self, base: Tensor, evidence: Tensor, outcome: Tensor, weight: Tensor, low: float) -> None:
         """Adds a batch of boundaries and fits again. weight says how much of an independent outcome each is: the boundaries of one rollout
-        share its outcome. Evidence that points the wrong way gets coefficient 0."""
+        share its outcome. Evidence that points the wrong way gets coefficient 0, and Vhat_k is Vhat_0."""
         if not len(outcome):
             return
         rows = torch.stack([torch.logit(base.double(), low), evidence.double(), outcome.double(), weight.double()])
@@ -193,8 +193,9 @@ class Calibrator:
         logit, seen, y, independent = np.concatenate(self.batches, 1)
         features = np.stack([np.ones_like(logit), logit, seen])
         self.with_evidence = logistic_fit(features, y, independent, np.array([0.0, 1.0, 1.0]), self.with_evidence)
-        self.with_evidence[2] = max(0.0, self.with_evidence[2])
         self.before = logistic_fit(features[:2], y, independent, np.array([0.0, 1.0]), self.before)
+        if self.with_evidence[2] <= 0.0:  # a and b were fitted beside it, and mean nothing without it
+            self.with_evidence = [*self.before, 0.0]
 
     def both_outcomes(self) -> bool:
         """Whether the batches that the next prediction rests on hold both outcomes: without that, skill cannot be told from luck."""
@@ -264,12 +265,15 @@ class Attributor:
     The score of a segment, for the additive credit, in units of an advantage:
 
         from the source's own shaping c_k   shaping_gain clip((c_k - mean of the group) / std of the batch, +-3)
-        from phi                            value_gain phi_k / max(std of the group's outcomes, 1/4)
+        from phi                            value_gain phi_k / max(std of the group's outcomes, 1/4), or value_gain phi_k where the
+                                            outcome's advantage is not divided by that std either (per_std False: rloo, centred)
     """
 
-    def __init__(self, reliability: float | None = None, shaping_gain: float = 0.5, value_gain: float = 1.0, slope: float = SLOPE):
+    def __init__(
+        self, reliability: float | None = None, shaping_gain: float = 0.5, value_gain: float = 1.0, slope: float = SLOPE, per_std: bool = True
+    ):
         self.calibrator, self.reliability = Calibrator(), Reliability(reliability, slope)
-        self.shaping_gain, self.value_gain = shaping_gain, value_gain
+        self.shaping_gain, self.value_gain, self.per_std = shaping_gain, value_gain, per_std
         self.batches = 0  # attributed so far
 
     def __call__(self, evidence: Evidence, outcome: Tensor, base: Tensor, segments: Segments, group_size: int) -> Attribution:
@@ -309,8 +313,9 @@ class Attributor:
         use = acts[sequence] & ~terminal
         phi = values - before
         if evidence.shaping is None:
-            spread = group_std(judged.double(), group_size).clamp(min=0.25).repeat_interleave(group_size)
-            score = self.value_gain * phi / spread[sequence]
+            score = self.value_gain * phi
+            if self.per_std:
+                score = score / group_std(judged.double(), group_size).clamp(min=0.25).repeat_interleave(group_size)[sequence]
         else:
             score = self.shaping_gain * standardised(evidence.shaping, use, sequence // group_size).clamp(-3.0, 3.0)
         changed = torch.ones_like(terminal) if evidence.changed is None else evidence.changed

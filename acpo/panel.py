@@ -23,7 +23,8 @@ class Panel:
     def __init__(self, attribution: AttributionConfig, credit: CreditConfig, group_size: int):
         fixed = None if attribution.reliability < 0 else attribution.reliability
         self.form, self.scope, self.group_size = credit.form, credit.scope, group_size
-        self.by_name = {name: Attributor(fixed, credit.gain, credit.value_gain, attribution.slope) for name in attribution.sources}
+        per_std = credit.advantage == "grpo"
+        self.by_name = {name: Attributor(fixed, credit.gain, credit.value_gain, attribution.slope, per_std) for name in attribution.sources}
 
     def acts(self, name: str, outcome: Tensor) -> Tensor:
         """Which rollouts the source's credit is for, [B]. Scope `own`: the hindsight stream where the outcomes of a group are equal, so that they say

@@ -279,8 +279,8 @@ def _check(config: Config, size: int) -> None:
          "machines needs rollout.server.url: a server that is started here listens on this machine alone"),
         (full_ and config.loss.kl_weight > 0, "trainer.sharding = 'full' needs loss.kl_weight = 0: the reference is a whole copy of the policy"),
         (full_ and config.warmup.steps > 0, "trainer.sharding = 'full' needs warmup.steps = 0"),
-        (full_ and config.entropy.controller != "none" and config.entropy.covariance != "never", "trainer.sharding = 'full' needs entropy.covariance "
-         "= 'never': its passes differ from rank to rank"),
+        (full_ and (config.entropy.covariance == "always" or (config.entropy.controller == "target" and config.entropy.covariance == "fallback")),
+         "trainer.sharding = 'full' needs entropy.covariance = 'never': its passes differ from rank to rank"),
         (config.rollout.prompts * config.rollout.group_size < size, f"rollout.prompts * rollout.group_size must be at least {size}, a rollout for "
          f"each process, got {config.rollout.prompts} * {config.rollout.group_size}"),
         (full_ and config.policy.lora_rank > 0, "trainer.sharding = 'full' needs policy.lora_rank = 0: adapters are small, share nothing out"),

@@ -30,6 +30,8 @@ from acpo.attribution import (
     running_sum,
     zero_variance,
 )
+from acpo.config import AttributionConfig, CreditConfig
+from acpo.panel import Panel
 
 
 @pytest.fixture(autouse=True)
@@ -208,6 +210,17 @@ def test_evidence_that_points_the_wrong_way_is_not_turned_round():
     assert calibrator.with_evidence[2] == 0.0
 
 
+def test_without_evidence_to_go_by_the_value_is_that_of_before():
+    """Evidence that drifts far down and points the wrong way a little: its coefficient is cut, and the intercept that was fitted beside it goes."""
+    torch.manual_seed(0)
+    outcome = (torch.rand(400) < 0.5).double()
+    evidence, base = -4.0 - 0.3 * outcome + 0.5 * torch.randn(400), torch.full((400,), 0.5)
+    calibrator = Calibrator()
+    calibrator.fit(base, evidence, outcome, torch.ones(400), 0.0625)
+    assert calibrator.with_evidence == [*calibrator.before, 0.0]
+    assert torch.equal(calibrator.predict(base, evidence, 0.0625), calibrator.predict_before(base, 0.0625))
+
+
 def test_logistic_fit_is_the_penalised_optimum():
     torch.manual_seed(0)
     features = torch.randn(50, 3, dtype=torch.float64)
@@ -361,6 +374,16 @@ def test_scores_of_values_are_measured_in_the_groups_own_spread():
     found = Attributor(1.0, value_gain=2.0)(Evidence(torch.randn(segments.num_segments), None, everywhere(8)), GROUPS, base, segments, 4)
     spread = torch.tensor([0.5] * 4 + [0.25] * 4, dtype=torch.float64)[segments.segment_sequence_ids()]
     torch.testing.assert_close(found.score, 2.0 * found.phi / spread)
+    plain = Attributor(1.0, value_gain=2.0, per_std=False)(
+        Evidence(torch.randn(segments.num_segments), None, everywhere(8)), GROUPS, base, segments, 4
+    )
+    torch.testing.assert_close(plain.score, 2.0 * plain.phi)
+
+
+@pytest.mark.parametrize(("advantage", "per_std"), [("grpo", True), ("rloo", False), ("centred", False)])
+def test_scores_are_in_the_unit_of_the_advantage(advantage, per_std):
+    panel = Panel(AttributionConfig(source="tree"), CreditConfig(advantage=advantage), 4)
+    assert panel.by_name["tree"].per_std is per_std
 
 
 def test_pick_takes_the_most_reliable_of_those_that_looked():

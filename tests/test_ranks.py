@@ -15,7 +15,7 @@ from loop import free_port, parameters, settings, trainer_of, write_config
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-from acpo import update
+from acpo import ranks, update
 from acpo.config import ConfigError
 from acpo.ranks import Ranks, run_of
 
@@ -220,6 +220,33 @@ def test_what_several_processes_cannot_do(tmp_path, monkeypatch, override, messa
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=message):
         Ranks(settings(tmp_path, override))
+
+
+@pytest.mark.parametrize(
+    ("controller", "covariance", "refused"),
+    [
+        ("none", "always", True),
+        ("constant", "always", True),
+        ("target", "fallback", True),
+        ("constant", "fallback", False),
+        ("none", "fallback", False),
+    ],
+)
+def test_a_sharded_policy_has_no_penalty_on_covariant_tokens(tmp_path, controller, covariance, refused):
+    """Whatever turns it on; a setting under which it never comes is none of its business."""
+    overrides = (
+        "trainer.sharding=full",
+        "loss.kl_weight=0",
+        "warmup.steps=0",
+        f"entropy.controller={controller}",
+        f"entropy.covariance={covariance}",
+    )
+    config = settings(tmp_path, *overrides)
+    if refused:
+        with pytest.raises(ConfigError, match=r"needs entropy\.covariance = 'never'"):
+            ranks._check(config, 2)
+    else:
+        ranks._check(config, 2)
 
 
 def test_a_rollout_for_each_process(tmp_path, monkeypatch):
