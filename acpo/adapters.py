@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -18,14 +18,21 @@ def add(model: Any, settings: PolicyConfig) -> None:
     except ImportError:
         raise ConfigError(f"policy.lora_rank = {settings.lora_rank} needs peft: pip install -e '.[peft]'") from None
     targets = settings.lora_targets if settings.lora_targets == "all-linear" else settings.lora_targets.split(",")
-    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    if targets != "all-linear" and head.rpartition(".")[2] in targets:
-        raise ConfigError(f"policy.lora_targets must leave the head {head!r} out: its weight goes into the loss as it is")
+    _leave_the_head(model, () if targets == "all-linear" else targets)  # peft itself leaves the head out of all linear layers
     alpha: Any = settings.lora_alpha or 2 * settings.lora_rank
     try:
         inject_adapter_in_model(LoraConfig(r=settings.lora_rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM"), model)
     except ValueError as error:
         raise ConfigError(f"policy.lora_targets: {' '.join(str(error).split())}") from None
+
+
+def _leave_the_head(model: Any, targets: Collection[str]) -> None:
+    """ConfigError for targets that peft would find in the head, or in the embedding that a tied head shares its weight with."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if getattr(module, "weight", None) is head.weight and any(f".{name}".endswith(f".{target}") for target in targets):
+            which = f"the head {name!r} out:" if module is head else f"{name!r} out: it is tied to the head, and"
+            raise ConfigError(f"policy.lora_targets must leave {which} its weight goes into the loss as it is")
 
 
 def layers(model: nn.Module) -> dict[str, Any]:

@@ -112,6 +112,8 @@ def test_the_estimate_counts_the_reference_as_it_is_held(tmp_path, base):
 def test_what_cannot_be(tmp_path, base, monkeypatch):
     for override, message in (
         ("policy.lora_targets=q_proj,lm_head", "policy.lora_targets must leave the head 'lm_head' out"),
+        ("policy.lora_targets=q_proj,embed_tokens", "policy.lora_targets must leave 'model.embed_tokens' out: it is tied to the head"),
+        ("policy.lora_targets=model.embed_tokens", "policy.lora_targets must leave 'model.embed_tokens' out: it is tied to the head"),
         ("policy.lora_targets=nothing", "policy.lora_targets: .*nothing"),
     ):
         with pytest.raises(ConfigError, match=message):
