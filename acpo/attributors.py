@@ -14,7 +14,7 @@ from .config import Config
 from .head import Head, boundary_rows
 from .panel import Panel
 from .policy import Policy
-from .probe import Packed, chosen_boundaries, group_candidates, pack_branches, posterior_evidence, suffix_of, targets
+from .probe import Packed, chosen_boundaries, group_candidates, pack_branches, posterior_evidence, refuse_windows, suffix_of, targets
 from .tree import prefixes_of, sharing
 from .verify.answers import extract_answer, normalise
 
@@ -25,6 +25,8 @@ class Attributors(Panel):
         super().__init__(config.attribution, config.credit, config.rollout.group_size)
         self.config, self.policy, self.tokenizer, self.tokens = config, policy, tokenizer, tokens
         self.head = Head(policy.head()["weight"].shape[1], config.seed) if "head" in self.by_name else None
+        if "probe" in self.by_name:
+            refuse_windows(policy.model)
         self.extra_tokens = 0  # of the forward passes that a source made itself in the last call
 
     def __call__(

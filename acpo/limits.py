@@ -109,6 +109,11 @@ def check_run(config: Config) -> None:
         raise ConfigError("one of policy.path and policy.from_config must be given, got " + ("both" if config.policy.path else "neither"))
     if config.policy.lora_rank and not config.policy.path:
         raise ConfigError("policy.lora_rank needs policy.path: adapters of weights that were never trained learn little")
+    if "probe" in config.attribution.sources and config.policy.attention == "flash_attention_2":
+        raise ConfigError(
+            "attribution.source = 'probe' needs policy.attention = 'sdpa' or 'eager': its branches have a mask of their own, which "
+            "flash_attention_2 cannot take"
+        )
     if "{problem}" not in config.problems.template:
         raise ConfigError(f"problems.template must hold {{problem}}, got {config.problems.template!r}")
     if config.problems.held_out >= 1 and config.problems.held_out % 1:

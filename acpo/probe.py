@@ -8,11 +8,12 @@ separate forward. It measures USABLE information: a policy that cannot finish th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .config import Config
+from .config import Config, ConfigError
 
 MAX_BOUNDARIES = 16
 MAX_CANDIDATES = 4
@@ -21,6 +22,22 @@ MAX_CANDIDATES = 4
 def suffix_of(config: Config) -> str:
     """What stands between a step and an answer given at once: as configured; else a sentence, for the characters of a synthetic task a mark."""
     return config.attribution.probe_suffix or (";A" if config.problems.task else "\nThe answer is ")
+
+
+def refuse_windows(model: Any) -> None:
+    """ConfigError for a model with a sliding window (or chunks): the branches' mask would stand in for it in every layer, and would open it."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:  # then they alone say which layers have the window
+        found = next((f"layer_types hold {kind!r}" for kind in kinds if kind in ("sliding_attention", "chunked_attention")), "")
+    else:
+        window = getattr(config, "sliding_window", None)
+        found = f"sliding_window = {window}" if window and getattr(config, "use_sliding_window", True) is not False else ""
+    if found:
+        raise ConfigError(
+            f"attribution.source = 'probe' cannot be used with {type(model).__name__}: its attention has a window ({found}), which the mask of the "
+            "branches would replace"
+        )
 
 
 @dataclass

@@ -8,9 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from loop import rolled_out, trainer_of
+from loop import rolled_out, settings, trainer_of
+from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, MistralConfig, Qwen2Config
 
 from acpo import attributors
+from acpo.config import ConfigError
+from acpo.policy import byte_tokenizer
 from acpo.probe import MAX_BOUNDARIES, chosen_boundaries, group_candidates, pack_branches, posterior_evidence, targets
 
 
@@ -90,3 +93,43 @@ def test_the_probe_in_the_loop(tmp_path, warmed):
         logp = [trainer.policy.score(trainer.policy.hidden([prompt], [torch.tensor(a)]), torch.tensor(a), 1.0).logp.sum().item() for a in others]
         values.append(logp[0] - math.log(sum(map(math.exp, logp[1:]))))
     assert evidence.evidence[last].item() == pytest.approx(values[1] - values[0], abs=1e-4)
+
+
+# --- refused ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_flash_attention_takes_no_mask_of_branches(tmp_path):
+    with pytest.raises(ConfigError, match=r"attribution.source = 'probe' needs policy.attention = 'sdpa' or 'eager'"):
+        settings(tmp_path, "attribution.source=tree,probe", "policy.attention=flash_attention_2")
+    settings(tmp_path, "attribution.source=tree", "policy.attention=flash_attention_2")
+
+
+SHAPE = dict(
+    vocab_size=258, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+    pad_token_id=0, eos_token_id=1, bos_token_id=None,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "window"),
+    [
+        (MistralConfig(**SHAPE, sliding_window=8), r"sliding_window = 8"),
+        (Gemma2Config(**SHAPE, head_dim=8, sliding_window=8), "layer_types hold 'sliding_attention'"),
+        (GptOssConfig(**SHAPE, head_dim=8, num_local_experts=2, num_experts_per_tok=1), "layer_types hold 'sliding_attention'"),
+        (Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=8, max_window_layers=1), "layer_types hold 'sliding_attention'"),
+        (Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=8, max_window_layers=2), ""),
+        (Qwen2Config(**SHAPE, sliding_window=8), ""),
+        (MistralConfig(**SHAPE, sliding_window=None), ""),
+    ],
+    ids=["Mistral", "Gemma2", "gpt-oss", "Qwen2 above a layer", "Qwen2 above its last layer", "Qwen2 unused", "Mistral without"],
+)
+def test_a_sliding_window_is_refused_where_it_is_active(tmp_path, shape, window):
+    AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    model = "policy.from_config=", f"policy.path={tmp_path / 'model'}", "policy.attention=eager"  # gpt-oss has no other
+    if window:
+        with pytest.raises(ConfigError, match=rf"'probe' cannot be used with .*ForCausalLM: its attention has a window \({window}\)"):
+            trainer_of(tmp_path, *model, "attribution.source=tree,probe")
+        trainer_of(tmp_path, *model, "attribution.source=tree").close()
+    else:
+        trainer_of(tmp_path, *model, "attribution.source=tree,probe").close()
