@@ -27,6 +27,21 @@ from . import adapters, packing
 from .config import Config, ConfigError, PolicyConfig
 from .probe import Packed
 
+# Of config: what some models multiply their logits by (the last one divides the hidden states), and caps that others put on them under a name of
+# their own. Sampling goes through the model's own forward and does the same; the head's operations would train another distribution.
+SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling", "logits_mup_width_multiplier")
+CAPS = ("logits_soft_cap", "output_logit_soft_cap")
+
+
+def logits_changed(model: nn.Module) -> str:
+    """What the model does to its logits behind the head that the head's operations do not know, or the empty string."""
+    config = model.config.get_text_config()
+    for names, neutral, does in ((SCALES, (None, 1), "multiplies"), (CAPS, (None,), "caps")):
+        for name in names:
+            if getattr(config, name, None) not in neutral:
+                return f"its config {does} the logits ({name} = {getattr(config, name)})"
+    return ""
+
 
 class Policy(nn.Module):
     """One module from prompts and responses to log-probs or a loss, so that DDP and FSDP see every parameter.
@@ -44,7 +59,9 @@ class Policy(nn.Module):
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or not head.weight.is_floating_point() or "float8" in str(head.weight.dtype):
             raise ConfigError(f"policy: the head must be a plain linear layer (no LoRA, no fp8), got {type(head).__name__}")
-        self.softcap = getattr(model.config, "final_logit_softcapping", None)
+        if why := logits_changed(model):
+            raise ConfigError(f"policy: {type(model).__name__} cannot be trained: {why}")
+        self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.version = 0  # counts what changed the weights, so that a rollout engine knows when its own are old
 
     def changed(self) -> None:
@@ -168,6 +185,7 @@ def build(config: Config, writes: bool = True) -> tuple[Policy, Any]:
     device = _device(settings.device)
     model = _pretrained(settings) if settings.path else _from_config(settings, tokenizer)
     _training_without_dropout(model)
+    _generation_that_can_be_saved(model)
     if settings.lora_rank:
         adapters.add(model, settings)
     if settings.gradient_checkpointing:
@@ -184,14 +202,32 @@ def build(config: Config, writes: bool = True) -> tuple[Policy, Any]:
 
 
 def _training_without_dropout(model: nn.Module) -> None:
-    """Layers are checkpointed in training mode alone; but a policy that drops out at random is not the one that sampled."""
+    """Layers are checkpointed in training mode alone; but a policy that drops out at random is not the one that sampled. Models pass their rates
+    to functions, from attributes of many names or from the config itself; a layer can be dropped whole (layerdrop)."""
     model.train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
+    modules = list(model.modules())
+    for module in modules:
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout"):  # what attention functions are told
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+    for holder in (*modules, *(module.config for module in modules if hasattr(module, "config"))):
+        for name, value in list(vars(holder).items()):
+            if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop") or name == "layerdrop"):
+                setattr(holder, name, 0.0)
+
+
+def _generation_that_can_be_saved(model: Any) -> None:
+    """transformers reads a generation_config.json that contradicts itself with a warning and refuses to write it: at the end of a run. Of such a one
+    only the special tokens are kept."""
+    found = getattr(model, "generation_config", None)
+    if found is None:
+        return
+    try:
+        found.validate(strict=True)
+    except ValueError:
+        ids = {name: getattr(found, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        if isinstance(ids["pad_token_id"], int) and ids["pad_token_id"] < 0:
+            del ids["pad_token_id"]
+        model.generation_config = type(found)(**ids)
 
 
 def _device(name: str) -> torch.device:

@@ -7,6 +7,21 @@ import json
 import pytest
 import torch
 from ragged import segments_of
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Cohere2Config,
+    CohereConfig,
+    FalconConfig,
+    Gemma2Config,
+    GenerationConfig,
+    GPTBigCodeConfig,
+    GraniteConfig,
+    OPTConfig,
+    Qwen2Config,
+    RecurrentGemmaConfig,
+    Starcoder2Config,
+)
 
 import acpo_kernels
 from acpo import config
@@ -130,6 +145,56 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert all(torch.equal(gradients[0][n], gradients[1][n]) for n in gradients[0])
 
 
+NARROW = dict(vocab_size=57, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+SHAPE = {**NARROW, "intermediate_size": 32, "num_key_value_heads": 2}
+DROPPED = {  # what each passes to functions, not to a module of its own
+    "Starcoder2": Starcoder2Config(**SHAPE, residual_dropout=0.3, embedding_dropout=0.3, attention_dropout=0.3),
+    "Bloom": BloomConfig(**NARROW, hidden_dropout=0.3, attention_dropout=0.3),
+    "Falcon": FalconConfig(**NARROW, hidden_dropout=0.3, attention_dropout=0.3),
+    "GPTBigCode": GPTBigCodeConfig(
+        vocab_size=57, n_embd=16, n_layer=2, n_head=2, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        attn_pdrop=0.3, resid_pdrop=0.3, embd_pdrop=0.3,
+    ),
+    "OPT": OPTConfig(**NARROW, ffn_dim=32, word_embed_proj_dim=16, dropout=0.3, layerdrop=0.5),
+}  # fmt: skip
+
+
+def folder_of(model, folder) -> list[str]:
+    """A model and the characters of the task as a folder; the settings that read it."""
+    model.save_pretrained(folder)
+    build(config.load(None, BASE))[1].save_pretrained(folder)
+    return [*BASE, "policy.from_config=", f"policy.path={folder}"]
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_no_dropout_under_any_name(tmp_path, name):
+    torch.manual_seed(0)
+    built, _ = build(config.load(None, [*folder_of(AutoModelForCausalLM.from_config(DROPPED[name]), tmp_path), "policy.attention=eager"]))
+    assert built.model.training
+    with torch.no_grad():
+        first, *others = (built.hidden(PROMPTS, RESPONSES) for _ in range(4))
+        assert all(torch.equal(first, other) for other in others)
+        torch.testing.assert_close(built.eval().hidden(PROMPTS, RESPONSES), first, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 1}, {"eos_token_id": 1}),
+        ({"do_sample": True, "temperature": 0.6, "eos_token_id": [1, 5], "pad_token_id": -1}, {"eos_token_id": [1, 5], "pad_token_id": None}),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 20, "eos_token_id": 1}, {"temperature": 0.6, "top_k": 20, "eos_token_id": 1}),
+    ],
+    ids=["greedy with a temperature", "a negative pad id", "nothing wrong"],
+)
+def test_a_generation_config_that_contradicts_itself_does_not_stop_the_export(tmp_path, policy, said, kept):
+    settings = folder_of(policy.model, tmp_path / "given")
+    (tmp_path / "given" / "generation_config.json").write_text(json.dumps(said))
+    built, _ = build(config.load(None, settings))
+    built.save(tmp_path / "saved")
+    found = GenerationConfig.from_pretrained(tmp_path / "saved")
+    assert {name: getattr(found, name) for name in kept} == kept
+
+
 # --- refused ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +267,39 @@ def test_a_head_that_is_not_a_plain_linear_layer(policy):
 
     with pytest.raises(ConfigError, match=r"the head must be a plain linear layer \(no LoRA, no fp8\), got Sequential"):
         Policy(Strange(), 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (
+            GraniteConfig(**SHAPE, logits_scaling=8.0),
+            r"GraniteForCausalLM cannot be trained: its config multiplies the logits \(logits_scaling = 8.0\)",
+        ),
+        (CohereConfig(**SHAPE), r"multiplies the logits \(logit_scale = 0.0625\)"),
+        (Cohere2Config(**SHAPE, logit_scale=0.25), r"multiplies the logits \(logit_scale = 0.25\)"),
+        (RecurrentGemmaConfig(**SHAPE, lru_width=16, logits_soft_cap=30.0), r"caps the logits \(logits_soft_cap = 30.0\)"),
+    ],
+    ids=["Granite", "Cohere", "Cohere2", "RecurrentGemma"],
+)
+def test_logits_that_are_not_the_heads(shape, message):
+    """They are sampled by the model's own forward and would be trained by a head that knows nothing of it."""
+    with pytest.raises(ConfigError, match=message):
+        Policy(AutoModelForCausalLM.from_config(shape), 0)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [GraniteConfig(**SHAPE, logits_scaling=1.0), Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=0.5), Qwen2Config(**SHAPE)],
+    ids=["a factor of one", "a cap", "plain"],
+)
+def test_logits_that_are_the_heads(shape):
+    torch.manual_seed(0)
+    built, ids = Policy(AutoModelForCausalLM.from_config(shape).eval(), 0), torch.tensor([4, 9, 16])
+    with torch.no_grad():
+        logits = built.model(torch.tensor([[2, 3, *ids.tolist()]])).logits[0, 1:-1]
+        found = built.score(built.hidden([[2, 3]], [ids]), ids, 1.0).logp
+    torch.testing.assert_close(found, logits.log_softmax(-1).gather(1, ids.unsqueeze(1)).squeeze(1), rtol=0, atol=1e-5)
 
 
 def test_the_real_vocabulary(shared_data):

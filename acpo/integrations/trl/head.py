@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
+from acpo.policy import logits_changed
 from acpo_kernels import linear_hindsight_information, linear_logprob_entropy, unpack
-
-SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")  # of config: what some models multiply their logits by
 
 
 @dataclass
@@ -33,11 +32,9 @@ class Scored(ModelOutput):
 
 def refuse_unsupported(model: nn.Module, why: str) -> None:
     """ValueError for heads that the kernels do not compute."""
-    config = model.config.get_text_config()
     head = model.get_output_embeddings()
-    for name in SCALES:
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise ValueError(f"{why} cannot be used with this model: its config multiplies the logits ({name} = {getattr(config, name)})")
+    if changed := logits_changed(model):
+        raise ValueError(f"{why} cannot be used with this model: {changed}")
     if hasattr(head, "base_layer") or not isinstance(head, nn.Linear):
         raise ValueError(f"{why} needs a plain linear head, got {type(head).__name__} (an adapter on lm_head is not supported)")
     if not head.weight.is_floating_point() or "float8" in str(head.weight.dtype):
