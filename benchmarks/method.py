@@ -73,7 +73,7 @@ def bars(results: dict, default: str = "acpo") -> list[str]:
         if found := paired(results, default, f"{default}-{name}", "tokens"):
             lines.append(f"beside it: {default} over {words}: {cell(found)}")
     for key, other in (("against", results["against"]), ("best_baseline", best)):
-        if found := ours.get(f"{key}_by_start"):
+        if (found := ours.get(f"{key}_by_start")) and found["half_width"] is not None:  # of as many starts as seeds the interval says it
             means = ", ".join(f"{mean:+.3f}" for mean in found["means"].values())
             another = f"{found['mean']:+.3f} +- {found['half_width']:.3f} (t, 95 %)"
             lines.append(f"beside it: over {other} by warm start: {means}; of another one {another}")
