@@ -29,6 +29,39 @@ def test_exact_match():
     assert verdicts("exact", [("1,000", r"It is \boxed{1000.}"), ("7", "no digits"), ("7", "")]) == [RIGHT, UNREAD, UNREAD]
 
 
+@pytest.mark.parametrize(
+    ("gold", "text", "verdict"),
+    [
+        ("4", "It is the fraction 3/4.", WRONG), ("3/4", "It is the fraction 3/4.", RIGHT), ("3/4", "It is 3 / 4.", RIGHT), ("1/2", "1 1/2", WRONG),
+        ("4", "#### 3/4", WRONG), ("3/4", "#### 3/4", RIGHT), ("3/4", "#### 3/4 of it", RIGHT), ("5", "It is 7 of x/5", UNREAD),
+        ("5", "$5/hour", RIGHT), ("5", "10/2 = 5", RIGHT),
+        ("5", "x is \u22125", WRONG), ("-5", "x is \u22125", RIGHT), ("-5", r"\boxed{\u22125}", RIGHT),
+        ("5", "the answer is .5", WRONG), ("0.5", "the answer is .5", RIGHT), ("-0.5", "-.50", RIGHT), ("5", "so ...5", RIGHT),
+        ("Paris", "#### Paris", RIGHT), ("B", "#### (B)", RIGHT), ("(B)", r"\boxed{B}", RIGHT), ("B", "#### (A)", WRONG),
+        ("x + 1", "#### x + 1", RIGHT), ("1", "#### x + 1", WRONG), ("(2,3)", "#### (2,3)", RIGHT), ("3", "#### (2,3)", WRONG),
+        (r"\frac{3}{4}", r"#### \frac{3}{4}", RIGHT), ("4", r"#### \frac{3}{4}", WRONG), ("10:30", "#### 10:30", RIGHT),
+        ("15", "10-15", RIGHT), ("-15", "10-15", WRONG), ("15", "(10)-15", RIGHT), ("-15", "= -15", RIGHT), ("-15", "x=-15", RIGHT),
+        ("5", r"\boxed{+5}", RIGHT), ("0.5", r"\boxed{.5}", RIGHT), ("0", r"\boxed{-0}", RIGHT), ("0", r"\boxed{-0.0}", RIGHT), ("-5", r"\boxed{+5}", WRONG),
+        ("-0.5", r"\boxed{-.5}", RIGHT), ("5", r"\boxed{.5}", WRONG), ("", r"\boxed{.}", RIGHT), ("0", r"\boxed{-}", WRONG), ("0", r"\boxed{+}", WRONG),
+    ],
+)  # fmt: skip
+def test_exact_match_takes_the_whole_answer_and_its_sign(gold, text, verdict):
+    text = text.replace(r"\u2212", "\u2212")  # in a raw string
+    assert verdicts("exact", [(gold, text)]) == [verdict]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "72", " 72 ", "$72", r"\$72", "72.", "72.00", "$72.00", "+72", "72 clips", "72%", r"72\%", "**72**", "(72)", "5 + 67 = 72", "x = 72", "$72 a day",
+        "72 g", "Natalia's clips: 72", "10 + 62 is 72", r"72 \text{ clips}", "72\nand more", "= 72", "72!", "~72", "72 (all of them)", "72/hour",
+    ],
+)  # fmt: skip
+def test_numbers_behind_the_mark_of_gsm8k(text):
+    assert verdicts("exact", [("72", f"48/2 = <<48/2=24>>24\n#### {text}")]) == [RIGHT]
+    assert verdicts("exact", [("1072", f"#### {text.replace('72', '1,072')}")]) == [RIGHT]
+
+
 def test_format_gate_and_the_part_that_is_looked_at():
     cases = [("4", "<think>5</think>4"), ("4", "4"), ("4", "<think>4</think>5"), ("4", "<think>4</think>")]
     assert verdicts("exact", cases, format="think") == [RIGHT, Verdict(0.0, "malformed"), WRONG, RIGHT]
@@ -123,6 +156,13 @@ def ask(verifier: Verifier, gold: str, text: str, **settings) -> Verdict:
 )  # fmt: skip
 def test_math(mathematics, gold, text, verdict):
     assert ask(mathematics, gold, text) == verdict
+
+
+@pytest.mark.parametrize("gold", ["3", r"\frac{6}{2}", "2", r"\frac{4}{2}", "2,3", "3, 2"])
+def test_the_spelling_of_the_gold_answer_does_not_choose_among_joined_boxes(mathematics, gold):
+    """`same(last box, gold)` stood before the joining: 3 was right, 6/2 and 2 were wrong."""
+    assert ask(mathematics, gold, r"the roots are \boxed{2} and \boxed{3}") == (RIGHT if "," in gold else WRONG)
+    assert ask(mathematics, "3", r"$\boxed{3}$, $\boxed{3}$") == RIGHT, "one answer twice is one answer"
 
 
 def test_where_math_looks(mathematics):

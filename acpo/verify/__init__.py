@@ -129,10 +129,13 @@ class Verifier:
         if self.kind == "reasoning_gym":
             return problem.data["task"], problem.data["options"], problem.data["entry"], self._given(text)
         answer = self._answer(text)
-        if answer is not None and (self.kind == "exact" or same(answer, problem.answer)):
-            return Verdict(float(same(answer, problem.answer)), "judged")
+        if answer is not None and self.kind == "math" and answer == last_boxed(text):
+            answer = last_boxes(text) or answer  # the boxes of one answer together: the last one alone would be called right or not by its spelling
         if answer is not None:
-            return boxed(problem.answer), boxed((last_boxes(text) or answer) if answer == last_boxed(text) else answer)
+            alike = same(answer, problem.answer)
+            if self.kind == "exact" or (alike and not answer.startswith(".")):  # .5 is for math-verify to read
+                return Verdict(float(alike), "judged")
+            return boxed(problem.answer), boxed(answer)
         if self.kind == "exact" or self.config.extract not in ("auto", "text"):
             return Verdict(0.0, "unparseable")
         return boxed(problem.answer), text if self.config.extract == "text" else text[-TAIL:]

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import re
 
-_FOUND = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
-_NUMBER = re.compile(r"[-+]?(\d+|\d{1,3}(,\d{3})+)(\.\d*)?", re.ASCII)
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.)])\.\d+"
+# A minus behind a number, a name or a bracket takes away. 3/4 and 1 1/2 are one number; /4, what x is divided by, is found too, and is none.
+_FOUND = re.compile(rf"(?:/ ?)?(?:(?<![\w)\]}}])[-\u2212])?(?:\d+ (?=\d+ ?/ ?\d))?(?:{_DIGITS})(?: ?/ ?[-\u2212]?(?:{_DIGITS}))*")
+_NUMBER = re.compile(r"([-+]?)((?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d*)?|\.\d+)", re.ASCII)
+_OPTION = re.compile(r"\(([A-Za-z])\)")  # (B), as a question numbers what it offers
+# Behind ####: words, or a LaTeX command that calculates; what makes an expression of a text without words.
+_WORD, _COMMAND, _OPERATOR = (
+    re.compile(r"[^\W\d_]{2}"),
+    re.compile(r"\\(?!text|mathrm|mbox|quad)[A-Za-z]{2}"),
+    re.compile(r"[-\u2212+/^<>|:\u00d7\u00b7\d]"),
+)
 _BRACE = re.compile(r"[{}]")
 _BETWEEN = re.compile(r"(?:[\s,;$&]|\\[,;!:() \[\]]|\\q?quad|\\text\{[^{}]*\}|and|or)*")  # what joins the boxes of one answer
 _GAP = 60  # characters between two of them, at most
@@ -67,32 +76,55 @@ def marked_answer(text: str, how: str) -> str | None:
 
 
 def extract_answer(text: str, how: str) -> str | None:
-    """The answer that exact match compares, None where the rollout gives none: the marked one; for "auto" behind #### the last number of it and
-    without a mark the last number of the text, for "number" always that, for "text" all of it."""
+    """The answer that exact match compares, None where the rollout gives none: the marked one; for "auto" behind #### its last number where that is
+    a number with words and else all of it, and without a mark the last number of the text, for "number" always that, for "text" all of it."""
     if how == "text":
         return text
     found = marked_answer(text, how)
     if how == "number" or (how == "auto" and found is None and "####" not in text):
         return last_number(text)
     if how == "auto" and found is not None and last_boxed(text) is None and last_tag(text) is None:
-        return last_number(found)
+        return _behind_mark(found)
     return found
+
+
+def _behind_mark(rest: str) -> str | None:
+    """`5 + 3 = 8`, `$8 a day`: 8. `Paris`, `(2,3)`, `x + 1`, `10:30`: all of it. `none` says that there is no answer."""
+    number = None
+    for number in _FOUND.finditer(rest):
+        pass
+    if number is None:
+        return None if rest.strip(" .").lower() == "none" or not any(map(str.isalnum, rest)) else rest
+    others = rest[rest.rfind("=", 0, number.start()) + 1 : number.start()] + " " + rest[number.end() :]
+    if number[0][0] == "/" or _COMMAND.search(others) or (_OPERATOR.search(others) and not _WORD.search(others)):
+        return rest
+    return _plain(number[0])
 
 
 def last_number(text: str) -> str | None:
     numbers = _FOUND.findall(text)
-    return numbers[-1] if numbers else None
+    return _plain(numbers[-1]) if numbers and numbers[-1][0] != "/" else None
+
+
+def _plain(number: str) -> str:
+    return number.replace("\u2212", "-").replace(" /", "/").replace("/ ", "/")
 
 
 def normalise(answer: str) -> str:
-    r"""The form in which answers are compared: no surrounding space, $ or \$, no thousands commas, no decimal zeros, no full stop."""
-    text = answer.replace("\\$", "$").strip().strip("$").strip()
+    r"""The form in which answers are compared: no surrounding space, $ or \$, no full stop, the brackets of an option (B) away; of a number no plus,
+    no thousands commas, no decimal zeros, a digit in front of the point, zero without a sign. U+2212 is a minus."""
+    text = answer.replace("\\$", "$").replace("\u2212", "-").strip().strip("$").strip()
     if text.endswith("."):
         text = text[:-1]
-    if not _NUMBER.fullmatch(text):
+    if option := _OPTION.fullmatch(text):
+        return option[1]
+    number = _NUMBER.fullmatch(text)
+    if number is None:
         return text
-    digits = text.replace(",", "")
-    return digits.rstrip("0").rstrip(".") if "." in digits else digits
+    sign, digits = number[1], number[2].replace(",", "")
+    digits = digits.rstrip("0").rstrip(".") if "." in digits else digits
+    digits = digits if digits[:1].isdigit() else "0" + digits
+    return "-" + digits if sign == "-" and digits.strip("0.") else digits
 
 
 def same(answer: str, gold: str) -> bool:
