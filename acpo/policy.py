@@ -284,6 +284,7 @@ def _from_config(settings: PolicyConfig, tokenizer) -> nn.Module:
 
 def _tokenizer(config: Config, writes: bool):
     """The tokenizer of policy.tokenizer, of policy.path, or the characters of the synthetic task; to write it must have pad and eos."""
+    from .synthetic import merged
     from .synthetic import tokenizer as characters
 
     source = config.policy.tokenizer or config.policy.path
@@ -293,6 +294,12 @@ def _tokenizer(config: Config, writes: bool):
         tokenizer = characters()
     else:
         tokenizer = byte_tokenizer() if source == "bytes" else load_tokenizer(source)
+        if config.problems.task and (text := merged(tokenizer)):
+            setting = "policy.tokenizer" if config.policy.tokenizer else "policy.path (policy.tokenizer is empty)"
+            raise ConfigError(
+                f"problems.task = {config.problems.task!r} needs a tokenizer with one token for each of its characters, and that of {setting}, "
+                f"{source}, has not: {text!r}; 'bytes' has, and so has the built-in one with policy.from_config and policy.tokenizer = ''"
+            )
     if writes and tokenizer.eos_token_id is None:
         raise ConfigError(f"policy.tokenizer: {source} has no eos token: a rollout could not end")
     if writes and tokenizer.pad_token_id is None:

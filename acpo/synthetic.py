@@ -221,6 +221,19 @@ def problems(task: Multiplication | Chain, count: int, seed: int, exclude: froze
     return out
 
 
+def merged(tokenizer) -> str | None:
+    """A text of the alphabet that a tokenizer does not write as one token of its own a character; None where there is none. The texts are every
+    character and every two: merges begin with two."""
+    special = set(tokenizer.all_special_ids)
+    texts = [*ALPHABET, *(a + b for a in ALPHABET[::-1] for b in ALPHABET[::-1])]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    for text, own in zip(texts, ids, strict=True):
+        if len(own) != len(text) or special & set(own):
+            return text
+    owner: dict[int, str] = {}  # a character that the tokenizer does not know has the token of another one
+    return next((c for c, (one,) in zip(ALPHABET, ids, strict=False) if owner.setdefault(one, c) != c), None)
+
+
 def tokenizer():
     """The character tokenizer of the synthetic tasks, a transformers fast tokenizer with <pad> and <eos>."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers

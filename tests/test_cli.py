@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from loop import records, write_config
+from tokenizers import Regex, models, pre_tokenizers
 
 from acpo.cli import main
-from acpo.policy import Policy
+from acpo.policy import Policy, byte_tokenizer
 from acpo.synthetic import tokenizer
 from acpo.trainer import Trainer
 
@@ -72,6 +73,11 @@ BAD = [
     ("tokenizer without pad", ["mini.yaml", "policy.tokenizer=no_pad"], 2, "no_pad has no pad token"),
     ("tokenizer without eos", ["mini.yaml", "policy.tokenizer=no_eos"], 2, "no_eos has no eos token"),
     ("bare tokenizer", ["mini.yaml", "policy.tokenizer=no_eos/tokenizer.json"], 2, "tokenizer.json has no eos token"),
+    (
+        "tokenizer of text", ["mini.yaml", "policy.tokenizer=text"], 2,
+        "problems.task = 'chain' needs a tokenizer with one token for each of its characters, and that of policy.tokenizer, text, has not: 'st'",
+    ),
+    ("tokenizer without the characters", ["mini.yaml", "policy.tokenizer=digits"], 2, "policy.tokenizer, digits, has not: '\\n'"),
     ("policy missing", ["mini.yaml", "policy.from_config=", "policy.path=absent"], 2, "policy.path: no such folder: absent"),
     ("no chat template", ["mini.yaml", "problems.chat=true"], 2, "problems.chat = true needs a tokenizer with a chat template"),
     ("device", ["mini.yaml", "policy.device=gpu"], 2, "policy.device: 'gpu' cannot be used"),
@@ -96,6 +102,12 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, code, m
     (tmp_path / "few.jsonl").write_text(GOOD[: len(GOOD) // 10 * 4])
     (tmp_path / "one.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n' * 10)
     tokenizer_without(tmp_path / "no_pad", "pad_token"), tokenizer_without(tmp_path / "no_eos", "eos_token", "pad_token")
+    text = byte_tokenizer()
+    text.backend_tokenizer.model = models.BPE({**text.get_vocab(), "st": len(text)}, [("s", "t")])
+    text.save_pretrained(tmp_path / "text")
+    digits = models.WordLevel({"<pad>": 0, "<eos>": 1, **{d: int(d) + 2 for d in "0123456789"}}, unk_token="<pad>")
+    text.backend_tokenizer.model, text.backend_tokenizer.pre_tokenizer = digits, pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    text.save_pretrained(tmp_path / "digits")
     small = ["warmup.steps=0", "trainer.steps=1", "eval.samples=0"]
     overrides = arguments[1:]
     found, error = one_line(capsys, ["train", arguments[0], *small, *overrides])

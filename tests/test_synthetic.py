@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from loop import exact_match
 
-from acpo.synthetic import ALPHABET, Chain, Multiplication, problems, tokenizer
+from acpo.policy import byte_tokenizer, load_tokenizer
+from acpo.synthetic import ALPHABET, Chain, Multiplication, merged, problems, tokenizer
 from acpo.warmup import examples
 
 TASKS = {
@@ -194,6 +195,12 @@ def test_tokenizer_reads_and_writes_every_text(task):
             ids = tokens(text, add_special_tokens=False)["input_ids"]
             assert len(ids) == len(text) and 0 not in ids
             assert tokens.decode([*ids, 1, 0, 0], skip_special_tokens=True) == text
+
+
+def test_tokenizers_with_a_token_a_character(shared_data):
+    """Others crashed in the warm-up or where an answer begins."""
+    assert merged(tokenizer()) is None and merged(byte_tokenizer()) is None
+    assert merged(load_tokenizer(str(shared_data / "tokenizer_qwen2"))) == "zz"
 
 
 def test_largest_tasks_fit_the_alphabet():
