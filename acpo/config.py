@@ -35,7 +35,9 @@ class ProblemsConfig:
     answer_after: str = ""  # the answer is what stands behind the last of these in its field, where it holds one, e.g. ####
     cell: str = ""  # the field with the difficulty: problems of one cell share a curriculum posterior; empty: there are no cells
     template: str = "{problem}"  # the prompt around the question
-    chat: bool = False  # put the prompt through the tokenizer's chat template as a user message
+    # Put the prompt through the tokenizer's chat template as a user message; false: the text itself, behind the special tokens (<bos>) that the
+    # tokenizer puts in front of a text.
+    chat: bool = False
     system: str = ""  # with chat: the system message in front of it
     hint: str = ""  # the prompt of the hindsight stream, with {answer} and {prompt}; empty: a default
     # Problems kept apart for evaluation, by the hash of their question. Below 1: the share of all hashes; adding problems moves none. From 1: at most

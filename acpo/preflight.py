@@ -148,7 +148,11 @@ def _batch(trainer: Trainer) -> str:
     offsets = torch.tensor([0, *(len(a) for a in answers)]).cumsum(0)
     segments = trainer.segmenter(torch.cat(answers), offsets, answer_start=None)
     lengths, end = [len(p) for p in prompts], trainer.tokenizer.batch_decode(prompts[:1])[0][-40:]
-    return f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, {segments.num_segments} segments; the first prompt ends {end!r}"
+    first = trainer.tokenizer.convert_ids_to_tokens(trainer.prompts.prefix)
+    begins = f"every prompt begins with {' '.join(first)}, " if first else ""
+    return (
+        f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, {segments.num_segments} segments; {begins}the first prompt ends {end!r}"
+    )
 
 
 def lengths(trainer: Trainer) -> str:

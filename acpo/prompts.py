@@ -6,17 +6,26 @@ from .config import ProblemsConfig
 from .problems import Problem
 
 
+def prefix_of(tokenizer) -> list[int]:
+    """The special tokens that a tokenizer puts in front of a text, a base model's <bos>; those behind it (<eos>) would end what begins here."""
+    own, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    return next((whole[:i] for i in range(len(whole)) if own and whole[i : i + len(own)] == own), [])
+
+
 class Prompts:
     def __init__(self, config: ProblemsConfig, tokenizer):
         self.config, self.tokenizer = config, tokenizer
+        self.prefix = [] if config.chat else prefix_of(tokenizer)  # a chat template writes its own
 
     def encode(self, text: str) -> list[int]:
+        """A text inside a rollout: without special tokens."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids in front of a rollout: the text as it is, or as a user message of the tokenizer's chat template."""
+        """Token ids in front of a rollout: the text behind what the tokenizer puts in front of one, or as a user message of the tokenizer's chat template."""
         if not self.config.chat:
-            return self.encode(text)
+            ids = self.encode(text)
+            return ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids  # problems.template may spell it
         system = [{"role": "system", "content": self.config.system}] if self.config.system else []
         message = self.tokenizer.apply_chat_template([*system, {"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
         return self.encode(message)

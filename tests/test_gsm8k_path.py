@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from loop import records
+from tokenizers.processors import TemplateProcessing
 
-from acpo import attributors, config
+from acpo import attributors, config, preflight, synthetic
 from acpo.cli import main
+from acpo.config import ProblemsConfig
+from acpo.policy import byte_tokenizer, load_tokenizer
 from acpo.problems import load
+from acpo.prompts import Prompts
 from acpo.rollout import Sample
 from acpo.run import Run
 from acpo.trainer import Trainer
@@ -94,6 +98,42 @@ def test_prompts_hold_the_problem_and_hints_the_answer(tmp_path, tokenizer):
     assert text == f"Question: {question}\nSolve it step by step and end with \\boxed{{answer}}.\nAnswer:"
     hinted = trainer.tokenizer.decode(trainer.prompts.hinted(problem))
     assert hinted == f"The answer to the following question is {problem.answer}.\n{text}"
+
+
+def with_frame(folder: Path, out: Path, frame: str) -> Path:
+    """The tokenizer with <bos>, which puts special tokens around a text as the frame says."""
+    fast = load_tokenizer(str(folder))
+    fast.add_special_tokens({"bos_token": "<bos>"})
+    names = [(name, fast.convert_tokens_to_ids(name)) for name in ("<bos>", "<eos>")]
+    fast.backend_tokenizer.post_processor = TemplateProcessing(single=frame, special_tokens=names)
+    fast.save_pretrained(out)
+    return out
+
+
+@pytest.mark.parametrize("frame", ["<bos> $A", "<bos> $A <eos>", "$A <eos>", "$A"])
+def test_a_prompt_begins_with_what_the_tokenizer_puts_in_front_of_a_text(tmp_path, tokenizer, frame):
+    own = with_frame(tokenizer, tmp_path / "framed", frame)
+    trainer = trainer_of(tmp_path, own)
+    problem, bos = trainer.train_problems[0], [trainer.tokenizer.bos_token_id] * frame.startswith("<bos>")
+    plain = lambda text: trainer.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    prompt, hinted = trainer.prompts.prompt(problem.prompt), trainer.prompts.hinted(problem)
+    assert prompt == bos + plain(problem.prompt) and hinted == bos + plain(problem.hinted_prompt(problem.answer))
+    assert trainer.prompts.prompt("<bos>x") == plain("<bos>x"), "never twice"
+    assert trainer.prompts.encode("12") == plain("12") and trainer.prompts.spellings("12") == [plain("12"), plain(" 12")]
+    (batch,) = (check for check in preflight.checks(trainer) if check.name == "batch")
+    assert ("every prompt begins with <bos>" in batch.text) is bool(bos)
+    asked = []
+    trainer.engine.generate = lambda prompts, **_: asked.extend(prompts) or [Sample(torch.tensor([1]), torch.zeros(1), True)] * len(prompts)
+    trainer.evaluate(trainer.held_out, 0, samples=1)
+    assert asked and all(ids[: len(bos)] == bos and ids[-1] != trainer.tokenizer.eos_token_id for ids in asked)
+    chat = trainer_of(tmp_path, own, "problems.chat=true")
+    assert chat.prompts.prompt("x") == plain("<user>x<assistant>"), "a chat template writes its own"
+
+
+def test_tokenizers_that_put_nothing_in_front_of_a_text(shared_data):
+    for tokenizer in (byte_tokenizer(), synthetic.tokenizer(), load_tokenizer(str(shared_data / "tokenizer_qwen2"))):
+        text = "abc=12*3"
+        assert Prompts(ProblemsConfig(), tokenizer).prompt(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def test_the_chat_template_goes_around_both_prompts(tmp_path, tokenizer):
