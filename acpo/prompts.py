@@ -22,7 +22,7 @@ class Prompts:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids in front of a rollout: the text behind what the tokenizer puts in front of one, or as a user message of the tokenizer's chat template."""
+        """Token ids in front of a rollout: the text behind the prefix, or as a user message of the tokenizer's chat template."""
         if not self.config.chat:
             ids = self.encode(text)
             return ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids  # problems.template may spell it

@@ -41,8 +41,10 @@ def test_exact_match():
         ("x + 1", "#### x + 1", RIGHT), ("1", "#### x + 1", WRONG), ("(2,3)", "#### (2,3)", RIGHT), ("3", "#### (2,3)", WRONG),
         (r"\frac{3}{4}", r"#### \frac{3}{4}", RIGHT), ("4", r"#### \frac{3}{4}", WRONG), ("10:30", "#### 10:30", RIGHT),
         ("15", "10-15", RIGHT), ("-15", "10-15", WRONG), ("15", "(10)-15", RIGHT), ("-15", "= -15", RIGHT), ("-15", "x=-15", RIGHT),
-        ("5", r"\boxed{+5}", RIGHT), ("0.5", r"\boxed{.5}", RIGHT), ("0", r"\boxed{-0}", RIGHT), ("0", r"\boxed{-0.0}", RIGHT), ("-5", r"\boxed{+5}", WRONG),
-        ("-0.5", r"\boxed{-.5}", RIGHT), ("5", r"\boxed{.5}", WRONG), ("", r"\boxed{.}", RIGHT), ("0", r"\boxed{-}", WRONG), ("0", r"\boxed{+}", WRONG),
+        ("5", r"\boxed{+5}", RIGHT), ("0.5", r"\boxed{.5}", RIGHT), ("0", r"\boxed{-0}", RIGHT),
+        ("0", r"\boxed{-0.0}", RIGHT), ("-5", r"\boxed{+5}", WRONG),
+        ("-0.5", r"\boxed{-.5}", RIGHT), ("5", r"\boxed{.5}", WRONG), ("", r"\boxed{.}", RIGHT),
+        ("0", r"\boxed{-}", WRONG), ("0", r"\boxed{+}", WRONG),
     ],
 )  # fmt: skip
 def test_exact_match_takes_the_whole_answer_and_its_sign(gold, text, verdict):
@@ -53,7 +55,8 @@ def test_exact_match_takes_the_whole_answer_and_its_sign(gold, text, verdict):
 @pytest.mark.parametrize(
     "text",
     [
-        "72", " 72 ", "$72", r"\$72", "72.", "72.00", "$72.00", "+72", "72 clips", "72%", r"72\%", "**72**", "(72)", "5 + 67 = 72", "x = 72", "$72 a day",
+        "72", " 72 ", "$72", r"\$72", "72.", "72.00", "$72.00", "+72", "72 clips", "72%", r"72\%", "**72**", "(72)", "5 + 67 = 72", "x = 72",
+        "$72 a day",
         "72 g", "Natalia's clips: 72", "10 + 62 is 72", r"72 \text{ clips}", "72\nand more", "= 72", "72!", "~72", "72 (all of them)", "72/hour",
     ],
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.)])\.\d+"
 # A minus behind a number, a name or a bracket takes away. 3/4 and 1 1/2 are one number; /4, what x is divided by, is found too, and is none.
@@ -90,11 +91,10 @@ def extract_answer(text: str, how: str) -> str | None:
 
 def _behind_mark(rest: str) -> str | None:
     """`5 + 3 = 8`, `$8 a day`: 8. `Paris`, `(2,3)`, `x + 1`, `10:30`: all of it. `none` says that there is no answer."""
-    number = None
-    for number in _FOUND.finditer(rest):
-        pass
-    if number is None:
+    numbers = deque(_FOUND.finditer(rest), 1)
+    if not numbers:
         return None if rest.strip(" .").lower() == "none" or not any(map(str.isalnum, rest)) else rest
+    number = numbers[0]
     others = rest[rest.rfind("=", 0, number.start()) + 1 : number.start()] + " " + rest[number.end() :]
     if number[0][0] == "/" or _COMMAND.search(others) or (_OPERATOR.search(others) and not _WORD.search(others)):
         return rest
