@@ -29,9 +29,11 @@ def outcome_advantages(rewards: Tensor, group_size: int, kind: str) -> Tensor:
 
 
 def answer_confidence(rollout_logp: Tensor, segments: Segments, mask: Tensor | None = None) -> Tensor:
-    """exp(mean log-prob of the answer span under the policy that sampled), 0 for a rollout without an answer, [B]."""
+    """exp(mean log-prob of the answer span under the policy that sampled), 0 for a rollout without an answer of its own, [B]."""
     mean = segment_reduce(rollout_logp, segments, reduce="mean", mask=mask)
     terminal = segments.is_terminal()
+    if mask is not None:  # a span without a written token has mean 0, which would be full confidence
+        terminal = terminal & (segment_reduce(mask.to(mean.dtype), segments) > 0)
     out = torch.zeros(segments.num_sequences, device=mean.device)
     out[segments.segment_sequence_ids()[terminal]] = mean[terminal].exp()
     return out

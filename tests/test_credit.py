@@ -347,6 +347,15 @@ def test_a_mask_that_leaves_nothing_out_changes_nothing():
     assert torch.equal(answer_confidence(logp, terminal), answer_confidence(logp, terminal, everything))
 
 
+def test_an_answer_that_the_policy_did_not_write_is_none_to_be_confident_of():
+    """Tool output at the end: the mean over no token is 0, and exp(0) would be full confidence."""
+    segments = segments_of(((2, 2), (2, 2), (2, 2)), (True, True, False))
+    logp, mask = torch.full((12,), -3.0), torch.ones(12, dtype=torch.bool)
+    mask[2:4] = mask[7] = False
+    got = answer_confidence(logp, segments, mask)
+    assert got[0] == got[2] == 0 and torch.equal(got[1], torch.tensor(-3.0).exp())
+
+
 # --- outcomes that the verifier left out (NaN) ------------------------------------------------------------------------------------------
 
 NAN = float("nan")
