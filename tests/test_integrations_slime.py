@@ -133,6 +133,46 @@ def test_groups_across_data_parallel_ranks(folder):
             torch.testing.assert_close(torch.tensor(value), expected()[b])
 
 
+def test_the_group_that_slime_trimmed_keeps_its_outcome_advantages(folder):
+    """slime cuts a batch to a multiple of its global batch size, in the middle of a group; the whole ones' credit is as ever."""
+    data = rollout_data(range(6))
+    data["loss_masks"][5][2:4] = 0
+    slime.step_credit(arguments(folder), data)
+    alone = rollout_data(range(4))
+    slime._credit = None
+    slime.step_credit(arguments(folder), alone)
+    assert all(torch.equal(a, b) for a, b in zip(data["advantages"][:4], alone["advantages"], strict=True))
+    assert data["advantages"][1].unique().numel() > 1 and alone["acpo_left_out"] == [0.0] * 4
+    torch.testing.assert_close(data["advantages"][4], torch.ones(data["response_lengths"][4]), atol=1e-5, rtol=0)
+    wanted = torch.full((data["response_lengths"][5],), -1.0)
+    wanted[2:4] = 0.0
+    torch.testing.assert_close(data["advantages"][5], wanted, atol=1e-5, rtol=0)
+    assert data["acpo_left_out"] == [0.0] * 4 + [1.0] * 2 and all(map(torch.equal, data["advantages"], data["returns"]))
+
+
+def test_a_batch_of_the_trimmed_group_alone(folder):
+    data = rollout_data([0])
+    slime.step_credit(arguments(folder), data)
+    assert (data["advantages"][0] == 0).all() and data["acpo_left_out"] == [1.0]
+    data = rollout_data([0, 1])
+    data["rewards"][0] = 2.0
+    with pytest.raises(ValueError, match=r"outcome must lie in \[0, 1\]"):
+        slime.step_credit(arguments(folder), data)
+
+
+def test_one_ratio_a_sequence_is_refused_but_without_credit(folder):
+    for form in ("additive", "none"):
+        args = arguments(folder, advantage_estimator="gspo", acpo={**ACPO, "credit.form": form})
+        slime._credit = None
+        if form == "none":
+            slime.step_credit(args, rollout_data())
+        else:
+            with pytest.raises(ValueError, match=r"--advantage-estimator gspo: one ratio a sequence .* the credit of its steps cancels"):
+                slime.step_credit(args, rollout_data())
+    slime._credit = None
+    slime.step_credit(arguments(folder, advantage_estimator="grpo"), rollout_data())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -396,12 +396,17 @@ class _Packed:
 
 
 def _outcome(outcome: Tensor, order: Tensor) -> Tensor:
-    """Outcomes [B], NaN where there is none."""
-    rows = _rows("outcome", outcome, order)
+    """Outcomes [B] in order, NaN where there is none."""
+    return checked_outcome(_rows("outcome", outcome, order), order)
+
+
+def checked_outcome(rows: Tensor, order: Tensor | None = None) -> Tensor:
+    """rows [B] as they are, ValueError for an outcome that is none; order [B] are the caller's numbers of them."""
     wrong = (rows < 0) | (rows > 1)
     if wrong.any():
         at = int(wrong.nonzero()[0])
-        raise ValueError(f"outcome must lie in [0, 1], or be NaN where there is none, got {float(rows[at])} for rollout {int(order[at])}")
+        name = at if order is None else int(order[at])
+        raise ValueError(f"outcome must lie in [0, 1], or be NaN where there is none, got {float(rows[at])} for rollout {name}")
     return rows
 
 

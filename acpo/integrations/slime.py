@@ -7,22 +7,26 @@ and every rank computes the same. The sources that need no forward of their own 
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
 
-from .functional import StepCredit
+from ..credit import outcome_advantages
+from .functional import StepCredit, checked_outcome
 
 SETTINGS = {"attribution.source": "tree"}
+LEFT_OUT = "acpo_left_out"
 NEEDED = ("tokens", "response_lengths", "loss_masks", "rewards", "sample_indices", "truncated")
 
 _credit: StepCredit | None = None  # one run a process: calibrators live as long as it does
 
 
 def step_credit(args, rollout_data: dict[str, Any]) -> None:
-    """Sets rollout_data["advantages"] and ["returns"], lists of one tensor [response length] a sample.
+    """Sets rollout_data["advantages"] and ["returns"], lists of one tensor [response length] a sample, and ["acpo_left_out"], 1.0 for the samples of
+    a group that slime trimmed: these get their outcome advantages.
 
     Needs `--disable-rewards-normalization`: rewards are then the verifier's outcomes in [0, 1], and groups are compared here. Errors: ValueError that
     names the flag or the field.
@@ -37,16 +41,40 @@ def step_credit(args, rollout_data: dict[str, Any]) -> None:
     finished = [not cut for cut in rollout_data["truncated"]]
     own = list(zip(map(int, rollout_data["sample_indices"]), responses, written, map(float, rollout_data["rewards"]), finished, strict=True))
     everyone, first = _gathered(own)
-    index, ids, masks, rewards, ended = zip(*everyone, strict=True)
-    padded = torch.nn.utils.rnn.pad_sequence(list(ids), batch_first=True)
-    there = torch.arange(padded.shape[1]) < torch.tensor([len(row) for row in ids]).unsqueeze(1)
-    result = _credit(
-        padded, there, torch.tensor(rewards), groups=[i // args.n_samples_per_prompt for i in index],
-        written=torch.nn.utils.rnn.pad_sequence(list(masks), batch_first=True), finished=torch.tensor(ended),
-    )  # fmt: skip
-    device = _device(rollout_data)
-    advantages = [result.advantages[first + b, :n].to(device) for b, n in enumerate(lengths)]
+    everyones, left_out = _advantages(_credit, everyone, args.n_samples_per_prompt)
+    here, device = slice(first, first + len(own)), _device(rollout_data)
+    advantages = [value.to(device) for value in everyones[here]]
     rollout_data["advantages"], rollout_data["returns"] = advantages, [value.clone() for value in advantages]
+    rollout_data[LEFT_OUT] = [float(value) for value in left_out[here]]  # slime logs the mean of every list in it, as rollout/acpo_left_out
+
+
+def _advantages(credit: StepCredit, samples: list[tuple], size: int) -> tuple[list[Tensor], list[bool]]:
+    """Token advantages of each sample, and which of them have no whole group.
+
+    slime trims the batch to a multiple of its global batch size, which cuts one group at most: what is left of it gets the advantages of its
+    outcomes. Several incomplete groups are none of its doing, and the credit refuses them.
+    """
+    index, ids, masks, rewards, ended = zip(*samples, strict=True)
+    groups, outcome = [i // size for i in index], torch.tensor(rewards)
+    short = [name for name, count in Counter(groups).items() if count < size]
+    left_out = [len(short) == 1 and name == short[0] for name in groups]
+    rows = [b for b, out in enumerate(left_out) if not out]
+    advantages = [torch.zeros(len(row)) for row in ids]
+    if rows:
+        padded = torch.nn.utils.rnn.pad_sequence([ids[b] for b in rows], batch_first=True)
+        there = torch.arange(padded.shape[1]) < torch.tensor([len(ids[b]) for b in rows]).unsqueeze(1)
+        found = credit(
+            padded, there, outcome[rows], groups=[groups[b] for b in rows],
+            written=torch.nn.utils.rnn.pad_sequence([masks[b] for b in rows], batch_first=True), finished=torch.tensor([ended[b] for b in rows]),
+        )  # fmt: skip
+        for value, b in zip(found.advantages, rows, strict=True):
+            advantages[b] = value[: len(ids[b])]
+    rest = [b for b, out in enumerate(left_out) if out]
+    if rest:
+        plain = outcome_advantages(checked_outcome(outcome[rest]), len(rest), credit.settings.credit.advantage)
+        for value, b in zip(plain, rest, strict=True):
+            advantages[b] = torch.where(masks[b], value, 0.0)
+    return advantages, left_out
 
 
 def make_credit(args) -> StepCredit:
@@ -61,6 +89,11 @@ def make_credit(args) -> StepCredit:
         raise ValueError(
             "args.acpo: slime's advantage function sees neither hidden states nor entropies, so attribution.source must be 'tree', credit.token "
             f"and entropy.controller 'none'; got {settings}"
+        )
+    if getattr(args, "advantage_estimator", None) == "gspo" and credit.settings.attribution.sources and credit.settings.credit.form != "none":
+        raise ValueError(
+            "--advantage-estimator gspo: one ratio a sequence gives its tokens one gradient, in which the credit of its steps cancels; use grpo, or "
+            "acpo: {credit: {form: none}}"
         )
     return credit
 
