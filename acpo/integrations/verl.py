@@ -8,6 +8,7 @@ per token. Settings of the method stand under `+algorithm.acpo`. See docs/integr
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
 from functools import partial
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from ..checkpoint import put_text
 from .functional import Credited, StepCredit
+
+logger = logging.getLogger(__name__)
 
 TESTED = ("0.9",)
 SETTINGS = {"attribution.source": "tree"}
@@ -48,12 +51,35 @@ def make_credit(tokenizer, settings: dict[str, Any] | None, group_size: int, tot
     return credit
 
 
+def check_loss(credit: StepCredit, mode: str | None) -> None:
+    """ValueError for a loss of the policy in which the credit of steps cancels."""
+    if mode == "geo_mean" and credit.settings.attribution.sources and credit.settings.credit.form != "none":
+        raise ValueError(
+            "actor_rollout_ref.actor.policy_loss.loss_mode=geo_mean averages the advantages of a sequence, and the credit of its steps cancels; use "
+            "another loss, or algorithm.acpo.credit.form=none"
+        )
+
+
+def put_state(credit: StepCredit, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    put_text(folder / STATE, json.dumps(credit.state()))
+
+
+def load_state(credit: StepCredit, folder: Path) -> None:
+    path = folder / STATE
+    if not path.exists():
+        logger.warning(f"acpo: {folder} has no {STATE}: the calibrators and controllers start anew")
+        return
+    credit.load(json.loads(path.read_text(encoding="utf-8")))
+
+
 def assign(credit: StepCredit, responses: Tensor, lengths: Tensor, response_mask: Tensor, advantages: Tensor, outcome: Tensor, uid: list,
            entropy: Tensor | None, step: int, left_out: Tensor | None = None,
-           finished: Tensor | None = None) -> tuple[Tensor, Tensor | None, dict[str, float]]:  # fmt: skip
+           finished: Tensor | None = None, sessions: list[str] | None = None) -> tuple[Tensor, Tensor | None, dict[str, float]]:  # fmt: skip
     """Token advantages and bonus weights [B,T] for verl's batch: responses, response_mask (the policy's own tokens), verl's advantages and entropy
-    [B,T], lengths and outcome [B], uid [B] names the prompts. Rows that are left out (padding) and prompts without group_size rollouts keep verl's
-    advantages, and so do rollouts that are not finished [B] (None: all are)."""
+    [B,T], lengths and outcome [B], uid [B] names the prompts. sessions [B] the rollouts that rows are outputs of (None: each
+    its own). Rows that are left out (padding) and prompts without group_size rollouts of one output each keep verl's advantages, and so do rollouts
+    that are not finished [B] (None: all are)."""
     written = response_mask.bool()
     first = written.int().argmax(1)
     own = advantages.gather(1, first.unsqueeze(1)).squeeze(1) * written.any(1)
@@ -61,7 +87,11 @@ def assign(credit: StepCredit, responses: Tensor, lengths: Tensor, response_mask
         raise ValueError("algorithm.adv_estimator must give one advantage a rollout (grpo, rloo, ...): this one differs between its tokens")
     use = torch.ones(len(uid), dtype=torch.bool) if left_out is None else ~left_out
     count = Counter(name for name, inside in zip(uid, use.tolist(), strict=True) if inside)
-    use &= torch.tensor([count[name] == credit.group_size for name in uid], dtype=torch.bool)
+    several: set[str] = set()  # prompts of which a session has several outputs: their number says nothing of the rollouts
+    if sessions is not None:
+        outputs = Counter(name for name, inside in zip(sessions, use.tolist(), strict=True) if inside)
+        several = {name for name, session in zip(uid, sessions, strict=True) if outputs[session] > 1}
+    use &= torch.tensor([count[name] == credit.group_size and name not in several for name in uid], dtype=torch.bool)
     rows = use.nonzero().flatten()
     mask = torch.arange(responses.shape[1]) < lengths.unsqueeze(1)
     found: Credited = credit(
@@ -76,6 +106,11 @@ def assign(credit: StepCredit, responses: Tensor, lengths: Tensor, response_mask
         weight = torch.zeros(advantages.shape, dtype=torch.float32)
         weight[rows] = found.entropy_weight
     return out, weight, {**found.metrics, "acpo/left_out": 1.0 - float(use.float().mean())}
+
+
+def sessions_of(keys: list[str]) -> list[str]:
+    """Which rollout each row is an output of: verl's keys are uid_session_index."""
+    return [key.rsplit("_", 1)[0] for key in keys]
 
 
 def not_cut_off(responses: Tensor, lengths: Tensor, limit: int, eos: int) -> Tensor:
@@ -149,6 +184,7 @@ def register() -> type:
 
         def on_init_end(self):
             super().on_init_end()
+            check_loss(self.acpo, OmegaConf.select(self.config, "actor_rollout_ref.actor.policy_loss.loss_mode"))
             if self.acpo.needs_entropy and not self.acpo_has_entropy:
                 raise ValueError(
                     "algorithm.rollout_correction.bypass_mode must be False with algorithm.acpo.entropy.controller, credit.token = 'entropy' or "
@@ -177,7 +213,7 @@ def register() -> type:
             advantages, weight, figures = assign(
                 credit, responses, lengths, padded["response_mask"].cpu(), padded["advantages"].cpu(),
                 padded["rm_scores"].sum(-1).cpu(), uid, padded["entropy"].cpu() if "entropy" in fields else None, self.global_steps, padding,
-                not_cut_off(responses, lengths, limit, self.tokenizer.eos_token_id),
+                not_cut_off(responses, lengths, limit, self.tokenizer.eos_token_id), sessions_of(batch.keys),
             )  # fmt: skip
             metrics.update(figures)
             output = {"advantages": response_to_nested(advantages, nested)}
@@ -186,16 +222,13 @@ def register() -> type:
             return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(output, batch_size=len(batch)))
 
         def _save_checkpoint(self):
+            put_state(self.acpo, Path(self._acpo_folder()))  # first: a checkpoint that verl declares complete has it
             super()._save_checkpoint()
-            text = json.dumps(self.acpo.state())
-            put_text(Path(self._acpo_folder(), STATE), text)
 
         def _load_checkpoint(self):
             super()._load_checkpoint()
-            path = os.path.join(self._acpo_folder(), STATE)
-            if self.global_steps > 0 and os.path.exists(path):
-                with open(path, encoding="utf-8") as file:
-                    self.acpo.load(json.load(file))
+            if self.global_steps > 0:
+                load_state(self.acpo, Path(self._acpo_folder()))
 
         def _acpo_folder(self) -> str:
             if self.config.trainer.resume_mode == "resume_path" and self.config.trainer.resume_from_path.endswith(f"global_step_{self.global_steps}"):
