@@ -1,7 +1,8 @@
 """The model's forward with our head: log-probs and entropies of the labels, and the hindsight stream beside the plain one.
 
 TRL patches the model's forward so that `model(..., labels=labels, fused_lm_head=True)` gives per-token values instead of logits; this wraps that
-forward once more. Everything happens inside the model's own call, so DDP, FSDP and ZeRO-3 see their parameters gathered.
+forward once more. Everything happens inside the model's own call, so DDP and FSDP see their parameters gathered. ZeRO-3 has the head's weight whole
+in the forward alone: enough where there is no gradient (the hindsight stream), and the kernels, whose backward reads it again, are refused.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
@@ -39,6 +41,15 @@ def refuse_unsupported(model: nn.Module, why: str) -> None:
         raise ValueError(f"{why} needs a plain linear head, got {type(head).__name__} (an adapter on lm_head is not supported)")
     if not head.weight.is_floating_point() or "float8" in str(head.weight.dtype):
         raise ValueError(f"{why} needs a floating-point head, got {head.weight.dtype}")
+
+
+def refuse_zero3() -> None:
+    """ValueError for the kernels under ZeRO-3: their backward would find the head's weight empty again."""
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "use_acpo_kernels=True cannot be used with DeepSpeed ZeRO-3, which partitions the head's weight again before the backward that reads it; "
+            "set use_acpo_kernels=False"
+        )
 
 
 def add_head(model: nn.Module, temperature: float, cast_to_fp32: bool, kernels: bool) -> None:

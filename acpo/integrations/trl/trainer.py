@@ -28,7 +28,7 @@ from ...problems import Problem
 from ..functional import StepCredit
 from . import scoring, state
 from .config import ACPOConfig
-from .head import add_head, refuse_unsupported
+from .head import add_head, refuse_unsupported, refuse_zero3
 from .rewards import group_advantages
 from .sampler import CurriculumSampler
 
@@ -83,6 +83,7 @@ class ACPOTrainer(GRPOTrainer):
         """What cannot be together, by name."""
         args = self.args
         if args.use_acpo_kernels:
+            refuse_zero3()
             refuse_unsupported(base, "use_acpo_kernels=True")
             if self.aux_loss_enabled:
                 raise ValueError("use_acpo_kernels=True does not compute the auxiliary loss of mixture-of-experts models; set it to False")

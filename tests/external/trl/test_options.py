@@ -98,3 +98,11 @@ def test_the_auxiliary_loss_of_mixtures_of_experts(tmp_path):
     assert equal(weights(theirs), weights(ours))
     with pytest.raises(ValueError, match="use_acpo_kernels=True does not compute the auxiliary loss of mixture-of-experts models"):
         trainer(ACPOTrainer, tmp_path, **{**settings, "use_acpo_kernels": True})
+
+
+def test_kernels_under_zero_3(monkeypatch, tmp_path):
+    """The weight is whole in the forward alone, and our backward reads it again."""
+    monkeypatch.setattr("acpo.integrations.trl.head.is_deepspeed_zero3_enabled", lambda: True, raising=False)
+    with pytest.raises(ValueError, match=r"use_acpo_kernels=True .* ZeRO-3.* set use_acpo_kernels=False"):
+        trainer(ACPOTrainer, tmp_path, **{**OFF, "use_acpo_kernels": True})
+    trainer(ACPOTrainer, tmp_path, **OFF)
