@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from fake_vllm import serving
 from loop import records, settings, train, trainer_of, without_times
 
+from acpo.cli import main
 from acpo.rollout.local import LocalEngine
 from acpo.run import Run
 from acpo.trainer import Trainer, TrainingError
@@ -128,6 +131,23 @@ def test_a_failure_during_evaluation_is_told_too(tmp_path, served):
     with pytest.raises(TrainingError, match="rollouts are finished and kept; checkpoint none stands"):
         trainer.train()
     trainer.close()
+
+
+def test_eval_of_a_run_leaves_its_server_to_the_training(tmp_path, served, capsys):
+    """A sync would abort the trainer's requests and put the checkpoint's weights in the place of its own."""
+    fake, overrides = served
+    assert train(tmp_path, *overrides) == 0
+    arguments, last = ["eval", str(tmp_path / "run"), "--samples", "0", "--json"], records(tmp_path / "run")[-1]["eval/accuracy"]
+    fake.calls.clear()
+    capsys.readouterr()
+    assert main(arguments) == 0
+    found = capsys.readouterr()
+    assert not fake.calls and json.loads(found.out)["eval/accuracy"] == last
+    assert "the policy itself's" in found.err and "rollout.engine=vllm_server" in found.err
+    for typed in ("rollout.engine=vllm_server", "rollout.server.concurrency=3", f"rollout.server.url={fake.url}"):
+        fake.calls.clear()
+        assert main([*arguments, typed]) == 0 and not capsys.readouterr().err
+        assert len(fake.asked("/v1/completions")) == 4, f"{typed}: who names the server gets it"
 
 
 def test_the_local_engine_needs_no_server(tmp_path):

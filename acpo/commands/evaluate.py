@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from . import json_option, print_json, print_table, verb
@@ -69,7 +70,7 @@ def _evaluated(options):
         raise ConfigError(f"--preset {options.preset} needs --path: the file with the problems")
     layers = []
     if runs:
-        layers.append(("RUN", {"run_dir": runs[0]}))
+        layers.append(("RUN", {"run_dir": runs[0], **_engine(Path(runs[0]) / "config.yaml", overrides)}))
     if options.model:
         layers.append(("--model", {"policy.path": options.model}))
     if options.preset:
@@ -82,6 +83,17 @@ def _evaluated(options):
     settings = config.load(Path(runs[0]) / "config.yaml" if runs else None, overrides, *layers)
     made = settings.problems.task or settings.problems.path.startswith("reasoning_gym:")
     return settings, runs[0] if runs else None, bool((other or not runs) and not made)
+
+
+def _engine(path: Path, overrides: list[str]) -> dict[str, str]:
+    """A run's server is its training's: our weights in it would be what the training samples from. Who names a server on the command line gets it."""
+    from ..layers import flatten, read_yaml
+
+    typed = any(t.partition("=")[0].strip().startswith(("rollout.engine", "rollout.server.")) for t in overrides)
+    if typed or flatten(read_yaml(path)).get("rollout.engine") != "vllm_server":
+        return {}
+    print("acpo: rollouts are the policy itself's, the server is left to the run's training; rollout.engine=vllm_server takes it", file=sys.stderr)
+    return {"rollout.engine": "local"}
 
 
 def _ks(text: str, samples: int) -> list[int]:
