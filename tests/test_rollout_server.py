@@ -149,6 +149,29 @@ def test_weights_go_in_pieces(engine, policy, fake, monkeypatch):
         assert torch.equal(dict(fake.policy.weights())[name], value)
 
 
+def test_two_processes_do_not_load_each_others_weights(fake, policy, tmp_path):
+    """The second one's whole update, and the first half of another, between the first one's writing and its server's reading."""
+    first, second = (engine_on(fake, policy, tmp_path) for _ in range(2))
+    asked, loaded = fake.answer, []
+
+    def answer(path, payload):
+        if path == "/update_weights":
+            file = payload["update_info"]["path"]
+            loaded.append(file)
+            if len(loaded) == 1:
+                second.sync()
+                (tmp_path / "vllm" / "update.safetensors").write_bytes(b"half of another's")
+                assert loaded[1] != file
+        return asked(path, payload)
+
+    fake.answer = answer
+    first.sync()
+    assert len(loaded) == 2 and [p.name for p in (tmp_path / "vllm").iterdir()] == ["update.safetensors"], "each removes its own file alone"
+    for name, value in policy.weights():
+        assert torch.equal(dict(fake.policy.weights())[name], value)
+    first.close(), second.close()
+
+
 def test_weights_travel_in_the_dtype_of_the_engine(fake, policy, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr("fake_vllm.load_file", lambda path: (w := real(path), seen.update(w))[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,11 +38,12 @@ class Files:
 
     def __init__(self, receiver: Receiver, policy: Policy, dtype: torch.dtype, folder: Path):
         self.receiver, self.policy, self.dtype, self.folder = receiver, policy, dtype, folder.resolve()
+        self.name = f"update-{os.getpid()}-{os.urandom(4).hex()}.safetensors"  # another process may write into the same folder, on another machine
         self.receiver.init_weight_transfer_engine({})
 
     def send(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "update.safetensors"
+        path = self.folder / self.name
         self.receiver.start_weight_update()
         try:
             for shard in _shards(_converted(self.policy, self.dtype)):
