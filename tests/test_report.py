@@ -229,6 +229,46 @@ def test_where_it_is_written(tmp_path, finished_run, capsys, monkeypatch):
     assert sorted(p.name for p in Path("runs").iterdir()) == ["r-0", "r-1", "report.csv", "report.html", "report.png"]
 
 
+def test_runs_of_unrelated_folders_are_written_into_the_current_one(tmp_path, capsys, monkeypatch):
+    """Not into the folder that holds all of their folders: that may be /."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    a, b = (write_run(tmp_path / name / "runs" / "r", [step(1, reward=0.5)], seed=s) for s, name in enumerate("ab"))
+    assert main(["report", str(a), str(b)]) == 0
+    assert capsys.readouterr().out.split()[-3:] == ["report.png", "report.html", "report.csv"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "here"] and len(list((tmp_path / "here").iterdir())) == 3
+
+
+def test_what_is_no_run_among_several_is_passed_over(tmp_path, capsys):
+    runs = [str(write_run(tmp_path / f"r-{s}", [step(1, reward=0.5)], seed=s)) for s in (0, 1)]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("no folder at all")
+    wrong = [str(tmp_path / "empty"), str(tmp_path / "notes.txt")]
+    assert main(["report", runs[0], wrong[0], runs[1], wrong[1], "--json"]) == 0
+    found = capsys.readouterr()
+    assert [row["run"] for row in json.loads(found.out)["runs"]] == ["r-0", "r-1"]
+    assert found.err == "".join(f"acpo: {path} is no run directory: it has no metrics.jsonl; passed over\n" for path in wrong)
+    assert (tmp_path / "report.csv").exists()
+    assert main(["report", *wrong]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(f"{path} is no run directory" in error for path in wrong)
+
+
+def test_lines_that_are_no_records_are_passed_over(tmp_path, capsys):
+    run = write_run(tmp_path / "run", [step(1, reward=0.25)])
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('\n{"phase": "stage1", "st\n[1]\n' + json.dumps(step(2, reward=0.75)) + "\n  \n")
+    assert main(["report", str(run)]) == 1, "written, and the data was at fault"
+    assert (run / "report.html").exists()
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"acpo: \S+/metrics.jsonl, line 3: this line is not JSON: [^\n]*, and 1 more like it; left out\n", error)
+    assert panels.lines(panel_of("Reward"), report.load([run]))[0].mean == [0.25, 0.75]
+    blank = write_run(tmp_path / "blank", [step(1, reward=0.25)])
+    with open(blank / "metrics.jsonl", "a") as file:
+        file.write("\n" + json.dumps(step(2, reward=0.75)) + "\n")
+    assert main(["report", str(blank)]) == 0 and not capsys.readouterr().err
+
+
 def test_some_of_the_panels(tmp_path, capsys):
     run = write_run(tmp_path / "run", [step(n, reward=0.5, **{"eval/accuracy": 0.25}) for n in (1, 2)])
     assert main(["report", str(run), "--out", str(tmp_path / "n.csv"), "--panels", "ACCURACY,reward"]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from ..layers import ConfigError
@@ -17,24 +18,39 @@ NUMBERS = (".csv",)
 PAGES = (".html", ".htm")
 
 
-def load(directories: list[Path]) -> list[Group]:
-    """The runs, each once, as groups over seeds."""
-    once = {directory.resolve(): directory for directory in directories}
-    return grouped(distinct([read(directory) for directory in once.values()]))
+def load(directories: list[Path], passed: Callable[[str], object] | None = None) -> list[Group]:
+    """The runs, each once, as groups over seeds. passed: is told what is no run, and the others are read; without it, or where nothing else is
+    left, that is a ReportError."""
+    runs, wrong = [], []
+    for directory in {directory.resolve(): directory for directory in directories}.values():
+        try:
+            runs.append(read(directory))
+        except ReportError as error:
+            if passed is None:
+                raise
+            wrong.append(str(error))
+    if not runs and wrong:
+        raise ReportError("; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if wrong[3:] else ""))
+    for text in wrong:
+        passed(f"{text}; passed over")
+    return grouped(distinct(runs))
 
 
 def write(directories: list[Path], out: Path | None = None, groups: list[Group] | None = None, sections: Sections = SECTIONS) -> list[Path]:
     """The picture, the page and the numbers of the runs, of those panels; returns what was written.
 
     out is a folder for all three, or one file: .html the page, .csv the numbers, else the picture. Without it they go into the run's directory as
-    curves.png, report.html and report.csv; those of several runs into the folder that holds them, as report.png, report.html and report.csv.
+    curves.png, report.html and report.csv; those of several runs into the folder that holds them all, as report.png, report.html and report.csv; where no one folder does, into the
+    current one.
     """
     groups = load(directories) if groups is None else groups
+    directories = [run.path for group in groups for run in group.runs]  # without what is there twice, or was passed over
     if out is not None and out.suffix and not out.is_dir():
         paths = [out]
     else:
         one = len(directories) == 1
-        folder = out or (directories[0] if one else Path(os.path.commonpath([os.path.abspath(d.parent) for d in directories])))
+        parents = {Path(os.path.abspath(d)).parent for d in directories}
+        folder = out or (directories[0] if one else parents.pop() if len(parents) == 1 else Path())
         folder.mkdir(parents=True, exist_ok=True)
         paths = [_short(folder / name) for name in ("curves.png" if one else "report.png", "report.html", "report.csv")]
     for path in paths:

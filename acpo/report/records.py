@@ -32,13 +32,15 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True)
 class Records:
-    """One run: its settings (dotted; empty where config.yaml cannot be read), and the records of its warm-up and of its steps, in order."""
+    """One run: its settings (dotted; empty where config.yaml cannot be read), and the records of its warm-up and of its steps, in order. left_out:
+    what was wrong with the lines that are no records, empty where there are none."""
 
     path: Path
     settings: dict[str, Any]
     warmup: list[dict]
     steps: list[dict]
     name: str
+    left_out: str = ""
 
     @property
     def stage2(self) -> int | None:
@@ -64,7 +66,8 @@ class Group:
 
 
 def read(directory: Path) -> Records:
-    """A run's records. A last line without its end is still being written and is left out; of a step that stands there twice (a run that was
+    """A run's records. A last line without its end is still being written and is left out, a damaged line as the trainer's resume does
+    it; without any other it is an error. Of a step that stands there twice (a run that was
     broken off and is not resumed yet) the later record counts."""
     path = directory / "metrics.jsonl"
     try:
@@ -72,20 +75,26 @@ def read(directory: Path) -> Records:
     except OSError:
         raise ReportError(f"{directory} is no run directory: it has no metrics.jsonl") from None
     found: dict[tuple[bool, int], dict] = {}
+    damaged = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
-            warm = record["phase"] == "warmup"
-            key = (warm, int(record["step"]))
+            if not isinstance(record["phase"], str) or not isinstance(record["step"], int):
+                raise TypeError
+            found[record["phase"] == "warmup", record["step"]] = record
         except json.JSONDecodeError as error:
-            raise ReportError(f"{path}, line {number}: this line is not JSON: {error.msg}") from None
-        except (TypeError, KeyError, ValueError, OverflowError, RecursionError):
-            raise ReportError(f"{path}, line {number}: wanted an object with `phase` and `step`, got {line[:60]!r}") from None
-        found[key] = record
+            damaged.append(f"{path}, line {number}: this line is not JSON: {error.msg}")
+        except (TypeError, KeyError, ValueError, RecursionError):
+            damaged.append(f"{path}, line {number}: wanted an object with `phase` and `step`, got {line[:60]!r}")
+    if damaged and not found:
+        raise ReportError(damaged[0])
+    left_out = damaged[0] + (f", and {len(damaged) - 1} more like it" if damaged[1:] else "") + "; left out" if damaged else ""
     ordered = [found[key] for key in sorted(found)]
     return Records(
         directory, _settings(directory), [r for r in ordered if r["phase"] == "warmup"], [r for r in ordered if r["phase"] != "warmup"],
-        directory.resolve().name,
+        directory.resolve().name, left_out,
     )  # fmt: skip
 
 
