@@ -4,6 +4,7 @@ mend is one line on stderr that says how; a traceback is a bug of ours."""
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from .commands import compare, completion, doctor, evaluate, report, segment, train
@@ -48,7 +49,15 @@ def main(arguments: list[str] | None = None) -> int:
             parser().error(f"unrecognized arguments: {' '.join(rest)}")
         getattr(options, WORDS[options.verb]).extend(rest)
 
-    from .checkpoint import CheckpointError
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        again = "; the same command continues from the last checkpoint" if options.verb in ("train", "compare") else ""
+        return _said(f"interrupted{again}", 130)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from .checkpoint import CheckpointError  # torch comes with these, which takes seconds: an interrupt may fall into them
     from .compare import RunError
     from .config import ConfigError
     from .guard import TrainingError
@@ -69,15 +78,11 @@ def main(arguments: list[str] | None = None) -> int:
         return _said(error, 1)
     except OSError as error:
         return _said(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
-    except KeyboardInterrupt:
-        again = "; the same command continues from the last checkpoint" if options.verb in ("train", "compare") else ""
-        return _said(f"interrupted{again}", 130)
 
 
 def _said(error: object, code: int) -> int:
-    from .ranks import first_to_tell
-
-    if first_to_tell():  # of several processes one says why
+    ranks = sys.modules.get("acpo.ranks")  # not imported here: torch, of which an interrupt may have left half, cannot be imported twice
+    if ranks.first_to_tell() if ranks else os.environ.get("RANK", "0") == "0":  # of several processes one says why
         print(f"acpo: {error}", file=sys.stderr)
     return code
 

@@ -159,6 +159,10 @@ class Comparer:
         """Runs what is outstanding, `jobs` at a time, each as a process behind the words of `launch` (such as "nice -n 10")."""
         if unknown := [a for a in arms or [] if a not in self.chosen.arms]:
             raise ConfigError(f"--arms names {unknown[0]!r}, which is none of the arms {', '.join(self.chosen.arms)}")
+        try:
+            words = shlex.split(launch)
+        except ValueError as error:
+            raise ConfigError(f"--launch must be words as a shell reads them, got {launch!r}: {error}") from None
         for job in self.known(arms):
             if self.finished(job) is not None:  # killed behind its record
                 shutil.rmtree(self.directory / job.key / "checkpoints", ignore_errors=True)
@@ -171,7 +175,7 @@ class Comparer:
                     while waiting and len(running) < jobs and (most is None or started < most):
                         job = waiting.pop(0)
                         print(f"run {job.key}  ({len(waiting)} more known)", flush=True)
-                        running[pool.submit(self._launch, job, launch)] = job
+                        running[pool.submit(self._launch, job, words)] = job
                         started += 1
                     if not running:
                         return
@@ -183,10 +187,10 @@ class Comparer:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _launch(self, job: Job, launch: str) -> None:
+    def _launch(self, job: Job, words: list[str]) -> None:
         folder = self.directory / job.key
         folder.mkdir(parents=True, exist_ok=True)
-        command = [*shlex.split(launch), sys.executable, "-m", "acpo.cli", "compare", str(self.path), "--dir", str(self.directory), "--one", job.key]
+        command = [*words, sys.executable, "-m", "acpo.cli", "compare", str(self.path), "--dir", str(self.directory), "--one", job.key]
         with open(folder / "log.txt", "a", encoding="utf-8") as log:
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
         if code != 0:

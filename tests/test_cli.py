@@ -190,6 +190,18 @@ def test_interrupted(tmp_path, monkeypatch, capsys):
     assert code == 130 and "the same command continues" in error
 
 
+@pytest.mark.parametrize("verb", ["train", "doctor"])
+def test_interrupted_while_torch_is_imported(tmp_path, verb):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "acpo.cli", verb, *([str(write_config(tmp_path))] if verb == "train" else [])],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}, timeout=60,
+    )  # fmt: skip
+    again = "; the same command continues from the last checkpoint" if verb == "train" else ""
+    assert (done.returncode, done.stderr) == (130, f"acpo: interrupted{again}\n")
+
+
 def test_train_leaves_a_run_to_look_at(finished_run):
     names = {p.name for p in finished_run.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "checkpoints", "curves.png", "report.html", "policy"} <= names

@@ -413,3 +413,8 @@ def test_runs_go_side_by_side(tmp_path, monkeypatch):
     monkeypatch.setattr(comparer, "finished", lambda job: {} if job.key in done else None)
     comparer.run(jobs=2)
     assert begun[0] == "warm" and sorted(begun[1:]) == sorted(f"{arm}/seed-{s}" for arm in ("grpo/lr-0.0003", "gentle/lr-0.001") for s in (0, 1))
+
+
+def test_launch_that_is_no_words(tmp_path, capsys):
+    assert main(["compare", str(written(tmp_path)), "--dir", str(tmp_path / "out"), "--launch", "nice 'n"]) == 2
+    assert capsys.readouterr().err == 'acpo: --launch must be words as a shell reads them, got "nice \'n": No closing quotation\n'
