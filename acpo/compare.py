@@ -26,6 +26,7 @@ from . import state
 from .checkpoint import put_text
 from .comparison import load
 from .config import Config, ConfigError
+from .display import output
 from .evidence import mean_area, run_record, summarise
 from .layers import differences
 
@@ -174,7 +175,8 @@ class Comparer:
                     waiting = [j for j in self.outstanding(arms) if j not in running.values()]
                     while waiting and len(running) < jobs and (most is None or started < most):
                         job = waiting.pop(0)
-                        print(f"run {job.key}  ({len(waiting)} more known)", flush=True)
+                        with output():
+                            print(f"run {job.key}  ({len(waiting)} more known)")
                         running[pool.submit(self._launch, job, words)] = job
                         started += 1
                     if not running:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,10 +20,42 @@ WATCHED = (
 EVERY = 15.0  # seconds between plain lines, besides those of evaluations
 
 
+@contextlib.contextmanager
+def output() -> Iterator[None]:
+    """Where something is printed: a reader that stops reading, as a pager does, is no error."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        no_reader()
+
+
+def no_reader() -> None:
+    """What is printed from here on, and what the interpreter flushes at exit, goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+class Paper(Console):
+    """Within `output`."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+class Ongoing(Console):
+    """For what goes on without a reader; rich's own ends the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        no_reader()
+
+
 class Display:
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
-        self.console = Console(file=sys.stdout)
+        self.console = Ongoing(file=sys.stdout)
         self.progress: Progress | None = None
         self.shown: dict[str, float] = {}
         self.said = time.monotonic()
@@ -76,7 +111,8 @@ class Display:
     def warn(self, text: str) -> None:
         """Said even where all else is not, on stderr then: what is on stdout is for a program."""
         if self.quiet:
-            print(f"acpo: warning: {text}", file=sys.stderr)
+            with contextlib.suppress(BrokenPipeError):
+                print(f"acpo: warning: {text}", file=sys.stderr)
         else:
             self.say(f"warning: {text}")
 

@@ -24,7 +24,10 @@ def json_option(parser: argparse.ArgumentParser) -> None:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(_plain(value)))
+    from ..display import output
+
+    with output():
+        print(json.dumps(_plain(value)))
 
 
 def _plain(value: Any) -> Any:
@@ -38,9 +41,10 @@ def _plain(value: Any) -> Any:
 
 def print_table(head: list[str], rows: list[list[str]], title: str | None = None) -> None:
     """A table that keeps every column where it is piped into a file. Text: what stands in brackets is no markup."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from ..display import Paper, output
 
     if not rows:
         return
@@ -49,5 +53,6 @@ def print_table(head: list[str], rows: list[list[str]], title: str | None = None
         table.add_column(Text(name))
     for row in rows:
         table.add_row(*map(Text, row))
-    console = Console()
-    Console(width=None if console.is_terminal else 240).print(table)
+    console = Paper()
+    with output():
+        Paper(width=None if console.is_terminal else 240).print(table)

@@ -29,6 +29,7 @@ def run(options) -> int:
     from .. import exhibit
     from ..compare import Comparer
     from ..config import ConfigError
+    from ..display import output
 
     if options.jobs < 1:
         raise ConfigError(f"--jobs must be at least 1, got {options.jobs}")
@@ -45,8 +46,10 @@ def run(options) -> int:
     if options.json:
         print_json(results)
     elif not results["arms"]:
-        print(f"no finished run of {comparer.chosen.against} and an arm beside it in {comparer.directory} yet")
+        with output():
+            print(f"no finished run of {comparer.chosen.against} and an arm beside it in {comparer.directory} yet")
     else:
-        print_table(*exhibit.rows(results))
-        print("\n".join(str(comparer.directory / f"results.{kind}") for kind in ("json", "png", "html")))
+        with output():
+            print_table(*exhibit.rows(results))
+            print("\n".join(str(comparer.directory / f"results.{kind}") for kind in ("json", "png", "html")))
     return 0

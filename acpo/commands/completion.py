@@ -30,10 +30,13 @@ def add(verbs) -> None:
 def run(options) -> int:
     from ..cli import parser
     from ..config import Config
+    from ..display import output
     from ..layers import keys
 
     found, settings = parser(), [f"{key}=" for key in keys(Config)]
-    print(_fish(found, settings) if options.shell == "fish" else _shtab(found, settings, options.shell))
+    script = _fish(found, settings) if options.shell == "fish" else _shtab(found, settings, options.shell)
+    with output():
+        print(script)
     return 0
 
 

@@ -17,6 +17,7 @@ def add(verbs) -> None:
 
 def run(options) -> int:
     from .. import environment, selfcheck
+    from ..display import output
 
     versions, machine, kernels, extras = environment.versions(), environment.machine(), environment.kernels(), environment.extras()
     checks = selfcheck.checks()
@@ -27,17 +28,18 @@ def run(options) -> int:
             "extras": [e._asdict() for e in extras], "checks": [c._asdict() for c in checks],
         })  # fmt: skip
         return 0 if good else 1
-    print("  ".join(f"{name} {version}" for name, version in versions.items()))
-    print("\n".join(f"{name}: {value}" for name, value in machine.items()))
-    print_table(["operation", "runs on", "why"], [[k.operation, k.implementation, k.why] for k in kernels])
-    print_table(["optional", "installed", "without it"], [[e.name, e.version or "no", e.cost] for e in extras])
-    rows = [[c.operation, c.device, c.result, f"{c.error:.1e}", f"{c.budget:.1e}", VERDICT[c.ok], c.note] for c in _worst(checks)]
-    print_table(["self-check", "on", "worst result", "error", "budget", "", ""], rows)
-    bad = sorted({f"{c.operation} ({c.device})" for c in checks if c.ok is False})
-    if bad:
-        print(f"self-check failed: {', '.join(bad)}; rebuild (pip install -e .), or name another instruction set in ACPO_CPU_ISA")
-    else:
-        print("self-check passed: error against float64 within the budget of the tests")
+    with output():
+        print("  ".join(f"{name} {version}" for name, version in versions.items()))
+        print("\n".join(f"{name}: {value}" for name, value in machine.items()))
+        print_table(["operation", "runs on", "why"], [[k.operation, k.implementation, k.why] for k in kernels])
+        print_table(["optional", "installed", "without it"], [[e.name, e.version or "no", e.cost] for e in extras])
+        rows = [[c.operation, c.device, c.result, f"{c.error:.1e}", f"{c.budget:.1e}", VERDICT[c.ok], c.note] for c in _worst(checks)]
+        print_table(["self-check", "on", "worst result", "error", "budget", "", ""], rows)
+        bad = sorted({f"{c.operation} ({c.device})" for c in checks if c.ok is False})
+        if bad:
+            print(f"self-check failed: {', '.join(bad)}; rebuild (pip install -e .), or name another instruction set in ACPO_CPU_ISA")
+        else:
+            print("self-check passed: error against float64 within the budget of the tests")
     return 0 if good else 1
 
 

@@ -31,6 +31,7 @@ def run(options) -> int:
     from rich.progress import Progress
 
     from .. import preflight, state
+    from ..display import output
     from ..run import Run
     from ..sources import read
     from ..trainer import Trainer
@@ -53,7 +54,8 @@ def run(options) -> int:
     if options.json:
         print_json({**about, **found.values, "intervals": found.intervals})
     else:
-        _print_evaluation(about, found, settings)
+        with output():
+            _print_evaluation(about, found, settings)
     return 0
 
 

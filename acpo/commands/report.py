@@ -17,9 +17,10 @@ def add(verbs) -> None:
         "runs", nargs="+", metavar="RUN", help="run directories; several are overlaid, those that differ in the seed alone as one curve"
     )
     parser.add_argument(
-        "--out", default="", metavar="PATH", help="a folder, or one file: .png, .svg, .pdf, .html, .csv (default: the run's directory; of several, the folder that holds them, "
-        "or where no one folder does the current one)"
-    )
+        "--out", default="", metavar="PATH",
+        help="a folder, or one file: .png, .svg, .pdf, .html, .csv (default: the run's directory; of several runs, the folder that holds them all, "
+        "where no one folder does, the current one)",
+    )  # fmt: skip
     parser.add_argument(
         "--panels", default="", metavar="WORDS", help="only the panels whose titles hold one of these words, separated by commas (default: all)"
     )
@@ -28,6 +29,7 @@ def add(verbs) -> None:
 
 def run(options) -> int:
     from .. import report
+    from ..display import output
 
     sections = report.chosen([name for name in options.panels.split(",") if name])
     runs = [Path(r) for r in options.runs]
@@ -42,9 +44,10 @@ def run(options) -> int:
     if options.json:
         print_json({"runs": rows, "groups": means, "files": [str(p) for p in paths]})
         return code
-    for found in (rows, means):
-        print_table(report.columns(found), [[report.cell(row.get(name, "")) for name in report.columns(found)] for row in found])
-    print("\n".join(map(str, paths)))
+    with output():
+        for found in (rows, means):
+            print_table(report.columns(found), [[report.cell(row.get(name, "")) for name in report.columns(found)] for row in found])
+        print("\n".join(map(str, paths)))
     return code
 
 

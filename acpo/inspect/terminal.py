@@ -14,6 +14,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from ..display import Paper, output
 from .data import MEASURES, RULES, Group, Rollout, Step, View
 from .shown import plural, summary, visible
 
@@ -21,21 +22,6 @@ NARROWEST = 40  # columns of a rollout
 FOR, AGAINST, SIZE = ((160, 200, 240), (90, 165, 235)), ((246, 188, 174), (236, 112, 92)), ((205, 190, 242), (165, 140, 230))
 SIGNED = {name: signed for name, _, _, signed, *_ in MEASURES}
 BLOCKS = " ▏▎▍▌▋▊▉█"
-
-
-@contextmanager
-def output() -> Iterator[None]:
-    """Where something is printed: a reader that stops reading, as a pager does, is no error."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes at exit
-
-
-class Paper(Console):
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
 
 
 @contextmanager

@@ -40,8 +40,8 @@ def write(directories: list[Path], out: Path | None = None, groups: list[Group] 
     """The picture, the page and the numbers of the runs, of those panels; returns what was written.
 
     out is a folder for all three, or one file: .html the page, .csv the numbers, else the picture. Without it they go into the run's directory as
-    curves.png, report.html and report.csv; those of several runs into the folder that holds them all, as report.png, report.html and report.csv; where no one folder does, into the
-    current one.
+    curves.png, report.html and report.csv; those of several runs into the folder that holds them all, as report.png, report.html and report.csv;
+    where no one folder does, into the current one.
     """
     groups = load(directories) if groups is None else groups
     directories = [run.path for group in groups for run in group.runs]  # without what is there twice, or was passed over
