@@ -6,7 +6,7 @@ exp(lambda_p - l), l = logsumexp_p lambda_p, the probability that the slice has 
     logp = logp_p + log w_p  in the slice that holds the target,      H = sum_p w_p (H_p - log w_p)
 
 and the backward of a slice is the whole one's on its columns, given the common maximum, logsumexp and entropy. Exchanged are 5 numbers a row and
-rank in the forward, and the sum of dHidden in the backward.
+rank in the forward, and in the backward the sum of dHidden, of which each share has been rounded to the dtype of hidden.
 """
 
 from __future__ import annotations

@@ -88,11 +88,11 @@ def test_float64_is_exact():
 
 
 @quick
-@given(seed=st.integers(0, 1000), v=st.integers(1, 300), shift=st.integers(-1024, 1024))
-def test_shift_invariance(run, seed, v, shift):
+@given(seed=st.integers(0, 1000), v=st.integers(1, 300), shift=st.integers(-1024, 1024), temperature=st.sampled_from([1.0, 0.3, 1.7]))
+def test_shift_invariance(run, seed, v, shift, temperature):
     logits, ids, _ = case(3, v, seed=seed)
     logits = (logits * 64).round() / 64  # so that the shift is exact
-    for a, b in zip(run(logits, ids), run(logits + shift, ids), strict=True):
+    for a, b in zip(run(logits, ids, temperature=temperature), run(logits + shift, ids, temperature=temperature), strict=True):
         assert torch.equal(a, b)
 
 
