@@ -41,9 +41,9 @@ def linear_logprob_entropy(
     Group
         group (a torch.distributed process group): weight [V_r,H] and bias [V_r] are this rank's slice of the vocabulary, the slices in the order
         of the ranks; hidden, ids (of the whole vocabulary) and the gradients that come in are the same on every rank, and so are logp, entropy
-        and the gradient of hidden, the sum over the group of shares that are each rounded to its dtype: for 16-bit hidden states up to some
-        7 times less exact than one process's, where the slices' shares cancel. Every rank must make the call, and its backward. A row whose logits are -inf over a
-        whole slice is NaN. Not traced by torch.compile.
+        and the gradient of hidden, the sum over the group of shares that are each rounded to its dtype: for 16-bit hidden states up to some 7
+        times less exact than one process's, where they cancel. Every rank must make the call, and its backward. A row whose logits are -inf over
+        a whole slice is NaN. Not traced by torch.compile.
     Source
         `logprob_entropy`, after the head. Peers: TRL's ChunkedLogProbFunction, Liger, verl, cut-cross-entropy (docs/benchmarks.md).
     """

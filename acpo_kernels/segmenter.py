@@ -70,8 +70,8 @@ class Segmenter:
     Chinese. Where rules meet, the heaviest counts; where a delimiter ends inside a token, the boundary is after that token. None
     lies inside $..$, $$..$$, \\(..\\), \\[..\\] or a ``` fence: a boundary whose token goes on with the opening of one is left out.
     `$..$` must open and close as in pandoc (no space inside, no digit after) and on one line, else it was a price and hides nothing; a
-    blank line ends any formula, but \\[ only if no \\] comes. A fence opens and closes at the start of a line (also quoted by >), or opens
-    behind a list mark, and is closed by no fewer backticks than opened it; with a backtick in the rest of its line it is none.
+    blank line ends any formula, but \\[ only if no \\] comes. A fence opens at the start of a line (also quoted by >) or
+    behind a list mark, unless a backtick follows in its line, and ends at a line that begins with no fewer backticks, or with its quote.
     And there is an entropy score 0.75 where token t + 1 forks: its entropy is above 0, at or above the threshold, and the highest
     within min_tokens on either side (of equal ones the last). Forks count wherever they are, in formulas too.
 

@@ -182,9 +182,13 @@ void Scan::begin_solid(uint8_t c) {
 
 void Scan::line_break(uint8_t c) {
   if (mode_ == Mode::fence) {
-    head_ = Head::start;
-    return;
+    if (!quoted_fence_ || c == '>') {
+      head_ = Head::start;
+      return;
+    }
+    mode_ = Mode::text;  // a fence ends with the quote around it
   }
+  quoted_ = false;
   if (newlines_ > 1 && mode_ != Mode::blank) {
     // A blank line ends every formula, closed or not: otherwise a lone opening would swallow the rest. Only \[ may go on, because
     // its end looks different from its beginning.
@@ -233,7 +237,8 @@ void Scan::line_head(uint8_t c) {
       else if (c == '#') head_ = Head::hash;
       else if (c == '`') fence_tick(c);
       else if (is_digit(c)) head_ = Head::number;
-      else if (c != '_' && c != '>') head_ = Head::off;
+      else if (c == '>') quoted_ = true;
+      else if (c != '_') head_ = Head::off;
       break;
     case Head::star: head_ = c == '*' ? Head::start : Head::off; break;  // "**" only makes the head bold
     case Head::hash: head_ = c == '#' ? Head::hash : Head::off; break;

@@ -111,6 +111,7 @@ class Scan {
   int64_t head_token_ = -1;   // the line break before this line's head
   int ticks_ = 0, fence_ticks_ = 0;  // backticks of the run that is read, and of the one that opened the fence
   int64_t tick_token_ = -1;   // of the first of them
+  bool quoted_ = false, quoted_fence_ = false;  // the line, and the one that opened the fence, begins with >
 
   bool escape_ = false;       // an odd number of backslashes just before
   Dollar dollar_ = Dollar::none;

@@ -27,6 +27,7 @@ void Scan::fence_tick(uint8_t c) {
   } else if (ticks_ == 3) {
     enter(Mode::info, tick_token_, false);
     fence_ticks_ = ticks_;
+    quoted_fence_ = quoted_;
   }
 }
 

@@ -111,6 +111,8 @@ RULES = [
     "Text\n‹t›-   ```py\n    x = 1.\n\n    Y = 2\n    ```\n‹t›* ```\na.\n\nB\n```\n‹l›One.‹s› Two",
     "Text\n‹t›- `x`.‹s› One\n‹t›2) ```x.```.‹s› Two\n‹t›- x ```\n\n‹p›Three",
     "Text\n‹l›> ```py\n> x = 1.\n>\n> Y = 2\n> ```\n‹l›One.‹s› Two",
+    "Text\n‹l›> ```py\n> x = 1.\n> Y = 2\n\n‹p›One.‹s› Two\n‹l›End",  # the quote ends, and with it the fence
+    "> ```\n> a.\n‹l›One.‹s› Two\n‹l›```\nx. Y\n\nZ\n```\n‹l›> One.‹s› Two\n‹l›```\nx.\n> Y. Z\n```\n‹l›End",
     "<think>\nOkay.‹s› Yes\n‹l›</think>‹k›\n\nThe end",
     "<think>\n\nWait, no",
     "首先计算。‹m›因此得到三。‹s›它等于五！‹s›对",
