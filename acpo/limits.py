@@ -91,8 +91,8 @@ def check(config: Config) -> None:
         for key, plain in (("attribution.reliability", -1.0), ("attribution.control", "none")):
             if value_of(config, key) != plain:
                 raise ConfigError(f"{key} must be {plain!r} with credit.form = {config.credit.form!r}, got {value_of(config, key)!r}")
-    if config.credit.form in ("ratio", "branch") and config.credit.mask == "unchanged":
-        raise ConfigError(f"credit.mask = 'unchanged' is not of credit.form = {config.credit.form!r}: it must be 'none' or 'filler'")
+    if config.credit.form == "ratio" and config.credit.mask == "unchanged":
+        raise ConfigError("credit.mask = 'unchanged' does nothing with credit.form = 'ratio': it must be 'none' or 'filler'")
     if config.credit.form not in ("none", "branch") and config.attribution.source == "none":
         raise ConfigError(f"credit.form = {config.credit.form!r} needs an attribution.source, got 'none'")
     if "tree" in names and config.credit.form != "none" and config.credit.scope == "zero_variance":

@@ -193,7 +193,9 @@ def test_interrupted(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("verb", ["train", "doctor"])
 def test_interrupted_while_torch_is_imported(tmp_path, verb):
     (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    handled = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background jobs inherit that it is ignored
+    code = f"import os, signal, time\n{handled}\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+    (tmp_path / "torch" / "__init__.py").write_text(code)
     done = subprocess.run(
         [sys.executable, "-m", "acpo.cli", verb, *([str(write_config(tmp_path))] if verb == "train" else [])],
         capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}, timeout=60,
