@@ -17,11 +17,16 @@ def line(record: dict, config: Config) -> str:
         f"first update: {record['credit/nonzero_ratio']:.0%} of the tokens have an advantage, gradient norm {record['grad_norm']:.3g}, "
         f"log-ratio {low:.2g} to {high:.2g} (first minibatch off by {record.get('ratio/first_off', 0.0):.1e}); of {rollouts} rollouts "
         f"{record['reward']:.0%} right, {int(record['verify/unparseable'])} unreadable, {_failed(record)} lost by the verifier"
+        + (f", {_raised(record)} left out because it raised" if _raised(record) else "")
     )
 
 
 def _failed(record: dict) -> int:
     return int(record["verify/timeouts"] + record["verify/crashes"])
+
+
+def _raised(record: dict) -> int:
+    return int(record.get("verify/errors", 0))
 
 
 def warnings(record: dict, config: Config) -> list[str]:
@@ -39,6 +44,11 @@ def warnings(record: dict, config: Config) -> list[str]:
         out.append(
             f"no answer could be read from {int(record['verify/unparseable'])} of {rollouts} rollouts, {cut}: let them be longer, or see whether "
             f"verify.extract = {config.verify.extract!r} is how this policy marks an answer"
+        )
+    if _raised(record):
+        out.append(
+            f"verify.kind = {config.verify.kind!r} raised for {_raised(record)} of {rollouts} rollouts, which are left out: acpo inspect shows them; "
+            "call it on one of those responses to see why"
         )
     if record["credit/nonzero_ratio"] == 0:
         equal = f"all {config.rollout.group_size} outcomes of every problem are equal (mean reward {record['reward']:.2f})"

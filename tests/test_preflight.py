@@ -218,6 +218,7 @@ GOOD = {
             r"the verifier lost 9 of 16 rollouts \(9 timeouts, 9 workers killed\).*Raise verify.timeout \(now 5 s\)",
         ),
         ({"verify/unparseable": 16, "completions/clipped_ratio": 1.0}, "no answer could be read from 16 of 16 rollouts, 100% were cut"),
+        ({"verify/errors": 1}, "verify.kind = 'auto' raised for 1 of 16 rollouts, which are left out"),
         ({"verify/unparseable": 16, "rollout/sampled": 48}, None),  # of three rounds of dynamic sampling
     ],
 )
@@ -229,6 +230,12 @@ def test_what_is_wrong_with_a_first_step(tmp_path, change, said):
         import re
 
         assert len(found) == 1 and re.search(said, found[0]), found
+
+
+def test_what_raised_is_in_the_first_line(tmp_path):
+    config = settings(tmp_path)
+    assert first_step.line(GOOD, config).endswith("0 lost by the verifier")
+    assert first_step.line({**GOOD, "verify/errors": 7}, config).endswith("0 lost by the verifier, 7 left out because it raised")
 
 
 def test_the_first_step_of_a_policy_that_is_never_right(tmp_path, capsys):
