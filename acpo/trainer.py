@@ -80,7 +80,7 @@ class Trainer:
         self.clock = Clock(self.policy.device)
         self.warmup_step = self.step_number = 0
         self.guard = Guard(run.directory / "diagnosis.json", writes=self.ranks.leads)
-        self.stopping = False  # set from outside: the step under way is the last one, and Stopped comes behind its checkpoint
+        self.stopping = ""  # by which signal, set from outside: the step under way is the last one, and Stopped comes behind its checkpoint
         if config.trainer.sharding == "full" and self.ranks.size > 1:
             self.ranks.shard(self.policy)
         self.optimizer = self.new_optimizer(config.warmup.learning_rate if config.warmup.steps else config.optimizer.learning_rate)

@@ -117,17 +117,48 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, code, m
         assert "runs" not in left, "a run that did not begin leaves nothing behind"
 
 
-def test_a_run_that_sigterm_ends_says_so_as_json_too(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def interruptible():
+    """A shell's background jobs inherit that Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_run_that_a_signal_ends_says_so_as_json_too(tmp_path, monkeypatch, capfd, interruptible, number, code):
     monkeypatch.chdir(tmp_path)
     step = Trainer.step
 
     def signalled(self):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         return step(self)
 
     monkeypatch.setattr(Trainer, "step", signalled)
-    assert main(["train", str(write_config(tmp_path)), "warmup.steps=0", "eval.samples=0", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"stopped": "step 1", "run": "runs/mini-acpo-0"}
+    assert main(["train", str(write_config(tmp_path)), "warmup.steps=0", "eval.samples=0", "--json"]) == code
+    said = capfd.readouterr()
+    assert json.loads(said.out) == {"stopped": "step 1", "run": "runs/mini-acpo-0"}
+    assert ("interrupted: the step under way is the last one" in said.err) == (number == signal.SIGINT)
+
+
+def test_ctrl_c_in_the_warm_up_saves_and_a_second_one_ends_at_once(tmp_path, monkeypatch, capfd, interruptible):
+    from acpo import warmup
+
+    run, loss, calls = tmp_path / "run", warmup.imitation_loss, []
+    arguments = ["train", str(write_config(tmp_path)), f"run_dir={run}", "warmup.steps=9", "trainer.steps=1", "eval.samples=0"]
+
+    def interrupted(*a):
+        calls.append(1)
+        for _ in range({3: 1, 6: 2}.get(len(calls), 0)):
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(*a)
+
+    monkeypatch.setattr(warmup, "imitation_loss", interrupted)
+    assert main(arguments) == 130
+    assert "ended by SIGINT at warm-up step 3, saved: the same command continues" in capfd.readouterr().out
+    assert (main(arguments), len(calls)) == (130, 6)
+    assert capfd.readouterr().err.splitlines()[-1] == "acpo: interrupted; the same command continues from the last checkpoint"
+    assert main(arguments) == 0 and "resumed from warm-up step 3" in capfd.readouterr().out
 
 
 def test_a_real_process_says_one_line(tmp_path):

@@ -158,7 +158,7 @@ dist.barrier()
 if rank == "1":  # alive, and never there
     time.sleep(600)
 ranks.WORD_AFTER = 0.5
-trainer = types.SimpleNamespace(ranks=types.SimpleNamespace(size=2), run=types.SimpleNamespace(checkpoints=Path("none")), stopping=False)
+trainer = types.SimpleNamespace(ranks=types.SimpleNamespace(size=2), run=types.SimpleNamespace(checkpoints=Path("none")), stopping="")
 print("ready", flush=True)
 try:
     with _ends_at_sigterm(trainer):

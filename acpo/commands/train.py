@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 
 from . import json_option, print_json, verb
@@ -34,15 +35,16 @@ def run(options) -> int:
             return _dry(preflight.checks(trainer), run_, options.json)
         preflight.lengths(trainer)
         run_.facts(preflight.summary(trainer))
-        with _ends_at_sigterm(trainer):
+        with _ends_at_signals(trainer):
             last = trainer.train()
             state.export(trainer)
         trainer.ranks.close()
     except Stopped as stopped:
-        run_.say(f"ended by SIGTERM at {stopped}, saved: the same command continues from there")
+        by = trainer.stopping or "SIGTERM"  # another process of the job may have got it
+        run_.say(f"ended by {by} at {stopped}, saved: the same command continues from there")
         if options.json and trainer.ranks.leads:
             print_json({"stopped": str(stopped), "run": str(run_.directory)})
-        return 0
+        return 130 if by == "SIGINT" else 0
     finally:
         trainer.close()
     if not trainer.ranks.leads:
@@ -60,19 +62,24 @@ def run(options) -> int:
 
 
 @contextlib.contextmanager
-def _ends_at_sigterm(trainer):
-    """The first SIGTERM lets the step under way end; a second one ends the process as if there were no handler.
+def _ends_at_signals(trainer):
+    """The first SIGTERM, or Ctrl-C, lets the step under way end; what comes behind it ends the process as if there were no handler.
 
-    Several processes get theirs from the launcher when one of them has died. Who notices the death says so behind this block: there the handler
-    stays, or the signal would be faster. Who does not notice has a last word (`ranks.last_word`).
+    Several processes get their SIGTERM from the launcher when one of them has died. Who notices the death says so behind this block: there the
+    handler stays, or the signal would be faster. Who does not notice has a last word (`ranks.last_word`). A Ctrl-C reaches them twice, from the
+    terminal and from the launcher: they are left to it.
     """
     from .. import checkpoint
     from ..ranks import last_word
     from ..run import Stopped
 
-    def note(*_) -> None:
-        trainer.stopping = True
+    def note(number: int, _) -> None:
+        trainer.stopping = signal.Signals(number).name
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if signal.SIGINT in before:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+        if number == signal.SIGINT:  # not by print: the signal may have come in the middle of one
+            os.write(2, b"acpo: interrupted: the step under way is the last one and is saved; once more ends at once\n")
 
     def word() -> str:
         stands = checkpoint.newest(trainer.run.checkpoints)
@@ -81,7 +88,10 @@ def _ends_at_sigterm(trainer):
             f"checkpoint {stands or 'none'} stands: the same command continues from it"
         )
 
-    before, alone = signal.signal(signal.SIGTERM, note), trainer.ranks.size == 1
+    alone = trainer.ranks.size == 1
+    # a shell's background jobs are deaf to Ctrl-C, and stay so
+    interrupts = alone and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, *([signal.SIGINT] if interrupts else []))}
     unneeded = None if alone else last_word(word)
     stays = False
     try:
@@ -93,7 +103,8 @@ def _ends_at_sigterm(trainer):
         raise
     finally:
         if not stays:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
             if unneeded is not None:
                 unneeded()
 
