@@ -46,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     options, rest = parser().parse_known_args(arguments)
     if rest:
         if options.verb not in WORDS or any(word.startswith("-") for word in rest):
-            parser().error(f"unrecognized arguments: {' '.join(rest)}")
+            dashed = next((word for word in rest if word.startswith("--") and "=" in word and options.verb in WORDS), "")
+            parser().error(f"unrecognized arguments: {' '.join(rest)}" + (f" (a setting has no dashes: {dashed.lstrip('-')})" if dashed else ""))
         getattr(options, WORDS[options.verb]).extend(rest)
 
     try:

@@ -7,7 +7,6 @@ under that layer's own keys. So `method=grpo` on the command line turns a config
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import typing
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from . import limits
-from .layers import ConfigError, flatten, keys, read_yaml, typed, value_of
+from .layers import ConfigError, flatten, keys, read_yaml, typed, unknown, value_of
 from .methods import METHODS
 from .rollout.settings import ServerConfig, VLLMConfig
 
@@ -327,8 +326,7 @@ def _apply(config: Config, layer: dict[str, Any], where: str, expand: bool = Tru
     known = keys(Config)
     for key in layer:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"{where}: unknown setting {key!r}; the nearest is {near!r}")
+            raise ConfigError(f"{where}: {unknown(key, known)}")
     if expand and isinstance(layer.get("method"), str):
         layer = {**METHODS.get(layer["method"], {}), **layer}
     for key, value in layer.items():

@@ -9,6 +9,7 @@ import math
 import reprlib
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,6 +67,32 @@ def keys(cls: type, prefix: str = "") -> dict[str, Any]:
         else:
             out[f"{prefix}{item.name}"] = kind
     return out
+
+
+# What TRL, verl and transformers call it.
+CALLED = {
+    "lr": "optimizer.learning_rate", "num_generations": "rollout.group_size", "max_completion_length": "rollout.max_new_tokens",
+    "max_response_length": "rollout.max_new_tokens", "max_steps": "trainer.steps", "num_iterations": "loss.minibatches", "beta": "loss.kl_weight",
+    "kl_coef": "loss.kl_weight", "kl_loss_coef": "loss.kl_weight", "epsilon": "loss.clip_low", "clip_ratio_low": "loss.clip_low",
+    "epsilon_high": "loss.clip_high", "clip_ratio_high": "loss.clip_high", "entropy_coeff": "entropy.weight", "scale_rewards": "credit.advantage",
+    "adv_estimator": "credit.advantage", "model": "policy.path", "model_name_or_path": "policy.path", "dataset": "problems.path",
+    "dataset_name": "problems.path", "output_dir": "run_dir", "report_to": "trainer.log", "eval_steps": "trainer.eval_every",
+    "save_steps": "trainer.checkpoint_every", "use_vllm": "rollout.engine", "lora_r": "policy.lora_rank", "reward_funcs": "verify.kind",
+    "bf16": "policy.dtype", "attn_implementation": "policy.attention", "per_device_train_batch_size": "trainer.micro_batch_tokens",
+}  # fmt: skip
+
+
+def unknown(key: str, known: Collection[str]) -> str:
+    """What is said of a setting that there is not: what it is called here, or what it is nearest to, if there is such a thing."""
+    leaf = str(key).rpartition(".")[2]
+    if CALLED.get(leaf) in known:
+        return f"unknown setting {key!r}; here it is {CALLED[leaf]!r}"
+    leaves: dict[str, list[str]] = {}
+    for name in known:
+        leaves.setdefault(name.rpartition(".")[2], []).append(name)
+    near = leaves.get(leaf) or difflib.get_close_matches(str(key), known, n=1)
+    near = near or [name for close in difflib.get_close_matches(leaf, leaves, n=1) for name in leaves[close]]
+    return f"unknown setting {key!r}; " + (f"the nearest is {' or '.join(map(repr, near))}" if near else "docs/configuration.md lists all of them")
 
 
 def value_of(config: Any, key: str) -> Any:

@@ -105,8 +105,8 @@ def gym_problems(settings: ProblemsConfig, count: int, stream: int, exclude: fro
     makers, text = [], json.dumps(options, sort_keys=True)
     for name in names:
         if name not in DATASETS:
-            near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"problems.path: reasoning-gym has no task {name!r}; the nearest is {near!r}")
+            near = difflib.get_close_matches(name, DATASETS, n=1)
+            raise ConfigError(f"problems.path: reasoning-gym has no task {name!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
         seed = (2 * settings.seed + stream) * 10**9  # a task's item i is drawn from seed + i: streams must lie far apart
         try:
             makers.append(reasoning_gym.create_dataset(name, **{**options, "seed": seed, "size": 4 * count + 100}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -16,7 +17,9 @@ import torch
 from loop import records, write_config
 from tokenizers import Regex, models, pre_tokenizers
 
+from acpo import display
 from acpo.cli import main
+from acpo.commands import print_table
 from acpo.policy import Policy, byte_tokenizer
 from acpo.synthetic import tokenizer
 from acpo.trainer import Trainer
@@ -394,11 +397,27 @@ def test_every_verb_has_an_example(verb, capsys):
     assert caught.value.code == 0 and f"examples:\n  acpo {verb} " in shown
 
 
+def test_a_narrow_terminal_turns_a_wide_table_and_loses_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(display, "Paper", functools.partial(display.Paper, force_terminal=True, color_system=None))
+    head, rows = ["run", *(f"figure-{i}" for i in range(9))], [[f"run-{r}", *(f"{r}.{i}000" for i in range(9))] for r in range(6)]
+    words = {word for row in (head, *rows) for word in row}
+    for width, tables, first in ((200, 1, head), (60, 2, ["run", "run-0", "run-1", "run-2", "run-3"]), (24, 6, ["run", "run-0"])):
+        monkeypatch.setenv("COLUMNS", str(width))
+        print_table(head, rows)
+        shown = capsys.readouterr().out
+        lines = shown.splitlines()
+        assert max(map(len, lines)) <= width and shown.count("┏") == tables and re.sub("[┃ ]+", " ", lines[1]).split()[: len(first)] == first
+        assert words <= set(re.sub("[┃│]", " ", shown).split())
+
+
 def test_usage_is_exit_code_2(capsys):
     for wrong in (["trian"], ["report"], ["doctor", "--jsno"], ["train", "x.yaml", "--quite"], ["completion", "powershell"]):
         with pytest.raises(SystemExit) as caught:
             main(wrong)
         assert caught.value.code == 2 and "usage: acpo" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "x.yaml", "--trainer.steps=3"])
+    assert "unrecognized arguments: --trainer.steps=3 (a setting has no dashes: trainer.steps=3)" in capsys.readouterr().err
 
 
 def test_completion(capsys, monkeypatch):

@@ -57,6 +57,11 @@ def test_numbers_of_the_command_line_are_what_was_typed():
     assert (chosen.seed, chosen.trainer.steps, chosen.credit.gain, chosen.optimizer.max_grad_norm) == (0, 1000, 0.5, 7.5)
 
 
+def test_what_other_trainers_call_it_is_a_setting_here_and_by_that_name_alone():
+    known = layers.keys(Config)
+    assert set(layers.CALLED.values()) <= set(known) and not set(layers.CALLED) & set(known)
+
+
 def test_quoted_text_on_the_command_line_is_yaml():
     assert load(None, [*BASE, r'problems.template="Q:\n{problem}"']).problems.template == "Q:\n{problem}"
 
@@ -66,6 +71,10 @@ def test_quoted_text_on_the_command_line_is_yaml():
     [
         ("rollout.group_sise=4", "the command line: unknown setting 'rollout.group_sise'; the nearest is 'rollout.group_size'"),
         ("lerning_rate=1e-3", r"unknown setting 'lerning_rate'; the nearest is '\w+\.learning_rate'"),
+        ("learning_rate=1e-3", r"the nearest is 'warmup\.learning_rate' or 'optimizer\.learning_rate'$"),
+        ("trainer.group_size=4", r"unknown setting 'trainer\.group_size'; the nearest is 'rollout\.group_size'$"),
+        ("rolout.num_generations=4", r"unknown setting 'rolout\.num_generations'; here it is 'rollout\.group_size'$"),
+        ("zzz.qqq=4", r"unknown setting 'zzz\.qqq'; docs/configuration\.md lists all of them$"),
         ("rollout=4", "unknown setting 'rollout'"),
         ("trainer.steps=many", "trainer.steps must be an int, got 'many'"),
         ("trainer.steps=1.5", "trainer.steps must be an int, got 1.5"),

@@ -40,7 +40,8 @@ def _plain(value: Any) -> Any:
 
 
 def print_table(head: list[str], rows: list[list[str]], title: str | None = None) -> None:
-    """A table that keeps every column where it is piped into a file. Text: what stands in brackets is no markup."""
+    """A table that keeps every column where it is piped into a file. On a terminal that is too narrow for its words it is turned: a row is a column
+    then, and of those as many stand side by side as there is room for. Text: what stands in brackets is no markup."""
     from rich.table import Table
     from rich.text import Text
 
@@ -48,11 +49,35 @@ def print_table(head: list[str], rows: list[list[str]], title: str | None = None
 
     if not rows:
         return
-    table = Table(title=None if title is None else Text(title), title_justify="left")
-    for name in head:
-        table.add_column(Text(name))
-    for row in rows:
-        table.add_row(*map(Text, row))
     console = Paper()
+    if not console.is_terminal:
+        console.width = 240
+    parts = [[head, *rows]]
+    if not _fits(parts[0], console.width):
+        parts = []
+        for column in rows:
+            if parts and _fits(_turned([*parts[-1], column]), console.width):
+                parts[-1].append(column)
+            else:
+                parts.append([head, column])
+        parts = [_turned(part) for part in parts]
     with output():
-        Paper(width=None if console.is_terminal else 240).print(table)
+        for number, (names, *body) in enumerate(parts):
+            table = Table(title=None if title is None or number else Text(title), title_justify="left")
+            for name in names:
+                table.add_column(Text(name), overflow="fold")
+            for row in body:
+                table.add_row(*map(Text, row))
+            console.print(table)
+
+
+def _turned(table: list[list[str]]) -> list[list[str]]:
+    return [list(column) for column in zip(*table, strict=True)]
+
+
+def _fits(table: list[list[str]], width: int) -> bool:
+    """Whether no word is broken."""
+    from rich.cells import cell_len
+
+    words = (max(cell_len(word) for cell in column for word in cell.split() or [""]) for column in _turned(table))
+    return sum(word + 3 for word in words) + 1 <= width
