@@ -21,6 +21,7 @@ OPTIONAL = (
     ("datasets", "datasets", "data", "no problems from folders of datasets or from the hub"),
     ("math-verify", "math_verify", "math", "verify.kind=math is refused: answers that are formulas are compared as text"),
     ("reasoning-gym", "reasoning_gym", "reasoning-gym", "no reasoning_gym: problems"),
+    ("peft", "peft", "peft", "policy.lora_rank is refused: every weight is trained"),
     ("vllm", "vllm", "vllm", "rollout.engine=vllm is refused: the local engine samples, without paged attention"),
     ("flash-attn", "flash_attn", "flash-attn", "policy.attention=flash_attention_2 is refused: sdpa"),
     ("trl", "trl", "trl", "no trainer of TRL with step credit"),

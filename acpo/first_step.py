@@ -16,7 +16,7 @@ def line(record: dict, config: Config) -> str:
     return (
         f"first update: {record['credit/nonzero_ratio']:.0%} of the tokens have an advantage, gradient norm {record['grad_norm']:.3g}, "
         f"log-ratio {low:.2g} to {high:.2g} (first minibatch off by {record.get('ratio/first_off', 0.0):.1e}); of {rollouts} rollouts "
-        f"{record['reward']:.0%} right, {int(record['verify/unparseable'])} unreadable, {_failed(record)} lost by the verifier"
+        f"mean reward {record['reward']:.2f}, {int(record['verify/unparseable'])} unreadable, {_failed(record)} lost by the verifier"
         + (f", {_raised(record)} left out because it raised" if _raised(record) else "")
     )
 
@@ -29,8 +29,8 @@ def _raised(record: dict) -> int:
     return int(record.get("verify/errors", 0))
 
 
-def warnings(record: dict, config: Config) -> list[str]:
-    """What is wrong with the first step, each with the way out; empty where nothing is."""
+def warnings(record: dict, config: Config, said: str = "") -> list[str]:
+    """What is wrong with the first step, each with the way out; empty where nothing is. said: the last words of a verifier that raised."""
     out = []
     rollouts = int(record["rollout/sampled"])  # with dynamic sampling more than the batch holds
     if _failed(record) >= 0.5 * rollouts:
@@ -47,8 +47,7 @@ def warnings(record: dict, config: Config) -> list[str]:
         )
     if _raised(record):
         out.append(
-            f"verify.kind = {config.verify.kind!r} raised for {_raised(record)} of {rollouts} rollouts, which are left out: acpo inspect shows them; "
-            "call it on one of those responses to see why"
+            f"verify.kind = {config.verify.kind!r} raised for {_raised(record)} of {rollouts} rollouts, which are left out{': ' * bool(said)}{said}"
         )
     if record["credit/nonzero_ratio"] == 0:
         equal = f"all {config.rollout.group_size} outcomes of every problem are equal (mean reward {record['reward']:.2f})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,9 @@ def build(config: Config, writes: bool = True) -> tuple[Policy, Any]:
     only reads, so that its tokenizer need not say what ends a rollout or pads one."""
     settings = config.policy
     if settings.path and not Path(settings.path).is_dir():
-        raise ConfigError(f"policy.path: no such folder: {settings.path}")
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", settings.path)  # what a run starts from lies on the disk, where it stays what it is
+        way = f"; if it is a model of the hub: hf download {settings.path} --local-dir FOLDER, and policy.path=FOLDER" if hub else ""
+        raise ConfigError(f"policy.path: no such folder: {settings.path}{way}")
     tokenizer = _tokenizer(config, writes)
     device = _device(settings.device)
     model = _pretrained(settings) if settings.path else _from_config(settings, tokenizer)

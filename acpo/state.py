@@ -63,7 +63,9 @@ def settings_changed(state: dict, config: Config) -> list[str]:
 
 
 def other_settings(directory: Path, changed: list[str]) -> ConfigError:
-    return ConfigError(f"{directory} holds a run with other settings ({'; '.join(changed[:3])}): give another run_dir, or remove it")
+    policy = directory / "policy"
+    on = f"; another run goes on from its policy with policy.path={policy} policy.from_config= warmup.steps=0" if policy.is_dir() else ""
+    return ConfigError(f"{directory} holds a run with other settings ({'; '.join(changed[:3])}): give another run_dir, or remove it{on}")
 
 
 def resume(trainer: Trainer) -> None:

@@ -124,7 +124,7 @@ class Trainer:
             self.run.log({"phase": f"stage{stage}", "step": self.step_number, **metrics, **evaluation})
             if self.step_number == 1:
                 self.run.say(first_step.line(metrics, self.config))
-                for text in first_step.warnings(metrics, self.config):
+                for text in first_step.warnings(metrics, self.config, self.verifier.said):
                     self.run.warn(text)
             if self.stages.stage != stage:
                 self.run.say(f"stage 2 from step {self.step_number + 1}: {self.stages.reason}")

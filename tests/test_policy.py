@@ -201,7 +201,8 @@ def test_a_generation_config_that_contradicts_itself_does_not_stop_the_export(tm
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ("policy.from_config= policy.path=/nowhere", "policy.path: no such folder: /nowhere"),
+        ("policy.from_config= policy.path=/nowhere", "policy.path: no such folder: /nowhere$"),
+        ("policy.from_config= policy.path=Qwen/Qwen3-0.6B", r"no such folder: Qwen/Qwen3-0.6B; .* hf download Qwen/Qwen3-0.6B --local-dir FOLDER"),
         ("policy.tokenizer=/nowhere", "policy.tokenizer: no such file or folder: /nowhere"),
         ("problems.task= problems.path=x.jsonl", "policy.tokenizer must name a tokenizer folder or tokenizer.json"),
         ("policy.device=gpu", "policy.device: .*gpu"),

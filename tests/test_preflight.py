@@ -110,6 +110,7 @@ def test_a_dry_run_checks_everything_and_leaves_nothing(tmp_path, monkeypatch, c
         (["run_dir=mini.yaml/run"], 1, "FAIL directory  mini.yaml/run: "),
         (["trainer.log=wandb"], 1, "FAIL log        trainer.log = 'wandb' needs wandb: pip install -e '.[wandb]'"),
         (["verify.kind=no_such_module:f"], 2, "no_such_module"),
+        (["verify.kind=math:sqrt"], 1, "TypeError: math.sqrt() takes exactly one argument (2 given)"),
         (["trainer.stepz=3"], 2, "unknown setting"),
     ],
 )
@@ -125,7 +126,12 @@ def test_what_a_dry_run_finds(tmp_path, monkeypatch, capsys, overrides, code, sa
 def test_a_dry_run_over_a_run_with_other_settings(finished_run, capsys, tmp_path):
     arguments = ["train", str(write_config(tmp_path)), f"run_dir={finished_run}", "--dry-run"]
     assert main(arguments) == 0 and "continues from step-8" in capsys.readouterr().out
-    assert main([*arguments, "optimizer.learning_rate=0.1"]) == 1 and "other settings (optimizer.learning_rate" in capsys.readouterr().out
+    assert main([*arguments, "optimizer.learning_rate=0.1"]) == 1
+    said = capsys.readouterr().out
+    assert "other settings (optimizer.learning_rate" in said
+    on = re.search(r"another run goes on from its policy with (.*)", said).group(1).split()
+    assert main([*arguments[:2], f"run_dir={tmp_path / 'on'}", "trainer.steps=1", "optimizer.learning_rate=0.1", *on]) == 0, capsys.readouterr()
+    capsys.readouterr()
     assert main([*arguments, "trainer.log=tensorboard"]) == (0 if importlib.util.find_spec("tensorboard") else 1)
     assert "other settings" not in capsys.readouterr().out, "who is told of the numbers changes none"
 
@@ -218,17 +224,15 @@ GOOD = {
             r"the verifier lost 9 of 16 rollouts \(9 timeouts, 9 workers killed\).*Raise verify.timeout \(now 5 s\)",
         ),
         ({"verify/unparseable": 16, "completions/clipped_ratio": 1.0}, "no answer could be read from 16 of 16 rollouts, 100% were cut"),
-        ({"verify/errors": 1}, "verify.kind = 'auto' raised for 1 of 16 rollouts, which are left out"),
+        ({"verify/errors": 1}, "verify.kind = 'auto' raised for 1 of 16 rollouts, which are left out: KeyError: 'gold'"),
         ({"verify/unparseable": 16, "rollout/sampled": 48}, None),  # of three rounds of dynamic sampling
     ],
 )
 def test_what_is_wrong_with_a_first_step(tmp_path, change, said):
-    found = first_step.warnings({**GOOD, **change}, settings(tmp_path))
+    found = first_step.warnings({**GOOD, **change}, settings(tmp_path), said="KeyError: 'gold'")
     if said is None:
         assert found == []
     else:
-        import re
-
         assert len(found) == 1 and re.search(said, found[0]), found
 
 

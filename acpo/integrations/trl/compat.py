@@ -36,7 +36,7 @@ def check(version: str | None = None, trainer: type | None = None, functions: ob
             from trl import GRPOTrainer
             from trl.trainer import utils
         except ImportError as error:
-            raise ImportError(f"acpo.integrations.trl needs TRL {TESTED[-1]}: pip install 'acpo[trl]' ({error})") from error
+            raise ImportError(f"acpo.integrations.trl needs TRL {TESTED[-1]}: pip install -c constraints.txt -e '.[trl]' ({error})") from None
         version, trainer, functions = trl.__version__, GRPOTrainer, utils
     if not any(version == tested or version.startswith(f"{tested}.") for tested in TESTED):
         raise ImportError(f"acpo.integrations.trl was tested with TRL {', '.join(TESTED)}, and this is {version}: pip install 'trl=={TESTED[-1]}.*'")
