@@ -190,6 +190,13 @@ def test_columns_that_an_older_version_did_not_write_are_named(tmp_path, capsys)
     page(shown)
 
 
+def test_signs_are_told_and_all_zero_is_not_unmeasured(tmp_path):
+    run = write_run(tmp_path / "run", {1: [row(segment_rule=["line", "end"], segment_credit=[0.0, 0.0], segment_phi=[None, None])]})
+    shown = read_run(run)
+    assert "a step ends with: ↵ the end of a line; ■ the end of the rollout\n" in printed(shown)
+    assert "0 in every step" in printed(shown, 200) and "not measured here" in printed(shown, 200, shade="phi")
+
+
 def test_what_is_not_finite_or_not_there_is_nothing(tmp_path):
     run = write_run(tmp_path / "run", {1: [row(segment_phi=[float("nan"), 1.0], outcome=None, verdict="gold"), row(segment_hindsight=None)]})
     first, second = read_run(run).rollouts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 from . import json_option, print_json, print_table, verb
@@ -31,7 +32,7 @@ def run(options) -> int:
     from rich.progress import Progress
 
     from .. import preflight, state
-    from ..display import output
+    from ..display import EVERY, output
     from ..run import Run
     from ..sources import read
     from ..trainer import Trainer
@@ -46,8 +47,17 @@ def run(options) -> int:
         step = {"step": state.load_newest(trainer)} if run else {}
         asked = len(trainer.held_out[: settings.eval.max_problems or None])
         with Progress(console=console, transient=True, disable=options.json or not console.is_terminal) as progress:
-            task = progress.add_task("rollouts", total=asked * (1 + samples))
-            found = trainer.evaluate(trainer.held_out, 0, samples=samples, ks=ks, intervals=True, advance=lambda n: progress.update(task, advance=n))
+            total = asked * (1 + samples)
+            task, said = progress.add_task("rollouts", total=total), time.monotonic()
+
+            def advance(count: int) -> None:
+                nonlocal said
+                progress.update(task, advance=count)
+                if not (options.json or console.is_terminal) and time.monotonic() - said >= EVERY:
+                    said = time.monotonic()
+                    print(f"acpo: {progress.tasks[task].completed:.0f} of {total} rollouts", file=sys.stderr, flush=True)
+
+            found = trainer.evaluate(trainer.held_out, 0, samples=samples, ks=ks, intervals=True, advance=advance)
     finally:
         trainer.close()
     about = {**step, "problems": asked, "samples": samples, "verifier": trainer.verifier.describe(), **found.verify}

@@ -40,9 +40,12 @@ def show(view: View, console: Console, shade: str = "credit", groups: int = 1, r
     console.print(Text(visible(view.title), "bold"), Text(summary(view)))
     label, what, unit = next((label, what, unit) for name, label, _, _, what, unit in MEASURES if name == shade)
     most = f"{number(scale, False)} {unit}".rstrip()
-    ends = f"full bar and shade at {'±' if SIGNED[shade] else ''}{most}" if scale else "not measured here"
+    measured = any(name == shade for name, *_ in view.measures)
+    ends = f"full bar and shade at {'±' if SIGNED[shade] else ''}{most}" if scale else "0 in every step" if measured else "not measured here"
     console.print(Text(f"shade: {label}, {what}; {ends}"))
     console.print(Text("surprise: credit per token against the verdict (negative in right rollouts, positive in wrong ones)"))
+    there = {step.rule for r in view.rollouts for step in r.steps}
+    console.print(Text("a step ends with: " + "; ".join(f"{sign} {why}" for rule, (sign, why) in RULES.items() if rule in there)))
     for note in view.notes:
         console.print(Text(f"note: {visible(note)}"))
     chosen = view.groups[: groups or None]
