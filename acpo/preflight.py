@@ -182,7 +182,10 @@ def _verifier(trainer: Trainer) -> str:
         trainer.verifier.metrics()  # this rollout is nobody's
     if verdict.status in ("timeout", "crash", "error"):
         said = trainer.verifier.said
-        raise ValueError(f"{trainer.verifier.describe()}: {verdict.status} on the first problem's own answer {problem.answer!r:.60}" + (f": {said}" if said else ""))
+        raise ValueError(
+            f"{trainer.verifier.describe()}: {verdict.status} on the first problem's own answer {problem.answer!r:.60}"
+            + (f": {said}" if said else "")
+        )
     said = "left out" if verdict.reward is None else f"reward {verdict.reward:g}"
     return f"{trainer.verifier.describe()}; the first problem's own answer {problem.answer!r:.40}: {said}, {verdict.status}"
 
