@@ -181,11 +181,8 @@ def _verifier(trainer: Trainer) -> str:
     finally:
         trainer.verifier.metrics()  # this rollout is nobody's
     if verdict.status in ("timeout", "crash", "error"):
-        said = trainer.verifier.said
-        raise ValueError(
-            f"{trainer.verifier.describe()}: {verdict.status} on the first problem's own answer {problem.answer!r:.60}"
-            + (f": {said}" if said else "")
-        )
+        why = f": {trainer.verifier.said}" if trainer.verifier.said else ""
+        raise ValueError(f"{trainer.verifier.describe()}: {verdict.status} on the first problem's own answer {problem.answer!r:.60}{why}")
     said = "left out" if verdict.reward is None else f"reward {verdict.reward:g}"
     return f"{trainer.verifier.describe()}; the first problem's own answer {problem.answer!r:.40}: {said}, {verdict.status}"
 
