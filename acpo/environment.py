@@ -103,8 +103,8 @@ ISA = {
 }  # fmt: skip
 
 
-def cpu_kernels() -> tuple[str, str]:
-    """What the operations run on in host memory, and why."""
+def cpu_kernels(head: bool = True) -> tuple[str, str]:
+    """What the operations run on in host memory, and why; bfloat16 products are those of the head's alone."""
     from acpo_kernels import _cpu
 
     if not _cpu.available:
@@ -115,7 +115,11 @@ def cpu_kernels() -> tuple[str, str]:
     found = _cpu._C.cpu_isa()
     wanted = os.environ.get("ACPO_CPU_ISA", "")
     why = f"ACPO_CPU_ISA={wanted} asks for it" if wanted else "the best that this processor has"
-    return f"C++, {ISA.get(found, found)}", why
+    if found in ("amx", "avx512bf16"):
+        name = f"{ISA[found]} for bfloat16, else AVX-512" if head else ISA["avx512"]
+    else:
+        name = ISA[found]
+    return f"C++, {name}", why
 
 
 def cuda_kernels() -> tuple[str, str] | None:
@@ -130,11 +134,10 @@ def cuda_kernels() -> tuple[str, str] | None:
 
 def kernels() -> list[Kernel]:
     """Every operation; float64 runs on PyTorch formulas everywhere."""
-    cpu, why = cpu_kernels()
-    cuda = cuda_kernels()
-    out = [
-        Kernel(name, cpu if cuda is None else f"{cuda[0]}; on the host {cpu}", why if cuda is None else f"{cuda[1]}; {why}") for name in OPERATIONS
-    ]
+    cuda, out = cuda_kernels(), []
+    for name in OPERATIONS:
+        cpu, why = cpu_kernels(head=name.startswith("linear_"))
+        out.append(Kernel(name, cpu if cuda is None else f"{cuda[0]}; on the host {cpu}", why if cuda is None else f"{cuda[1]}; {why}"))
     has = cpu.startswith("C++")
     return [*out, Kernel("Segmenter", "C++" if has else "missing", "on the host" if has else f"{why}; without it there is no training")]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 
 import pytest
 import torch
@@ -57,6 +58,10 @@ def test_why_a_kernel_runs(monkeypatch):
 
     monkeypatch.setenv("ACPO_CPU_ISA", "avx2")
     assert environment.cpu_kernels()[1] == "ACPO_CPU_ISA=avx2 asks for it" or not _cpu.available
+    if _cpu.available:
+        monkeypatch.setattr(_cpu, "_C", types.SimpleNamespace(cpu_isa=lambda: "amx"))
+        found = {k.operation: k.implementation for k in environment.kernels()}
+        assert found["linear_policy_loss"].endswith("C++, AMX for bfloat16, else AVX-512") and found["policy_loss"].endswith("C++, AVX-512")
     monkeypatch.setattr(_cpu, "available", False)
     name, why = environment.cpu_kernels()
     assert name == "PyTorch formulas" and "ACPO_NO_EXT" in why
