@@ -149,7 +149,7 @@ import torch.distributed as dist
 from pathlib import Path
 from acpo import ranks
 from acpo.cli import _said
-from acpo.commands.train import _ends_at_sigterm
+from acpo.commands.train import _ends_at_signals
 
 how, port, rank = sys.argv[1:]
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": rank}
@@ -161,7 +161,7 @@ ranks.WORD_AFTER = 0.5
 trainer = types.SimpleNamespace(ranks=types.SimpleNamespace(size=2), run=types.SimpleNamespace(checkpoints=Path("none")), stopping="")
 print("ready", flush=True)
 try:
-    with _ends_at_sigterm(trainer):
+    with _ends_at_signals(trainer):
         if how == "waits":
             dist.barrier()
         raise ranks.RankLost("another of the 2 processes ended")
