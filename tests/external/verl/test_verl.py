@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -12,8 +13,9 @@ import verl
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tensordict import TensorDict
+from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 from verl.trainer.ppo.v1 import get_trainer_cls
-from verl.workers.config import ActorConfig, OptimizerConfig
+from verl.workers.config import ActorConfig, OptimizerConfig, PolicyLossConfig
 
 from acpo.integrations import verl as ours
 from acpo.integrations.functional import StepCredit
@@ -112,9 +114,10 @@ def test_the_trainer_is_verls_synchronous_one():
         (["actor_rollout_ref.actor.calculate_entropy=False"], r"actor\.calculate_entropy must be True"),
         (["distillation.enabled=True"], r"distillation\.enabled must be False with algorithm\.acpo\.entropy\.controller"),
         (["algorithm.rollout_correction.bypass_mode=True"], r"bypass_mode must be False with algorithm\.acpo\.entropy\.controller"),
+        (["actor_rollout_ref.actor.policy_loss.loss_mode=geo_mean"], r"loss_mode=geo_mean averages the advantages of a sequence"),
     ],
 )
-def test_settings_of_verl_that_cannot_be_with_the_bonus(monkeypatch, model, overrides, message):
+def test_settings_of_verl_that_cannot_be_with_credit_or_the_bonus(monkeypatch, model, overrides, message):
     cls = get_trainer_cls("acpo_sync")
     trainer = object.__new__(cls)
     trainer.tokenizer, trainer.total_training_steps = TOKENIZER, 10
@@ -223,6 +226,63 @@ def test_the_loss_takes_the_bonus_token_by_token():
     assert "actor/acpo_entropy_bonus" in metrics
     (gradient,) = torch.autograd.grad(plain - with_bonus, entropy)
     torch.testing.assert_close(gradient[1:4], weight[0] / 5)
+
+
+@pytest.mark.parametrize("mode", POLICY_LOSS_REGISTRY)
+def test_the_losses_in_which_credit_cancels_are_those_refused(mode):
+    """Two steps of one rollout, with credit and with its mean: in a loss that is refused the gradient is the same."""
+    actor = ActorConfig(
+        strategy="fsdp", rollout_n=4, ppo_micro_batch_size_per_gpu=1, optim=OptimizerConfig(lr=1e-6),
+        policy_loss=PolicyLossConfig(loss_mode=mode, dro_beta=0.1),
+    )  # fmt: skip
+    old, mask = torch.full((1, 4), -1.0), torch.ones(1, 4)
+
+    def gradient(advantages):
+        logp = old.clone().requires_grad_()
+        loss, _ = POLICY_LOSS_REGISTRY[mode](
+            old_log_prob=old, log_prob=logp, advantages=torch.tensor([advantages]), response_mask=mask, loss_agg_mode="token-mean", config=actor,
+        )  # fmt: skip
+        return torch.autograd.grad(loss, logp)[0]
+
+    cancels = torch.allclose(gradient([1.5, 1.5, 0.5, 0.5]), gradient([1.0] * 4))
+    try:
+        ours.check_loss(ours.make_credit(TOKENIZER, SETTINGS, 4, 10), mode)
+    except ValueError:
+        assert cancels
+    else:
+        assert not cancels
+
+
+@pytest.mark.parametrize("resume_mode", ["auto", "resume_path"])
+def test_a_checkpoint_of_verls_holds_the_state_and_gives_it_back(monkeypatch, tmp_path, caplog, resume_mode):
+    """verl's own writing and reading, over a stand-in for the workers; one that ends where they write leaves the state and nothing declared
+    complete."""
+    folder, done = tmp_path / "global_step_3", tmp_path / "latest_checkpointed_iteration.txt"
+
+    def trainer():
+        own = object.__new__(get_trainer_cls("acpo_sync"))
+        own._acpo, own.global_steps, own.trainer_mode, own.use_critic = ours.make_credit(TOKENIZER, SETTINGS, 4, 10), 3, "sync", False
+        own.config = verls_config(f"trainer.default_local_dir={tmp_path}", f"trainer.resume_mode={resume_mode}", f"trainer.resume_from_path={folder}")
+        own.checkpoint_callback = SimpleNamespace(on_save=lambda **_: None)
+        own.train_dataloader = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
+        own.actor_rollout_wg = SimpleNamespace(save_checkpoint=lambda *_, **__: None, load_checkpoint=lambda **_: None)
+        return own
+
+    own = trainer()
+    ours.assign(own.acpo, **batch(), outcome=OUTCOME, uid=UID, entropy=None, step=1)
+    with monkeypatch.context() as broken:
+        broken.setattr(own.actor_rollout_wg, "save_checkpoint", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            own._save_checkpoint()
+    assert (folder / ours.STATE).exists() and not done.exists()
+    own._save_checkpoint()
+    again = trainer()
+    assert done.read_text() == "3" and again.acpo.state() != own.acpo.state()
+    again._load_checkpoint()
+    assert again.global_steps == 3 and again.acpo.state() == own.acpo.state() and "anew" not in caplog.text
+    (folder / ours.STATE).unlink()
+    trainer()._load_checkpoint()
+    assert f"{folder} has no {ours.STATE}: the calibrators and controllers start anew" in caplog.text
 
 
 def test_the_kl_that_the_page_names_has_the_gradient_of_ours():
