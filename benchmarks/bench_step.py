@@ -118,6 +118,10 @@ def gradient_error(one: Trainer, patch: pytest.MonkeyPatch) -> float:
         step(one)
     batch = copy.copy(seen["batch"])
     batch.token = {name: x.double() if x.is_floating_point() else x for name, x in batch.token.items()}
+    # Weights that learn nothing are those that sampled and the reference's: their log-probs are float64's too, or the KL's gradient, which is 0, would
+    # be that of float32's roundings.
+    own = exact_logp(one, batch, patch)
+    batch.token |= {name: own for name in ("old_logp", "ref_logp") if name in batch.token}
     rows, *rest = seen["arguments"]
     with in_float64(one.policy, patch) as exact:
         inner(batch, rows, exact, *rest)
