@@ -68,8 +68,10 @@ def trainer(method: str, folder: Path, device: torch.device, shapes: str) -> Tra
         "optimizer.learning_rate=1e-12", f"trainer.threads={torch.get_num_threads()}", "trainer.keep_rollouts=false",
     ])  # fmt: skip
     one = Trainer(settings, Run(settings))
-    for attributor in one.attributors.by_name.values():  # past the first steps, in which hindsight reads everything to be measured at all
-        attributor.reliability.boundaries = MIN_BOUNDARIES
+    for attributor in one.attributors.by_name.values():
+        # Past the first steps, in which hindsight reads everything to be measured at all; and believed: of a shut gate one batch of four is read.
+        reliability = attributor.reliability
+        reliability.boundaries, reliability.m0, reliability.m1 = MIN_BOUNDARIES, 1.0, 0.5
     return one
 
 
@@ -118,8 +120,8 @@ def gradient_error(one: Trainer, patch: pytest.MonkeyPatch) -> float:
         step(one)
     batch = copy.copy(seen["batch"])
     batch.token = {name: x.double() if x.is_floating_point() else x for name, x in batch.token.items()}
-    # Weights that learn nothing are those that sampled and the reference's: their log-probs are float64's too, or the KL's gradient, which is 0, would
-    # be that of float32's roundings.
+    # Weights that learn nothing are those that sampled and the reference's: their log-probs are float64's too, or the gradient of the KL, which is
+    # 0, would be one of float32's roundings.
     own = exact_logp(one, batch, patch)
     batch.token |= {name: own for name in ("old_logp", "ref_logp") if name in batch.token}
     rows, *rest = seen["arguments"]
