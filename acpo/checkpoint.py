@@ -49,14 +49,20 @@ def save(directory: Path, label: str, tensors: dict[str, dict[str, Tensor]], sta
         _sync(directory)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write the checkpoint {target}: {error}; earlier checkpoints are untouched") from None
+    prune(directory, label, keep)
+    return target
+
+
+def prune(directory: Path, label: str, keep: int) -> None:
+    """Removes the checkpoints before the `keep` that end with this one, and what is left of one whose removal was broken off."""
     labels = _labels(directory)
-    labels = labels[: labels.index(label) + 1]  # later ones could not be read, or the run would stand behind them: they count for nothing
+    # Later ones could not be read, or the run would stand behind them: they count for nothing.
+    labels = labels[: labels.index(label) + 1] if label in labels else []
     for old in labels[:-keep]:
         try:
             _remove(directory / old)
         except OSError as error:  # whoever made it read-only wants to keep it: no reason to end the run
             print(f"acpo: the old checkpoint {directory / old} cannot be removed: {error.strerror or error}", flush=True)
-    return target
 
 
 def _remove(path: Path) -> None:

@@ -123,7 +123,10 @@ def _restore(trainer: Trainer, tensors: dict[str, dict[str, torch.Tensor]], stat
         trainer.reference = trainer.policy.frozen_copy()
         trainer.reference.load_state_dict(tensors["reference"], strict=False)
     trainer.run.cut_back(trainer.warmup_step, trainer.step_number if trainer.step_number else -1)
-    trainer.run.say(f"resumed from {'step ' + str(trainer.step_number) if trainer.step_number else 'warm-up step ' + str(trainer.warmup_step)}")
+    kind, step = ("step", trainer.step_number) if trainer.step_number else ("warmup", trainer.warmup_step)
+    if trainer.ranks.leads:  # a run that was killed behind its last checkpoint removes no other
+        checkpoint.prune(trainer.run.checkpoints, f"{kind}-{step}", trainer.config.trainer.keep_checkpoints)
+    trainer.run.say(f"resumed from {'step' if kind == 'step' else 'warm-up step'} {step}")
 
 
 def load_newest(trainer: Trainer) -> int:

@@ -62,6 +62,16 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path, finished_run):
     assert last["step"] == 8 and 0 <= last["eval/accuracy"] <= 1
 
 
+def test_a_run_that_was_killed_while_it_removed_old_checkpoints_removes_them(tmp_path, finished_run):
+    """Behind its last checkpoint: no other comes that would."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    (run / "checkpoints" / "step-4" / "state.json").unlink()
+    chosen = config.load(run / "config.yaml", [f"run_dir={run}", "trainer.keep_checkpoints=2"])
+    Trainer(chosen, Run(chosen)).train()
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-6", "step-8"]
+
+
 def test_other_settings_are_refused_and_leave_the_run_as_it_is(tmp_path, finished_run):
     shutil.copytree(finished_run, tmp_path / "run")
     trainer_of_run(tmp_path / "run").train()
