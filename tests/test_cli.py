@@ -336,6 +336,13 @@ def test_eval(finished_run, capsys):
     assert "bootstrap over problems; verifier: exact match" in shown
 
 
+def test_eval_says_how_far_it_is_where_there_is_no_bar(finished_run, capsys, monkeypatch):
+    monkeypatch.setattr(display, "EVERY", 0.0)
+    assert main(["eval", str(finished_run), "--samples", "1"]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == "acpo: 32 of 32 rollouts"
+    assert main(["eval", str(finished_run), "--samples", "1", "--json"]) == 0 and capsys.readouterr().err == ""
+
+
 def test_eval_writes_nothing(tmp_path, finished_run, capsys):
     shutil.copytree(finished_run, tmp_path / "moved: run")
     before = {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()}
