@@ -103,3 +103,12 @@ def exact_match(problem: Problem, response: str, extract: str) -> bool:
     """What the verifier of kind `exact` says."""
     verdict = Verifier(VerifyConfig(extract=extract), "exact")([problem], [response])[0]
     return verdict.reward == 1.0
+
+
+def one_line(capsys, arguments: list[str]) -> tuple[int, str]:
+    """The exit code and the only line on stderr."""
+    code = main(arguments)
+    error = capsys.readouterr().err
+    assert error.endswith("\n") and error.count("\n") == 1, error
+    assert "Traceback" not in error and error.startswith("acpo: ")
+    return code, error.strip()

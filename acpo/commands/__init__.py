@@ -41,11 +41,11 @@ def _plain(value: Any) -> Any:
 
 def print_table(head: list[str], rows: list[list[str]], title: str | None = None) -> None:
     """A table that keeps every column where it is piped into a file. On a terminal that is too narrow for its words it is turned: a row is a column
-    then, and of those as many stand side by side as there is room for. Text: what stands in brackets is no markup."""
+    then, and of those as many stand side by side as there is room for. Within `output`. Text: what stands in brackets is no markup."""
     from rich.table import Table
     from rich.text import Text
 
-    from ..display import Paper, output
+    from ..display import Paper
 
     if not rows:
         return
@@ -61,14 +61,13 @@ def print_table(head: list[str], rows: list[list[str]], title: str | None = None
             else:
                 parts.append([head, column])
         parts = [_turned(part) for part in parts]
-    with output():
-        for number, (names, *body) in enumerate(parts):
-            table = Table(title=None if title is None or number else Text(title), title_justify="left")
-            for name in names:
-                table.add_column(Text(name), overflow="fold")
-            for row in body:
-                table.add_row(*map(Text, row))
-            console.print(table)
+    for number, (names, *body) in enumerate(parts):
+        table = Table(title=None if title is None or number else Text(title), title_justify="left")
+        for name in names:
+            table.add_column(Text(name), overflow="fold")
+        for row in body:
+            table.add_row(*map(Text, row))
+        console.print(table)
 
 
 def _turned(table: list[list[str]]) -> list[list[str]]:
