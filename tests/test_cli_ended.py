@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -93,29 +94,32 @@ def test_interrupted_while_torch_is_imported(tmp_path, verb):
     assert (done.returncode, done.stderr) == (130, f"acpo: interrupted{again}\n")
 
 
-@pytest.fixture
-def no_reader(monkeypatch):
-    """A standard output whose reader is gone, as behind `| head`; nothing is left in it that could fail at exit."""
+@contextlib.contextmanager
+def no_reader():
+    """A standard output whose reader is gone, as behind `| head`; nothing is left in it that could fail at exit. No fixture: pytest puts its own
+    in place between those and the test."""
     reader, writer = os.pipe()
     os.close(reader)
-    with os.fdopen(writer, "w") as file:
-        monkeypatch.setattr(sys, "stdout", file)
+    with os.fdopen(writer, "w") as file, contextlib.redirect_stdout(file):
         yield
         file.flush()
 
 
-def test_training_goes_on_without_a_reader(tmp_path, no_reader, capfd):
+def test_training_goes_on_without_a_reader(tmp_path, capfd):
     arguments = ["train", str(write_config(tmp_path)), f"run_dir={tmp_path / 'run'}", "warmup.steps=0", "trainer.steps=2", "eval.samples=0"]
-    assert main(arguments) == 0
+    with no_reader():
+        assert main(arguments) == 0
     assert records(tmp_path / "run")[-1]["step"] == 2 and (tmp_path / "run" / "policy").is_dir() and not capfd.readouterr().err
 
 
 @pytest.mark.parametrize("as_json", [[], ["--json"]])
 @pytest.mark.parametrize("verb", ["eval", "report", "doctor", "completion"])
-def test_a_reader_that_stops_reading_is_no_error(tmp_path, monkeypatch, finished_run, no_reader, capfd, verb, as_json):
+def test_a_reader_that_stops_reading_is_no_error(tmp_path, monkeypatch, finished_run, capfd, verb, as_json):
     from acpo import selfcheck
 
     monkeypatch.setattr(selfcheck, "checks", lambda: [])
     run = str(finished_run)
     words = {"eval": [run, "--samples", "0"], "report": [run, "--out", str(tmp_path / "x.csv")], "doctor": [], "completion": ["fish"]}[verb]
-    assert main([verb, *words, *([] if verb == "completion" else as_json)]) == 0 and not capfd.readouterr().err
+    with no_reader():
+        assert main([verb, *words, *([] if verb == "completion" else as_json)]) == 0
+    assert not capfd.readouterr().err
