@@ -39,6 +39,29 @@ def deterministic():
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
+# `pytest -m long`: what takes half of the time of all tests, and is not the first thing to run.
+LONG = (
+    "faults/",
+    "test_triton_interpreter.py", "test_triton_compile.py", "test_triton_linear_compile.py", "test_triton_launches.py",
+    "test_rollout_server_run.py",
+    "test_attribution_quality.py::test_the_whole_of_it",
+    "test_benchmarks.py::test_rows_are_kept", "test_benchmarks.py::test_a_rehearsal", "test_benchmarks.py::test_the_gpu_script",
+    "test_compare.py::test_killed_and_continued", "test_compare.py::test_a_run_is_anothers",
+    "test_gsm8k_path.py::test_real_problems_with_the_real_vocabulary",
+    "test_integrations_slime.py::test_groups_across_data_parallel_ranks",
+    "test_left_out.py::test_a_run_whose_verifier_hangs",
+    "test_preflight.py::test_the_memory_estimate_is_near",
+)  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items) -> None:
+    names = [item.nodeid.removeprefix("tests/") for item in items]
+    for item, name in zip(items, names, strict=True):
+        if name.startswith(LONG) and not (item.get_closest_marker("slow") or item.get_closest_marker("every_target")):
+            item.add_marker("long")
+
+
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
@@ -170,7 +193,8 @@ def round_as_a_gpu_does() -> None:
 
 
 def patch_the_language_once() -> None:
-    """The interpreter looks through the whole language again for every function that a kernel calls, which takes half of its time."""
+    """The interpreter looks through the whole language again for every function that a kernel calls, which takes half of its time, and makes its
+    table of element types for every value."""
     import inspect
 
     import triton.language as tl
@@ -178,15 +202,25 @@ def patch_the_language_once() -> None:
 
     if hasattr(interpreter, "patch_lang"):
         return
-    interpreter.patch_lang = interpreter._patch_lang
+    interpreter.patch_lang, interpreter.np_dtype = interpreter._patch_lang, interpreter._get_np_dtype
+    languages, element_types = {}, {}  # of a module's globals, by the name of a type
 
     def patch(fn):
-        languages = [x for x in fn.__globals__.values() if inspect.ismodule(x) and x in (tl, tl.core)]
-        if any(tl.core.is_builtin(x.load) for x in languages):
+        module = id(fn.__globals__)  # a module's, which stays
+        if module not in languages:
+            languages[module] = [x for x in fn.__globals__.values() if inspect.ismodule(x) and x in (tl, tl.core)]
+        if any(tl.core.is_builtin(x.load) for x in languages[module]):
             scope = interpreter.patch_lang(fn)
             # Triton 3.6 takes int() of an array of one element, which NumPy 2.4 refuses.
             tl.core.tensor.__index__ = lambda self: int(self.handle.data.item())
             return scope
         return interpreter._LangPatchScope()
 
-    interpreter._patch_lang = patch
+    def np_dtype(of):
+        if type(of) is not tl.dtype:
+            return interpreter.np_dtype(of)
+        if of.name not in element_types:
+            element_types[of.name] = interpreter.np_dtype(of)
+        return element_types[of.name]
+
+    interpreter._patch_lang, interpreter._get_np_dtype = patch, np_dtype

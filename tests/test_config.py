@@ -192,7 +192,8 @@ def test_the_defaults_are_the_method():
 
 
 def test_methods_name_the_same_settings_and_differ_in_them():
-    expanded = [{key: value_of(load(None, [*BASE, f"method={m}"]), key) for key in config.keys(Config) if key != "method"} for m in METHODS]
+    loaded = [load(None, [*BASE, f"method={m}"]) for m in METHODS]
+    expanded = [{key: value_of(chosen, key) for key in config.keys(Config) if key != "method"} for chosen in loaded]
     assert all(a != b for i, a in enumerate(expanded) for b in expanded[:i])
     assert {key for m in METHODS.values() for key in m} <= set(config.keys(Config))
 

@@ -108,7 +108,7 @@ def test_a_run_whose_callable_leaves_all_out_changes_nothing(tmp_path, warmed):
 
 @pytest.mark.parametrize("worth", ["zero", "skip"])
 def test_a_run_whose_verifier_hangs_at_times(tmp_path, worth):
-    few = "eval.samples=0", "verify.kind=verifiers:late", "verify.timeout=0.5", "rollout.prompts=2"
+    few = "eval.samples=0", "problems.held_out=6", "verify.kind=verifiers:late", "verify.timeout=0.5", "rollout.prompts=2"
     assert train(tmp_path, *SMALL, *few, f"verify.on_timeout={worth}") == 0
     found = [r for r in records(tmp_path / "run") if r["step"] > 0]
     hung = sum(r["verify/timeouts"] for r in found)

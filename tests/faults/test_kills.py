@@ -1,6 +1,6 @@
 """SIGKILL at random instants: a run goes on from its newest checkpoint and ends bitwise as if nothing had been.
 
-`make faults` kills 200 times, and every phase at least once; the default lane ACPO_KILLS = 20 times, and says which phases it hit.
+`make faults` kills 200 times, and every phase at least once; `pytest -m long` ACPO_KILLS = 10 times, and says which phases it hit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from runs import same
 
 from acpo import checkpoint
 
-KILLS = int(os.environ.get("ACPO_KILLS", "20"))
+KILLS = int(os.environ.get("ACPO_KILLS", "10"))
 SEED = int(os.environ.get("ACPO_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 31)
 PER_RUN = 6  # kills of one run before it is left to end
 
