@@ -98,7 +98,7 @@ def inspect_traces(traces: list[Trace], settings: Config, title: str, advance: C
     batch = Batch.from_responses(prompts, [p.ids for p in packed])
     known = torch.tensor([bool(t.answer) for t in traces])
     advance(long)
-    _score(batch, policy, known, hinted, settings, advance)
+    score(batch, policy, known, hinted, settings, advance)
 
     entropy = batch.token["entropy"]
     forks = {"entropy": entropy, "entropy_threshold": ForkThreshold(settings.segmenter.forking_share).update(entropy)}
@@ -149,7 +149,7 @@ def _judged(traces: list[Trace], problems: list[Problem], settings: Config) -> l
 
 
 @torch.no_grad()
-def _score(batch: Batch, policy: Policy, known: Tensor, hinted: list[list[int]], settings: Config, advance) -> None:
+def score(batch: Batch, policy: Policy, known: Tensor, hinted: list[list[int]], settings: Config, advance) -> None:
     """old_logp and entropy of every token, log_ratio and kl of those of traces with an answer, 0 elsewhere."""
     nothing = batch.token["ids"].new_zeros(batch.segments.num_tokens, dtype=torch.float32)
     batch.token |= {name: nothing.clone() for name in ("old_logp", "entropy", "log_ratio", "kl")}
