@@ -161,9 +161,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rows = solutions(options.steps, options.answers, options.subset, options.most)
     if len({row["label"] >= 0 for row in rows}) < 2:
-        parser.error(
-            f"wanted solutions with and without a wrong step of subset {options.subset!r} whose problems stand in {options.answers}: found {len(rows)}"
-        )
+        wanted = f"solutions of subset {options.subset!r} with and without a wrong step, whose problems stand in {options.answers}"
+        parser.error(f"wanted {wanted}: found {len(rows)}")
     base = {"policy.path": options.model, "problems.path": str(options.answers)}
     settings = config.load(None, options.settings, ("command line", base))
     found = read(settings, rows)
