@@ -11,7 +11,7 @@ copies of the answer are left out as in training, steps are those that were mark
                   adds to the advantage), the lowest phi (of l), the lowest mean log-prob (surprisal), the highest mean entropy, the most frequent
                   place among the other solutions (position), always the first; chance is the mean of 1 / steps
     outcome       area under the curve that tells solutions without an error from those with one, by the same sums over a solution (by hindsight: the
-                  evidence), and by the mean log-prob
+                  evidence), and by the mean over its steps of their log-prob
 
 A solution is the unit: 95 % percentile bootstrap over solutions, differences from each baseline paired.
 """

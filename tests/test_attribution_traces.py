@@ -61,14 +61,34 @@ def test_area_by_hand():
     assert traces.area(np.array([0.0]), np.array([1.0])) == 0.0
 
 
-def test_the_whole_of_it(files, tmp_path, capsys):
+@pytest.fixture
+def model(files, tmp_path):
     torch.manual_seed(0)
     chosen = config.load(None, ["policy.from_config=tiny", "policy.tokenizer=bytes", f"problems.path={files[1]}"])
     policy, tokenizer = build(chosen)
     policy.model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_what_the_mask_leaves_out_counts_nowhere(files, model, monkeypatch):
+    """Copies of the answer; here, for once, every token."""
+    spelled = []
+
+    def all_of_it(responses, spellings):
+        spelled.extend(spellings)
+        return torch.zeros(sum(map(len, responses)), dtype=torch.bool)
+
+    monkeypatch.setattr(traces, "answer_copies", all_of_it)
+    chosen = config.load(None, [f"policy.path={model}", f"problems.path={files[1]}", "policy.device=cpu"])
+    found = traces.read(chosen, traces.solutions(*files, "gsm8k", 0))
+    assert len(spelled) == 3 and all(len(form) == 1 for forms in spelled for form in forms[:1]), "each answer is one byte"
+    assert all(v == 0 for s in found for name in ("phi", "hindsight") for v in s[name]) and all(v < 0 for s in found for v in s["surprisal"])
+
+
+def test_the_whole_of_it(files, model, tmp_path, capsys):
     out = tmp_path / "out.json"
-    assert traces.main([str(tmp_path / "model"), *map(str, files), "policy.device=cpu", "--out", str(out)]) == 0
+    assert traces.main([model, *map(str, files), "policy.device=cpu", "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "2 solutions with a wrong step, 1 without" in said and "| hindsight | " in said
     found = json.loads(out.read_text())
@@ -80,5 +100,5 @@ def test_the_whole_of_it(files, tmp_path, capsys):
         found["first_error"]["hindsight"][0] - found["first_error"]["chance"][0], abs=1e-3
     )
     with pytest.raises(SystemExit):
-        traces.main([str(tmp_path / "model"), *map(str, files), "--subset", "math"])
+        traces.main([model, *map(str, files), "--subset", "math"])
     assert "of subset 'math' with and without a wrong step" in capsys.readouterr().err
