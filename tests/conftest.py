@@ -6,7 +6,6 @@ import importlib
 import os
 from pathlib import Path
 
-import numpy
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time (-n): a thread that waits for work must not spin on a core that another one needs
@@ -140,8 +139,9 @@ def kernels_in_the_interpreter(request):
     module = request.module.__name__
     operation = next((name for name in KERNELS if f"{module}_".startswith(f"test_{name}_")), None)
     if INTERPRETED:
-        round_as_a_gpu_does()
-        patch_the_language_once()
+        import interpreter
+
+        interpreter.prepare()
     if not INTERPRETED or operation is None:
         yield
         return
@@ -161,66 +161,3 @@ def kernels_in_the_interpreter(request):
         yield
     library._destroy()
     assert KERNELS[operation][0] in reached, f"{module} never reached the Triton kernel of {operation}"
-
-
-def round_as_a_gpu_does() -> None:
-    """The interpreter cuts float32 off where it becomes bfloat16 (a compiled kernel rounds to nearest even, cvt.rn), and has no fused multiply."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    builder = interpreter.InterpreterBuilder
-    if hasattr(builder, "cut_off"):
-        return
-    builder.cut_off = builder.cast_impl
-
-    def cast(self, src, dst_type):
-        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
-            return self.cut_off(src, dst_type)
-        rounded = torch.from_numpy(numpy.atleast_1d(src.data).copy()).bfloat16().view(torch.int16).numpy().view(numpy.uint16)
-        return interpreter.TensorHandle(rounded.reshape(numpy.shape(src.data)), dst_type.scalar)
-
-    builder.cast_impl = cast
-
-    def fused(self, x, y, z):
-        """Rounded once: the interpreter rounds the product as well, and a compensated sum would find nothing lost."""
-        if z.dtype.scalar != tl.float32:
-            return self.unfused(x, y, z)
-        wide = numpy.multiply(x.data, y.data, dtype=numpy.float64) + z.data
-        return interpreter.TensorHandle(wide.astype(numpy.float32), tl.float32)
-
-    builder.unfused = builder.create_fma
-    builder.create_fma = fused
-
-
-def patch_the_language_once() -> None:
-    """The interpreter looks through the whole language again for every function that a kernel calls, which takes half of its time, and makes its
-    table of element types for every value."""
-    import inspect
-
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    if hasattr(interpreter, "patch_lang"):
-        return
-    interpreter.patch_lang, interpreter.np_dtype = interpreter._patch_lang, interpreter._get_np_dtype
-    languages, element_types = {}, {}  # of a module's globals, by the name of a type
-
-    def patch(fn):
-        module = id(fn.__globals__)  # a module's, which stays
-        if module not in languages:
-            languages[module] = [x for x in fn.__globals__.values() if inspect.ismodule(x) and x in (tl, tl.core)]
-        if any(tl.core.is_builtin(x.load) for x in languages[module]):
-            scope = interpreter.patch_lang(fn)
-            # Triton 3.6 takes int() of an array of one element, which NumPy 2.4 refuses.
-            tl.core.tensor.__index__ = lambda self: int(self.handle.data.item())
-            return scope
-        return interpreter._LangPatchScope()
-
-    def np_dtype(of):
-        if type(of) is not tl.dtype:
-            return interpreter.np_dtype(of)
-        if of.name not in element_types:
-            element_types[of.name] = interpreter.np_dtype(of)
-        return element_types[of.name]
-
-    interpreter._patch_lang, interpreter._get_np_dtype = patch, np_dtype

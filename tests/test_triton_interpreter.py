@@ -43,7 +43,7 @@ class TestKernelsInTheInterpreter:
         interpreted(["test_logprob_entropy.py", "test_logprob_entropy_edges.py", "test_logprob_entropy_backward.py"], "interpreter")
 
     def test_hindsight_information(self):
-        interpreted(["interpreter_hindsight.py"], "test")
+        interpreted(["interpreter_hindsight.py", "interpreter_itself.py"], "test")
 
     def test_operations_from_hidden_states(self):
         interpreted(["interpreter_linear.py", "interpreter_linear_hindsight.py", "interpreter_linear_policy_loss.py"], "interpreter")
