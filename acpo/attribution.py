@@ -17,6 +17,9 @@ which telescope for any Vhat.
 
 For the additive credit every source also gives a SCORE a segment, in units of an advantage (`Attributor`), and where several sources look at a
 rollout the one of highest reliability speaks (`pick`).
+
+What is made of evidence is a hundred operations on some hundred numbers: on the host, in numpy's float64, where each takes a microsecond. Tensors go
+in and come out.
 """
 
 from __future__ import annotations
@@ -107,9 +110,35 @@ def binary_entropy(p: Tensor) -> Tensor:
     return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
 
 
-def information(outcome: Tensor, after: Tensor, before: Tensor) -> Tensor:
+def host(values: Tensor | np.ndarray) -> np.ndarray:
+    """float64 on the host, bool where it is bool."""
+    array = values.cpu().numpy() if isinstance(values, Tensor) else values
+    return array if array.dtype == bool else array.astype(np.float64, copy=False)
+
+
+def layout(segments: Segments) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """On the host: sequence offsets [B+1], the sequence of each segment [S], which segments are terminal [S]."""
+    offsets = segments.sequence_offsets.cpu().numpy()
+    counts = np.diff(offsets)
+    terminal = np.zeros(segments.num_segments, dtype=bool)
+    if segments.terminal is not None:
+        terminal[offsets[1:][host(segments.terminal) & (counts > 0)] - 1] = True
+    return offsets, np.repeat(np.arange(len(counts)), counts), terminal
+
+
+def logit(p: np.ndarray, low: float) -> np.ndarray:
+    """log(p / (1 - p)) of p within [low, 1 - low]."""
+    p = np.minimum(np.maximum(p, low), 1.0 - low)
+    return np.log(p / (1.0 - p))
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1.0 / (1.0 + np.exp(-np.minimum(np.maximum(x, -500.0), 500.0)))
+
+
+def information(outcome: np.ndarray, after: np.ndarray, before: np.ndarray) -> np.ndarray:
     """iota = log Phat(R | after) - log Phat(R | before) of values in (0, 1), nats."""
-    return outcome * (after / before).log() + (1 - outcome) * ((1 - after) / (1 - before)).log()
+    return outcome * np.log(after / before) + (1 - outcome) * np.log((1 - after) / (1 - before))
 
 
 def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
@@ -157,12 +186,13 @@ def place_in_sequence(segments: Segments) -> Tensor:
     return torch.arange(segments.num_segments, device=sequence.device) - segments.sequence_offsets[:-1][sequence]
 
 
-def previous_in_sequence(values: Tensor, first: Tensor, segments: Segments) -> Tensor:
-    """The value at the boundary before each segment: that of the segment before it, first [B] for a rollout's first segment."""
-    out = values.roll(1)
-    starts = segments.sequence_offsets[:-1]
-    has = segments.sequence_offsets.diff() > 0
-    out[starts[has]] = first[has].to(out.dtype)
+def previous_in_sequence(values: np.ndarray, first: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """The value [S] at the boundary before each segment: that of the segment before it, first [B] for a rollout's first segment; sequence offsets
+    [B+1]."""
+    out = np.empty_like(values)
+    out[1:] = values[:-1]
+    has = np.diff(offsets) > 0
+    out[offsets[:-1][has]] = first[has]
     return out
 
 
@@ -175,23 +205,22 @@ class Calibrator:
     before: list[float] = field(default_factory=lambda: [0.0, 1.0])
     batches: deque = field(default_factory=lambda: deque(maxlen=FIT_BATCHES))  # rows logit(base), evidence, outcome, weight
 
-    def predict(self, base: Tensor, evidence: Tensor, low: float) -> Tensor:
+    def predict(self, base: np.ndarray, evidence: np.ndarray, low: float) -> np.ndarray:
         a, b, c = self.with_evidence
-        return torch.sigmoid(a + b * torch.logit(base.double(), low) + c * evidence.double()).clamp(low, 1.0 - low)
+        return np.minimum(np.maximum(sigmoid(a + b * logit(base, low) + c * evidence), low), 1.0 - low)
 
-    def predict_before(self, base: Tensor, low: float) -> Tensor:
+    def predict_before(self, base: np.ndarray, low: float) -> np.ndarray:
         a, b = self.before
-        return torch.sigmoid(a + b * torch.logit(base.double(), low)).clamp(low, 1.0 - low)
+        return np.minimum(np.maximum(sigmoid(a + b * logit(base, low)), low), 1.0 - low)
 
-    def fit(self, base: Tensor, evidence: Tensor, outcome: Tensor, weight: Tensor, low: float) -> None:
+    def fit(self, base: np.ndarray, evidence: np.ndarray, outcome: np.ndarray, weight: np.ndarray, low: float) -> None:
         """Adds a batch of boundaries and fits again. weight says how much of an independent outcome each is: the boundaries of one rollout
         share its outcome. Evidence that points the wrong way gets coefficient 0, and Vhat_k is Vhat_0."""
         if not len(outcome):
             return
-        rows = torch.stack([torch.logit(base.double(), low), evidence.double(), outcome.double(), weight.double()])
-        self.batches.append(rows.cpu().numpy())
-        logit, seen, y, independent = np.concatenate(self.batches, 1)
-        features = np.stack([np.ones_like(logit), logit, seen])
+        self.batches.append(np.stack([logit(base, low), evidence, outcome, weight]))
+        known, seen, y, independent = np.concatenate(self.batches, 1)
+        features = np.stack([np.ones_like(known), known, seen])
         self.with_evidence = logistic_fit(features, y, independent, np.array([0.0, 1.0, 1.0]), self.with_evidence)
         self.before = logistic_fit(features[:2], y, independent, np.array([0.0, 1.0]), self.before)
         if self.with_evidence[2] <= 0.0:  # a and b were fitted beside it, and mean nothing without it
@@ -212,13 +241,13 @@ class Calibrator:
 
 def logistic_fit(features: np.ndarray, y: np.ndarray, weight: np.ndarray, prior: np.ndarray, start: list[float]) -> list[float]:
     """Weighted logistic regression of features [k,n] by Newton's method under the penalty |w - prior|^2 / 2, from `start` (the last fit is near the
-    next). In numpy: for a few hundred rows torch's threads cost more than the arithmetic."""
-    w = np.array(start)
+    next)."""
+    w, penalty = np.array(start), np.eye(len(start))
     for _ in range(50):
-        p = 1.0 / (1.0 + np.exp(-np.clip(w @ features, -500.0, 500.0)))
+        p = sigmoid(w @ features)
         gradient = features @ (weight * (p - y)) + (w - prior)
-        hessian = (features * (weight * p * (1 - p))) @ features.T + np.eye(len(w))
-        step = np.clip(np.linalg.solve(hessian, gradient), -1.0, 1.0)
+        hessian = (features * (weight * p * (1 - p))) @ features.T + penalty
+        step = np.minimum(np.maximum(np.linalg.solve(hessian, gradient), -1.0), 1.0)
         w -= step
         if np.abs(step).max() < 1e-6:  # what is left then is its square
             break
@@ -244,10 +273,10 @@ class Reliability:
         raw = self.slope * (1.0 - self.m1 / self.m0)
         return 0.0 if raw < THRESHOLD else min(raw, 1.0)
 
-    def update(self, values: Tensor, first: Tensor, base: Tensor, outcome: Tensor) -> None:
+    def update(self, values: np.ndarray, first: np.ndarray, base: np.ndarray, outcome: np.ndarray) -> None:
         if not len(outcome):
             return
-        error = [float((x.double() - outcome.double()).square().mean()) for x in (values, first, base)]
+        error = [float(np.square(x - outcome).mean()) for x in (values, first, base)]
         self.m1 = DECAY * self.m1 + (1 - DECAY) * error[0]
         self.m0 = DECAY * self.m0 + (1 - DECAY) * min(error[1], error[2])
         self.boundaries += len(outcome)
@@ -279,47 +308,52 @@ class Attributor:
     def __call__(self, evidence: Evidence, outcome: Tensor, base: Tensor, segments: Segments, group_size: int) -> Attribution:
         """base [B] is the probability of success known before the steps; outcome [B] the verifier's R in [0, 1]."""
         self.batches += 1
-        low = 0.5 / group_size
-        same = zero_variance(outcome, group_size)
-        judged, outcome = outcome, outcome.nan_to_num()  # what the verifier left out is in no source's rows
-        sequence = segments.segment_sequence_ids()
-        terminal = segments.is_terminal()
         if evidence.unsigned:
             return self._unsigned(evidence, outcome, base, segments)
-        first = self.calibrator.predict_before(base, low)
-        if not evidence.rows.any():
-            return self._unseen(evidence, first[sequence], segments)
-        seen = evidence.rows[sequence]
-        values = self.calibrator.predict(base[sequence], torch.where(seen, evidence.evidence, 0.0), low)
-        values = torch.where(seen, values, first[sequence])
+        low, device = 0.5 / group_size, outcome.device
+        judged, known, rows = host(outcome), host(base), host(evidence.rows)
+        offsets, sequence, terminal = layout(segments)
+        first = self.calibrator.predict_before(known, low)
+        if not rows.any():
+            return self._unseen(evidence, torch.from_numpy(first[sequence]).to(device), segments)
+        groups = judged.reshape(-1, group_size)
+        missing = np.isnan(groups)  # what the verifier left out is in no source's rows
+        same = np.repeat(np.where(missing, np.inf, groups).min(1) >= np.where(missing, -np.inf, groups).max(1), group_size)
+        right, seen, read = np.where(missing, 0.0, groups).ravel(), rows[sequence], host(evidence.evidence)
+        values = np.where(seen, self.calibrator.predict(known[sequence], np.where(seen, read, 0.0), low), first[sequence])
         # After the answer the outcome is known: the terminal boundary belongs to it, and takes no part in phi of the steps.
-        values = torch.where(terminal & seen, outcome.double()[sequence].clamp(low, 1.0 - low), values)
-        before = previous_in_sequence(values, first, segments)
-        iota = information(outcome.double()[sequence], values, before)
+        values = np.where(terminal & seen, np.minimum(np.maximum(right[sequence], low), 1.0 - low), values)
+        before = previous_in_sequence(values, first, offsets)
+        iota = information(right[sequence], values, before)
         reliability = self.reliability.value  # of earlier batches: this batch's outcomes do not choose it
 
-        order = place_in_sequence(segments)
-        ordinary = torch.zeros(segments.num_sequences, dtype=torch.int64, device=sequence.device).index_add(0, sequence, (~terminal).long())
+        order = np.arange(len(sequence)) - offsets[sequence]
+        ordinary = np.bincount(sequence, ~terminal, minlength=len(right))
         later = seen & ~terminal & ~same[sequence] & (2 * (order + 1) > ordinary[sequence])
         at = sequence[later]
         if self.calibrator.both_outcomes():
-            self.reliability.update(values[later], first[at], base[at], outcome[at])
+            self.reliability.update(values[later], first[at], known[at], right[at])
         use = seen & ~terminal
         at = sequence[use]
-        independent = torch.where(same, 1.0 / group_size, 1.0) / ordinary.clamp(min=1)
-        self.calibrator.fit(base[at], evidence.evidence[use], outcome[at], independent[at], low)
+        # float32 once, as in every run that was published: 1/3 otherwise differs in the eighth digit.
+        independent = np.where(same, 1.0 / group_size, 1.0).astype(np.float32) / np.maximum(ordinary, 1).astype(np.float32)
+        self.calibrator.fit(known[at], read[use], right[at], independent[at], low)
 
         acts = evidence.rows if evidence.acts is None else evidence.acts
-        use = acts[sequence] & ~terminal
         phi = values - before
         if evidence.shaping is None:
             score = self.value_gain * phi
             if self.per_std:
-                score = score / group_std(judged.double(), group_size).clamp(min=0.25).repeat_interleave(group_size)[sequence]
+                number = np.maximum((~missing).sum(1), 1)
+                mean = np.where(missing, 0.0, groups).sum(1) / number
+                std = np.sqrt(np.square(np.where(missing, 0.0, groups - mean[:, None])).sum(1) / number)
+                score = score / np.repeat(np.maximum(std, 0.25), group_size)[sequence]
         else:
-            score = self.shaping_gain * standardised(evidence.shaping, use, sequence // group_size).clamp(-3.0, 3.0)
-        changed = torch.ones_like(terminal) if evidence.changed is None else evidence.changed
-        return Attribution(phi, iota, values, before, score, changed, acts, reliability * acts.double())
+            use = host(acts)[sequence] & ~terminal
+            score = self.shaping_gain * np.minimum(np.maximum(standardised(host(evidence.shaping), use, sequence // group_size), -3.0), 3.0)
+        changed = torch.ones(len(sequence), dtype=torch.bool, device=device) if evidence.changed is None else evidence.changed
+        phi_, iota_, values_, before_, score_ = (torch.from_numpy(x).to(device) for x in (phi, iota, values, before, score))
+        return Attribution(phi_, iota_, values_, before_, score_, changed, acts, reliability * acts.double())
 
     def _unseen(self, evidence: Evidence, values: Tensor, segments: Segments) -> Attribution:
         """Of a batch that the source looked at no rollout of (its gate is shut): nothing is said of it, and nothing learned from it."""
@@ -347,13 +381,12 @@ class Attributor:
         self.batches = state.get("batches", 0)  # a state of an earlier release has none
 
 
-def standardised(shaping: Tensor, use: Tensor, group: Tensor) -> Tensor:
+def standardised(shaping: np.ndarray, use: np.ndarray, group: np.ndarray) -> np.ndarray:
     """(c_k - mean of its group) / std of the batch over the segments in use, 0 elsewhere; group [S] numbers the groups from 0."""
-    shaping, use = shaping.double(), use.double()
-    sums = torch.zeros(int(group.max()) + 1 if len(group) else 0, dtype=torch.float64, device=shaping.device)
-    mean = sums.index_add(0, group, shaping * use) / sums.index_add(0, group, use).clamp(min=1.0)
+    use = use.astype(np.float64)
+    mean = np.bincount(group, shaping * use) / np.maximum(np.bincount(group, use), 1.0)
     centred = (shaping - mean[group]) * use
-    return centred / ((centred.square().sum() / use.sum().clamp(min=1.0)).sqrt() + 1e-6)
+    return centred / (np.sqrt(np.square(centred).sum() / max(use.sum(), 1.0)) + 1e-6)
 
 
 def pick(found: list[Attribution], segments: Segments) -> Attribution:

@@ -143,12 +143,13 @@ def assign(
     entropy: Tensor | None = None,
     filler: Tensor | None = None,
     mask: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> SegmentCredit:
     """Token advantages [N] and segment weights [S] from the rollouts' advantages and outcomes [B], the whole credit form of the configuration.
 
     ids [N] are the packed tokens, log_ratio [N] those of the hindsight stream (form "ratio"), entropy [N] the policy's (the mask, the token
     factor), filler the ids of tokens that are known to mean nothing (synthetic tasks, the oracle mask), mask [N] the tokens that the policy wrote
-    (None: all).
+    (None: all), counts [B] what `group_weights` gives (None: it is asked).
     """
     tokens, weights = token_advantages(advantages, attribution, segments, config, mask, entropy)
     if config.form == "branch":  # TEMPO: in the unit of the outcome's advantage
@@ -160,7 +161,8 @@ def assign(
         tokens = bounded_ratio(advantages[segments.sequence_ids()], log_ratio, config.bound)
     if config.token == "entropy":
         tokens = tokens * token_factor(entropy, segments, mask)
-    tokens = tokens * group_weights(outcome, attribution, group_size, config).to(tokens.dtype)[segments.sequence_ids()]
+    counts = group_weights(outcome, attribution, group_size, config) if counts is None else counts
+    tokens = tokens * counts.to(tokens.dtype)[segments.sequence_ids()]
     if config.mask == "filler" and filler is not None:
         tokens = torch.where(torch.isin(ids, filler), 0.0, tokens)
     return SegmentCredit(tokens if mask is None else torch.where(mask, tokens, 0.0), weights)

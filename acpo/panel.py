@@ -25,13 +25,20 @@ class Panel:
         self.form, self.scope, self.group_size = credit.form, credit.scope, group_size
         per_std = credit.advantage == "grpo"
         self.by_name = {name: Attributor(fixed, credit.gain, credit.value_gain, attribution.slope, per_std) for name in attribution.sources}
+        self.judged: tuple[Tensor, Tensor] | None = None
+
+    def same(self, outcome: Tensor) -> Tensor:
+        """`zero_variance`, which every source asks of the same batch."""
+        if self.judged is None or self.judged[0] is not outcome:
+            self.judged = outcome, zero_variance(outcome, self.group_size)
+        return self.judged[1]
 
     def acts(self, name: str, outcome: Tensor) -> Tensor:
         """Which rollouts the source's credit is for, [B]. Scope `own`: the hindsight stream where the outcomes of a group are equal, so that they say
         nothing themselves; the others where they differ."""
         if name not in self.by_name:
             return torch.zeros_like(outcome, dtype=torch.bool)
-        same = zero_variance(outcome, self.group_size)
+        same = self.same(outcome)
         if self.form == "ratio" or self.scope == "all":
             acts = torch.ones_like(same)
         else:
@@ -63,7 +70,7 @@ class Panel:
         outcome is for all of it. With a mask that spared the filler of such rollouts nothing kept lines from growing longer."""
         found, metrics = [], {}
         # In a group without variance the others' outcomes are this outcome: what is known before the steps is the prior.
-        base = torch.where(zero_variance(outcome, self.group_size), prior.to(outcome.dtype), leave_one_out(outcome, self.group_size))
+        base = torch.where(self.same(outcome), prior.to(outcome.dtype), leave_one_out(outcome, self.group_size))
         for name, attributor in self.by_name.items():
             seen = evidence(name, base)
             metrics[f"attribution/reliability/{name}"] = attributor.reliability.value  # of earlier batches: what gates this one

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from .config import ProblemsConfig
 from .problems import Problem
+
+REMEMBERED = 1024  # texts: a problem comes again and again, and a call of a tokenizer takes as long as a small forward
 
 
 def prefix_of(tokenizer) -> list[int]:
@@ -16,10 +20,11 @@ class Prompts:
     def __init__(self, config: ProblemsConfig, tokenizer):
         self.config, self.tokenizer = config, tokenizer
         self.prefix = [] if config.chat else prefix_of(tokenizer)  # a chat template writes its own
+        self._ids = lru_cache(REMEMBERED)(lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]))
 
     def encode(self, text: str) -> list[int]:
         """A text inside a rollout: without special tokens."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return list(self._ids(text))
 
     def prompt(self, text: str) -> list[int]:
         """Token ids in front of a rollout: the text behind the prefix, or as a user message of the tokenizer's chat template."""

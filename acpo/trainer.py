@@ -315,9 +315,10 @@ class Trainer:
             batch.sequence["confidence"] = confidence
             rewards = credit.confident_rewards(outcome, confidence, size, config.stages.confidence, config.stages.confidence_form)
             advantages = credit.keep_side(credit.outcome_advantages(rewards, size, config.credit.advantage), plain)
+        counts = credit.group_weights(outcome, attribution, size, config.credit)
         batch.token["advantages"], weights = credit.assign(
             advantages, outcome, attribution, segments, size, config.credit, ids=batch.token["ids"], log_ratio=batch.token.get("log_ratio"),
-            entropy=batch.token["entropy"], filler=self.filler,
+            entropy=batch.token["entropy"], filler=self.filler, counts=counts,
         )  # fmt: skip
         bonus = self.entropy.token_weights(segments, attribution)
         if bonus is not None:
@@ -327,7 +328,7 @@ class Trainer:
         if config.loss.kl_weight > 0:
             with self.clock("reference"):
                 self._reference_logp(batch)
-        return advantages * credit.group_weights(outcome, attribution, size, config.credit).to(advantages.dtype), weights
+        return advantages * counts.to(advantages.dtype), weights
 
     @torch.no_grad()
     def _reference_logp(self, batch: Batch) -> None:

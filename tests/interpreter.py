@@ -50,7 +50,8 @@ def check_overflows() -> None:
         kind = lhs.type.scalar
         if kind.int_bitwidth >= 64:
             return
-        wide = {"add": numpy.add, "sub": numpy.subtract, "mul": numpy.multiply}[binary_op.__name__](lhs.handle.data, rhs.handle.data, dtype=numpy.int64)
+        operation = {"add": numpy.add, "sub": numpy.subtract, "mul": numpy.multiply}[binary_op.__name__]
+        wide = operation(lhs.handle.data, rhs.handle.data, dtype=numpy.int64)
         if wide.size and (wide.max() > kind.get_int_max_value() or wide.min() < kind.get_int_min_value()):
             raise OverflowError(f"{kind} of {binary_op.__name__}: {wide.min()} to {wide.max()}")
 

@@ -22,6 +22,7 @@ from acpo.attribution import (
     Reliability,
     answer_copies,
     hindsight_evidence,
+    host,
     leave_one_out,
     logistic_fit,
     one_of_each,
@@ -77,7 +78,7 @@ def test_running_sum_and_previous(hierarchy):
         summed += itertools.accumulate(own)
         before += [first[b].item(), *own][: len(own)]
     assert running_sum(values, segments).tolist() == summed
-    assert previous_in_sequence(values, first, segments).tolist() == before
+    assert previous_in_sequence(values.numpy(), first.numpy(), segments.sequence_offsets.numpy()).tolist() == before
 
 
 # --- hindsight ----------------------------------------------------------------------------------------------------------------------
@@ -180,33 +181,33 @@ def test_calibrator_recovers_known_coefficients():
         evidence = torch.randn(n, generator=generator, dtype=torch.float64)
         p = torch.sigmoid(a + b * torch.logit(base) + c * evidence)
         outcome = (torch.rand(n, generator=generator, dtype=torch.float64) < p).double()
-        calibrator.fit(base, evidence, outcome, torch.ones(n), low=1 / 16)
+        calibrator.fit(base.numpy(), evidence.numpy(), outcome.numpy(), np.ones(n), low=1 / 16)
     # 32,000 outcomes: the coefficients' standard errors are about 0.02
     assert calibrator.with_evidence == pytest.approx([a, b, c], abs=0.08)
-    predicted = calibrator.predict(torch.tensor([0.5]), torch.tensor([0.3]), 1 / 16)
+    predicted = calibrator.predict(np.array([0.5]), np.array([0.3]), 1 / 16)
     assert predicted.item() == pytest.approx(1 / (1 + math.exp(-(a + c * 0.3))), abs=0.02)
 
 
 def test_calibrator_without_data_trusts_its_inputs():
     calibrator = Calibrator()
-    base, low = torch.tensor([0.3]), 1 / 16
+    base, low = np.array([0.3]), 1 / 16
     assert calibrator.predict_before(base, low).item() == pytest.approx(0.3, abs=1e-6)
-    assert calibrator.predict(base, torch.tensor([1.0]), low).item() == pytest.approx(1 / (1 + math.exp(-(math.log(3 / 7) + 1))), abs=1e-6)
-    nothing = torch.zeros(0)
+    assert calibrator.predict(base, np.array([1.0]), low).item() == pytest.approx(1 / (1 + math.exp(-(math.log(3 / 7) + 1))), abs=1e-6)
+    nothing = np.zeros(0)
     calibrator.fit(nothing, nothing, nothing, nothing, low)
     assert calibrator.with_evidence == [0.0, 1.0, 1.0]
 
 
 def test_calibrator_clips_to_chance():
     calibrator = Calibrator()
-    assert calibrator.predict(torch.tensor([0.0, 1.0]), torch.tensor([-50.0, 50.0]), 0.0625).tolist() == [0.0625, 0.9375]
+    assert calibrator.predict(np.array([0.0, 1.0]), np.array([-50.0, 50.0]), 0.0625).tolist() == [0.0625, 0.9375]
 
 
 def test_evidence_that_points_the_wrong_way_is_not_turned_round():
     outcome, evidence, segments = noisy_batch(-2.0, groups=64)
     calibrator = Calibrator()
-    r = outcome[segments.segment_sequence_ids()]
-    calibrator.fit(torch.full_like(r, 0.5), evidence.evidence, r, torch.ones_like(r), 0.125)
+    r = host(outcome[segments.segment_sequence_ids()])
+    calibrator.fit(np.full_like(r, 0.5), host(evidence.evidence), r, np.ones_like(r), 0.125)
     assert calibrator.with_evidence[2] == 0.0
 
 
@@ -214,11 +215,11 @@ def test_without_evidence_to_go_by_the_value_is_that_of_before():
     """Evidence that drifts far down and points the wrong way a little: its coefficient is cut, and the intercept that was fitted beside it goes."""
     torch.manual_seed(0)
     outcome = (torch.rand(400) < 0.5).double()
-    evidence, base = -4.0 - 0.3 * outcome + 0.5 * torch.randn(400), torch.full((400,), 0.5)
+    evidence, base = host(-4.0 - 0.3 * outcome + 0.5 * torch.randn(400)), np.full(400, 0.5)
     calibrator = Calibrator()
-    calibrator.fit(base, evidence, outcome, torch.ones(400), 0.0625)
+    calibrator.fit(base, evidence, outcome.numpy(), np.ones(400), 0.0625)
     assert calibrator.with_evidence == [*calibrator.before, 0.0]
-    assert torch.equal(calibrator.predict(base, evidence, 0.0625), calibrator.predict_before(base, 0.0625))
+    assert np.array_equal(calibrator.predict(base, evidence, 0.0625), calibrator.predict_before(base, 0.0625))
 
 
 def test_logistic_fit_is_the_penalised_optimum():
@@ -293,7 +294,7 @@ def test_a_batch_that_was_not_looked_at_says_nothing_and_teaches_nothing():
     base = torch.linspace(0.1, 0.9, len(outcome))
     found = attributor(replace(evidence, rows=torch.zeros_like(outcome, dtype=torch.bool)), outcome, base, segments, 4)
     assert attributor.state() == {**before, "batches": before["batches"] + 1} and attributor.reliability.value > 0
-    first = attributor.calibrator.predict_before(base, 0.125)[segments.segment_sequence_ids()]
+    first = torch.from_numpy(attributor.calibrator.predict_before(host(base), 0.125))[segments.segment_sequence_ids()]
     assert torch.equal(found.values, first) and torch.equal(found.previous, first) and found.changed.all()
     assert not any(x.any() for x in (found.phi, found.iota, found.score, found.rows, found.reliability))
 
@@ -310,7 +311,8 @@ def test_one_sided_outcomes_measure_nothing():
 def test_reliability_by_hand():
     measured = Reliability()
     outcome = torch.tensor([1.0, 0.0]).repeat(100)
-    measured.update(torch.where(outcome > 0, 0.9, 0.1), torch.full_like(outcome, 0.5), torch.full_like(outcome, 0.6), outcome)
+    outcome = host(outcome)
+    measured.update(np.where(outcome > 0, 0.9, 0.1), np.full(200, 0.5), np.full(200, 0.6), outcome)
     assert measured.boundaries == 200 >= MIN_BOUNDARIES
     assert measured.m1 == pytest.approx(0.1 * 0.01) and measured.m0 == pytest.approx(0.1 * 0.25), "the better of the two baselines"
     assert measured.value == 1.0

@@ -13,13 +13,25 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from acpo_kernels import Segmenter, Segments, segment_credit, segment_reduce
 
 from .. import credit, verify
-from ..attribution import Calibrator, answer_copies, hindsight_evidence, information, leave_one_out, previous_in_sequence, standardised, zero_variance
+from ..attribution import (
+    Calibrator,
+    answer_copies,
+    hindsight_evidence,
+    host,
+    information,
+    layout,
+    leave_one_out,
+    previous_in_sequence,
+    standardised,
+    zero_variance,
+)  # fmt: skip
 from ..batch import Batch
 from ..config import Config
 from ..policy import Policy, build
@@ -191,14 +203,16 @@ def _fill(
     evidence = hindsight_evidence(token["log_ratio"], token["kl"], segments, keep, known, settings.attribution.clamp)
     sequence, terminal = segments.segment_sequence_ids(), segments.is_terminal()
     use = known[sequence] & ~terminal
-    group = torch.repeat_interleave(torch.tensor(sizes))[sequence]
-    score = settings.credit.gain * standardised(evidence.shaping, use, group).clamp(-3.0, 3.0)
+    offsets, sequence_, _ = layout(segments)
+    group = np.repeat(np.arange(len(sizes)), sizes)[sequence_]
+    score = settings.credit.gain * torch.from_numpy(standardised(host(evidence.shaping), host(use), group)).clamp(-3.0, 3.0)
     shaped = segment_credit(score, segments, advantages.double(), form="additive", gain=1.0, reliability=known.double(), scale=1.0)
 
     calibrator = Calibrator()
-    values = calibrator.predict(base[sequence], evidence.evidence, low)
-    before = previous_in_sequence(values, calibrator.predict_before(base, low), segments)
-    iota = information(outcome.double()[sequence], values, before)
+    known_before = host(base)
+    values = calibrator.predict(known_before[sequence_], host(evidence.evidence), low)
+    before = previous_in_sequence(values, calibrator.predict_before(known_before, low), offsets)
+    iota = information(host(outcome)[sequence_], values, before)
     seen = torch.nan_to_num(torch.stack([token["log_ratio"], token["log_ratio"] + token["kl"]]), nan=0.0, posinf=0.0, neginf=0.0)
     hindsight, centred = segment_reduce(seen, segments)
     entropy, logp = segment_reduce(torch.stack([token["entropy"], token["old_logp"]]), segments, reduce="mean")

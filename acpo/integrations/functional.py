@@ -197,11 +197,12 @@ class StepCredit:
         attribution, reliabilities = self.panel.attribute(evidence, judged, known, segments, ended)
         if stage == 2 and config.stages.confidence > 0:
             own = self._confident(own, judged, tokens["logp"], segments, batch.written, normalise, order, metrics)
+        counts = credit.group_weights(judged, attribution, size, config.credit)
         assigned, weights = credit.assign(
             own, judged, attribution, segments, size, config.credit, ids=batch.ids, log_ratio=tokens.get("log_ratio"), entropy=tokens.get("entropy"),
-            mask=batch.written,
+            mask=batch.written, counts=counts,
         )  # fmt: skip
-        own = own * credit.group_weights(judged, attribution, size, config.credit).to(own.dtype)
+        own = own * counts.to(own.dtype)
         bonus = self.entropy.token_weights(segments, attribution, batch.written)
         metrics |= {f"acpo/{name.removeprefix('attribution/')}": value for name, value in reliabilities.items()}
         metrics |= self._figures(batch, segments, attribution, judged, assigned - own[segments.sequence_ids()], weights)
