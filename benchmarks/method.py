@@ -1,12 +1,13 @@
 """Does the method help? The table of comparisons that were run, and what it says about the bars that were fixed before.
 
-    python -m benchmarks.method [--summary | --over ARM | --figure PNG] [benchmarks/results/method/*.json]
+    python -m benchmarks.method [--summary | --over ARM | --figure PNG | --clocks FILE ...] [benchmarks/results/method/*.json]
 
 The files are the results.json of `acpo compare`, one a task. Every arm that was run is in the table. Areas are interquartile means over seeds of
 the mean held-out greedy accuracy over GRPO's budget; a difference is paired by seed, with its 95 % bootstrap interval where there are 8 seeds or
 more (none where there are fewer), and the seeds that it wins. Seconds are CPU seconds of the process: wall seconds of a shared machine would be
 the doing of others (on a GPU they are wall seconds, of runs side by side). --summary: one row a task. --over ARM: one row an arm, the mean of its
-paired differences to that arm and their standard error. --figure PNG: one file's, every seed as a dot.
+paired differences to that arm and their standard error. --figure PNG: one file's, every seed as a dot. --clocks FILE (again for another task): the
+method over each arm in equal seconds where a step takes what it took in that comparison of the same task; its accuracies are not used.
 """
 
 from __future__ import annotations
@@ -29,11 +30,15 @@ NEAR = "grpo-kl"  # the method's loop without credit: what credit adds is over t
 LEFT_OUT = ("area, seconds", "reliability", "zero-variance groups", "at its end")  # of the README's table; they stand in the files and the page
 
 
+def table(head: list[str], body: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
+
+
 def markdown(results: dict) -> str:
     head, body = exhibit.rows(results)
     keep = [i for i, title in enumerate(head) if title not in LEFT_OUT and any(row[i] for row in body)]
     head, body = [head[i] for i in keep], [[row[i].replace(" [too few seeds]", "") for i in keep] for row in body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
+    return table(head, body)
 
 
 def bars(results: dict, default: str = "acpo") -> list[str]:
@@ -119,6 +124,19 @@ def entropy_behind_the_switch(results: dict, arm: str) -> float | None:
     return float(np.mean(ours) / np.mean(theirs)) if ours and theirs else None
 
 
+def retimed(results: dict, timed: dict, ours: str = "acpo") -> list[list[str]]:
+    """Rows of the method over each arm that both know: in equal seconds as it was, with the clocks of `timed`, and seconds of a whole run there."""
+    curves, clock = runs_of(results), runs_of(timed)
+    arms = {arm: evidence.Clock(curves[arm], clock[arm]) for arm in clock if arm in curves}
+    rows = []
+    for other in arms:
+        if other != ours and (now := evidence.seconds_difference(arms, ours, other, results["against"])):
+            then = paired(results, ours, other, "seconds")
+            taken = [f"{arms[arm].elapsed()[0, -1]:.1f}" for arm in (ours, other)]
+            rows.append([results["name"], other, cell(then) if then else "", cell(now), *taken, str(len(arms[ours].timed))])
+    return rows
+
+
 SUMMARY = (("grpo", "GRPO"), ("grpo-kl", "GRPO with the KL"), ("acpo", "ACPO"))  # whose areas stand in a task's row
 
 
@@ -137,7 +155,7 @@ def summary(found: list[dict]) -> str:
         told = [exhibit.cell(x) for x in over]
         told[1] = f"{best}: {told[1]}" if told[1] else ""
         body.append([results["name"], *areas, *told])
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
+    return table(head, body)
 
 
 def over(found: list[dict], other: str) -> str:
@@ -148,7 +166,7 @@ def over(found: list[dict], other: str) -> str:
         pairs = [evidence.difference(of[arm], of[other]) if arm in of and other in of else None for of in areas]
         body.append([arm, *(f"{d['mean']:+.3f} +- {d['standard_error']:.3f} ({d['wins']}/{d['seeds']})" if d else "" for d in pairs)])
     head = [f"over {other}", *(results["name"] for results in found)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
+    return table(head, body)
 
 
 def verdict(met: bool) -> str:
@@ -194,6 +212,7 @@ def main() -> None:
     kind.add_argument("--summary", action="store_true")
     kind.add_argument("--over", metavar="ARM", default="")
     kind.add_argument("--figure", metavar="PNG", type=Path)
+    kind.add_argument("--clocks", metavar="FILE", type=Path, action="append")
     options = parser.parse_args()
     found = [load(path) for path in options.files]
     if options.figure:
@@ -203,6 +222,16 @@ def main() -> None:
         return
     if options.summary:
         print(summary(found))
+        return
+    if options.clocks:
+        rows = []
+        for timed in map(load, options.clocks):
+            task = timed["name"].removeprefix("clocks_")
+            if not any(own := [results for results in found if results["name"].removeprefix("again_") == task]):
+                parser.error(f"--clocks {timed['name']} is of none of the tasks {', '.join(results['name'] for results in found)}")
+            rows += [row for results in own for row in retimed(results, timed)]
+        head = ["task", "over", "in equal seconds, as timed then", "with these clocks", "seconds of ACPO", "of the other", "timed runs"]
+        print(table(head, rows))
         return
     if options.over:
         if not any(options.over in results["arms"] for results in found):

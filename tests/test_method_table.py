@@ -152,3 +152,40 @@ def test_a_figure_is_of_one_file(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         method.main()
     assert "--figure draws one file, got 2" in capsys.readouterr().err
+
+
+def timed(name: str, seconds: dict[str, float], accuracy: dict[str, list[float]], seeds=range(8)) -> dict:
+    """Three points a run; what a run of each arm takes, whatever its seed."""
+    curves = {
+        arm: {
+            str(s): [{"step": 10 * k, "tokens": 100 * k, "seconds": k * taken / 2, "accuracy": a + 0.001 * s} for k, a in enumerate(accuracy[arm])]
+            for s in seeds
+        }
+        for arm, taken in seconds.items()
+    }
+    ends = {arm: {str(s): {"code": "x", "failure": ""} for s in seeds} for arm in seconds}
+    arms = {arm: {"seconds": taken, "failures": []} for arm, taken in seconds.items()}
+    return {"name": name, "against": "grpo", "best_baseline": "grpo", "code": ["x"], "arms": arms, "curves": curves, "ends": ends}
+
+
+def test_other_clocks_on_the_same_curves(tmp_path, monkeypatch, capsys):
+    """Twice as long a step: the method has come half as far when GRPO's time is up. The clocks' own accuracies are nothing."""
+    curves = {"grpo": [0.0, 0.5, 1.0], "acpo": [0.0, 0.5, 1.0]}
+    frozen = timed("again_t2", {"grpo": 2.0, "acpo": 4.0}, curves)
+    same, slow = (timed("clocks_t2", {"grpo": 6.0, "acpo": 6.0 * k}, {arm: [0.9, 0.1, 0.3] for arm in curves}, range(50, 53)) for k in (1, 2))
+    for name, found in (("frozen", frozen), ("same", same), ("slow", slow)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
+    differences = []
+    for clocks in ("same", "slow"):
+        monkeypatch.setattr(sys, "argv", ["method", "--clocks", str(tmp_path / f"{clocks}.json"), "--", str(tmp_path / "frozen.json")])
+        method.main()
+        task, other, before, now, ours, theirs, runs = (cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split("|")[1:-1])
+        assert (task, other, theirs, runs) == ("again_t2", "grpo", "6.0", "3") and float(ours) == {"same": 6.0, "slow": 12.0}[clocks]
+        assert before.startswith("-0.250"), "as it was timed then, twice as long"
+        differences.append(float(now.split()[0]))
+    assert differences == [0.0, -0.25]
+    (tmp_path / "other.json").write_text(json.dumps({**same, "name": "clocks_t1"}), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["method", "--clocks", str(tmp_path / "other.json"), "--", str(tmp_path / "frozen.json")])
+    with pytest.raises(SystemExit):
+        method.main()
+    assert "none of the tasks again_t2" in capsys.readouterr().err
