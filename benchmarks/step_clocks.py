@@ -68,6 +68,8 @@ def main() -> None:
         comparer = compare.Comparer(options.comparison, folder)
         if unknown := [arm for arm in options.arms if arm not in comparer.chosen.arms]:
             parser.error(f"--arms names {', '.join(unknown)}, which {options.comparison} does not have: {', '.join(comparer.chosen.arms)}")
+        if untold := [arm for arm in options.arms if comparer.rate(arm) is None]:
+            parser.error(f"{options.comparison} must give each arm a rate, got none for {', '.join(untold)}")
         found = {seed: rounds(comparer, options.arms, seed) for seed in options.seeds}
     ratio = {arm: float(np.median(np.concatenate([x[:, i] / x[:, 0] for x in found.values()]))) for i, arm in enumerate(options.arms)}
     results = {
