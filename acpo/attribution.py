@@ -110,10 +110,10 @@ def binary_entropy(p: Tensor) -> Tensor:
     return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
 
 
-def host(values: Tensor | np.ndarray) -> np.ndarray:
+def host(values: Tensor) -> np.ndarray:
     """float64 on the host, bool where it is bool."""
-    array = values.cpu().numpy() if isinstance(values, Tensor) else values
-    return array if array.dtype == bool else array.astype(np.float64, copy=False)
+    values = values.detach().cpu()
+    return (values if values.dtype == torch.bool else values.double()).numpy()
 
 
 def layout(segments: Segments) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

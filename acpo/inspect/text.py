@@ -31,7 +31,7 @@ from ..attribution import (
     previous_in_sequence,
     standardised,
     zero_variance,
-)  # fmt: skip
+)
 from ..batch import Batch
 from ..config import Config
 from ..policy import Policy, build
@@ -203,16 +203,15 @@ def _fill(
     evidence = hindsight_evidence(token["log_ratio"], token["kl"], segments, keep, known, settings.attribution.clamp)
     sequence, terminal = segments.segment_sequence_ids(), segments.is_terminal()
     use = known[sequence] & ~terminal
-    offsets, sequence_, _ = layout(segments)
-    group = np.repeat(np.arange(len(sizes)), sizes)[sequence_]
+    offsets, of, _ = layout(segments)
+    group = np.repeat(np.arange(len(sizes)), sizes)[of]
     score = settings.credit.gain * torch.from_numpy(standardised(host(evidence.shaping), host(use), group)).clamp(-3.0, 3.0)
     shaped = segment_credit(score, segments, advantages.double(), form="additive", gain=1.0, reliability=known.double(), scale=1.0)
 
     calibrator = Calibrator()
-    known_before = host(base)
-    values = calibrator.predict(known_before[sequence_], host(evidence.evidence), low)
-    before = previous_in_sequence(values, calibrator.predict_before(known_before, low), offsets)
-    iota = information(host(outcome)[sequence_], values, before)
+    values = calibrator.predict(host(base)[of], host(evidence.evidence), low)
+    before = previous_in_sequence(values, calibrator.predict_before(host(base), low), offsets)
+    iota = information(host(outcome)[of], values, before)
     seen = torch.nan_to_num(torch.stack([token["log_ratio"], token["log_ratio"] + token["kl"]]), nan=0.0, posinf=0.0, neginf=0.0)
     hindsight, centred = segment_reduce(seen, segments)
     entropy, logp = segment_reduce(torch.stack([token["entropy"], token["old_logp"]]), segments, reduce="mean")
