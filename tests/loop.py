@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -33,10 +36,16 @@ TREE = "attribution.source=tree", "credit.scope=all"
 MANY = "rollout.prompts=8", "rollout.group_size=8"  # so many that some groups have both outcomes and rollouts that share their first line
 
 
+ASKED = itertools.count()
+
+
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """Not one that the system gives to connections: until its job listens, any of them could take it."""
+    while True:
+        port = 20_000 + (17 * os.getpid() + next(ASKED)) % 12_000
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def write_config(folder: Path, text: str = MINI) -> Path:
