@@ -160,6 +160,13 @@ def test_a_batch_of_the_trimmed_group_alone(folder):
         slime.step_credit(arguments(folder), data)
 
 
+@pytest.mark.parametrize(("setting", "value"), [("sampler", "thompson"), ("dynamic_sampling", True)])
+def test_a_curriculum_is_refused_where_the_loop_draws_the_prompts(folder, setting, value):
+    slime._credit = None
+    with pytest.raises(ValueError, match=rf"args\.acpo: curriculum\.{setting} must be left out, got {value!r}: slime draws"):
+        slime.step_credit(arguments(folder, acpo={**ACPO, f"curriculum.{setting}": value}), rollout_data())
+
+
 def test_one_ratio_a_sequence_is_refused_but_without_credit(folder):
     for form in ("additive", "none"):
         args = arguments(folder, advantage_estimator="gspo", acpo={**ACPO, "credit.form": form})

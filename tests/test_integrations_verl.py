@@ -108,6 +108,12 @@ def trainer(monkeypatch, tmp_path):
     return own
 
 
+@pytest.mark.parametrize(("setting", "value"), [("sampler", "thompson"), ("dynamic_sampling", True)])
+def test_a_curriculum_is_refused_where_the_loop_draws_the_prompts(setting, value):
+    with pytest.raises(ValueError, match=rf"algorithm\.acpo: curriculum\.{setting} must be left out, got {value!r}: verl draws"):
+        ours.make_credit(TOKENIZER, {**SETTINGS, f"curriculum.{setting}": value}, 4, 10)
+
+
 def test_the_trainer_writes_its_state_first(trainer, caplog):
     trainer._save_checkpoint()
     assert trainer.there
