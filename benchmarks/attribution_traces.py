@@ -3,13 +3,15 @@
     python -m benchmarks.attribution_traces MODEL STEPS ANSWERS [KEY=VALUE ...] [--subset gsm8k] [--most N] [--out FILE]
 
 MODEL is a folder with a causal language model and its tokenizer, STEPS ProcessBench's JSON lines (subset, problem, steps, label: the first wrong
-step, -1: none), ANSWERS JSON lines with `problem` and `answer`: solutions of problems without one are left out. The model reads every solution twice,
-with and without the answer in the prompt, with the trainer's kernels and the settings given (`problems.chat=true` for a model that chats); literal
-copies of the answer are left out as in training, steps are those that were marked.
+step, -1: none), ANSWERS JSON lines with `problem` and `answer`. Where that has none of a problem, the answer is that of a solution of STEPS that
+ends right; solutions of other problems are left out. The model reads every solution twice, with and without the answer in the prompt, with the
+trainer's kernels and the settings given (`problems.chat=true` for a model that chats), and a wrong one a third time, with the answer that IT gives in
+the prompt; literal copies of the answers are left out as in training, steps are those that were marked.
 
     first error   share of wrong solutions whose first wrong step a signal names: the lowest hindsight (sum over the step of l + KL, what training
-                  adds to the advantage), the lowest phi (of l), the lowest mean log-prob (surprisal), the highest mean entropy, the most frequent
-                  place among the other solutions (position), always the first; chance is the mean of 1 / steps
+                  adds to the advantage), the lowest phi (of l), the lowest contrast (hindsight less the same of the answer given: what a hint does
+                  to any solution is in both; without a readable other answer it is hindsight), the lowest mean log-prob (surprisal), the highest
+                  mean entropy, the most frequent place among the other solutions (position), always the first; chance is the mean of 1 / steps
     outcome       area under the curve that tells solutions without an error from those with one, by the same sums over a solution (by hindsight: the
                   evidence), and by the mean over its steps of their log-prob
 
@@ -29,6 +31,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 
 from acpo import config
 from acpo.attribution import answer_copies
@@ -37,18 +40,30 @@ from acpo.inspect.text import score, tokenized
 from acpo.policy import build
 from acpo.problems import HINT, Problem
 from acpo.prompts import Prompts
+from acpo.verify.answers import extract_answer, normalise
 from acpo_kernels import Segments, segment_reduce
 
 BASELINES = ("surprisal", "entropy", "position", "first", "chance")
-SIGNALS = ("hindsight", "phi", *BASELINES)
+JUDGED = ("hindsight", "phi", "contrast")
+SIGNALS = (*JUDGED, *BASELINES)
 BOOTSTRAP = 10_000
+
+
+def answer_given(row: dict, extract: str = "auto") -> str:
+    """The answer that the solution comes to, empty where none can be read."""
+    return extract_answer("\n\n".join(row["steps"]), extract) or ""
 
 
 def solutions(steps: Path, answers: Path, subset: str, most: int) -> list[dict]:
     """ProcessBench's rows that have a known answer, wrong ones and right ones by turns, so that the first `most` hold both."""
-    known = {row["problem"].strip(): row["answer"] for row in map(json.loads, answers.read_text(encoding="utf-8").splitlines())}
-    rows = [row for row in map(json.loads, steps.read_text(encoding="utf-8").splitlines()) if row["subset"] == subset]
-    rows = [{**row, "answer": known[row["problem"].strip()]} for row in rows if row["problem"].strip() in known and len(row["steps"]) > 1]
+    rows = list(map(json.loads, steps.read_text(encoding="utf-8").splitlines()))
+    known = {row["problem"].strip(): given for row in rows if row.get("final_answer_correct") and (given := answer_given(row))}
+    known |= {row["problem"].strip(): row["answer"] for row in map(json.loads, answers.read_text(encoding="utf-8").splitlines())}
+    rows = [
+        {**row, "answer": known[row["problem"].strip()]}
+        for row in rows
+        if row["subset"] in subset.split(",") and row["problem"].strip() in known and len(row["steps"]) > 1
+    ]
     wrong, right = ([row for row in rows if (row["label"] >= 0) == is_wrong] for is_wrong in (True, False))
     by_turns = [row for pair in itertools.zip_longest(wrong, right) for row in pair if row is not None]
     return by_turns[: most or None]
@@ -76,19 +91,36 @@ def read(settings: config.Config, rows: list[dict]) -> list[dict[str, list[float
     ]
     texts = ["\n\n".join(row["steps"]) for row in rows]
     packed = tokenized(tokenizer, texts)
-    batch = Batch.from_responses([prompts.prompt(p.prompt) for p in problems], [p.ids for p in packed])
+    given = [answer_given(row, settings.verify.extract) if row["label"] >= 0 else "" for row in rows]
+    given = [mine if normalise(mine) != normalise(row["answer"]) else "" for mine, row in zip(given, rows, strict=True)]
+    other = [b for b, mine in enumerate(given) if mine]
     progress = Progress(console=Console(stderr=True))
-    bar = progress.add_task("solutions", total=len(rows))
-    with progress:
-        hinted = [prompts.hinted(p) for p in problems]
-        score(batch, policy, torch.ones(len(rows), dtype=torch.bool), hinted, settings, lambda n: progress.advance(bar, n))
+    bar = progress.add_task("solutions", total=len(rows) + len(other))
+
+    def read_with(answers: list[str], chosen: list[int]) -> dict[str, Tensor]:
+        """old_logp, entropy and, by these answers in the prompt, log_ratio and kl of the tokens of the chosen solutions."""
+        batch = Batch.from_responses([prompts.prompt(problems[b].prompt) for b in chosen], [packed[b].ids for b in chosen])
+        hinted = [prompts.prompt(problems[b].hinted_prompt(answers[b])) for b in chosen]
+        score(batch, policy, torch.ones(len(chosen), dtype=torch.bool), hinted, settings, lambda n: progress.advance(bar, n))
+        return {name: value.double() for name, value in batch.token.items() if name != "ids"}
+
     segments = marked_segments(texts, [row["steps"] for row in rows], [p.ends for p in packed])
-    keep = answer_copies(batch.responses(), [prompts.spellings(row["answer"]) for row in rows])
-    token = {name: value.double() for name, value in batch.token.items() if name != "ids"}
-    phi, hindsight = segment_reduce(torch.stack([token["log_ratio"], token["log_ratio"] + token["kl"]]), segments, mask=keep)
+    with progress:
+        token = read_with([row["answer"] for row in rows], list(range(len(rows))))
+        centred = token["log_ratio"] + token["kl"]
+        less = torch.zeros_like(centred)
+        if other:
+            against = read_with(given, other)
+            less[torch.isin(segments.sequence_ids(), torch.tensor(other))] = against["log_ratio"] + against["kl"]
+    keep, keep_given = (
+        answer_copies([p.ids for p in packed], [prompts.spellings(answer) for answer in answers])
+        for answers in ([row["answer"] for row in rows], given)
+    )
+    phi, hindsight = segment_reduce(torch.stack([token["log_ratio"], centred]), segments, mask=keep)
+    contrast = segment_reduce(centred - less, segments, mask=keep & keep_given)
     surprisal, certainty = segment_reduce(torch.stack([token["old_logp"], -token["entropy"]]), segments, reduce="mean")
     cut = segments.sequence_offsets.tolist()
-    named = {"hindsight": hindsight, "phi": phi, "surprisal": surprisal, "entropy": certainty}
+    named = {"hindsight": hindsight, "phi": phi, "contrast": contrast, "surprisal": surprisal, "entropy": certainty}
     return [{name: value[a:b].tolist() for name, value in named.items()} for a, b in itertools.pairwise(cut)]
 
 
@@ -130,7 +162,8 @@ def summary(rows: list[dict], found: list[dict[str, list[float]]]) -> dict:
         "wrong": int(is_wrong.sum()), "right": int((~is_wrong).sum()),
         "first_error": {name: interval(np.mean, values) for name, values in hits.items()},
         "over": {
-            name: {baseline: interval(np.mean, hits[name] - hits[baseline]) for baseline in BASELINES} for name in ("hindsight", "phi")
+            name: {other: interval(np.mean, hits[name] - hits[other]) for other in (*(("hindsight",) if name == "contrast" else ()), *BASELINES)}
+            for name in JUDGED
         },
         "outcome": {name: interval(area, np.array(values)[~is_wrong], np.array(values)[is_wrong]) for name, values in sums.items()},
     }  # fmt: skip
@@ -155,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("steps", type=Path)
     parser.add_argument("answers", type=Path)
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
-    parser.add_argument("--subset", default="gsm8k")
+    parser.add_argument("--subset", default="gsm8k", help="of ProcessBench, several joined by commas")
     parser.add_argument("--most", type=int, default=0, help="solutions, wrong ones and right ones by turns; 0: all")
     parser.add_argument("--out", type=Path, help="every figure, and every solution's signals, as JSON")
     options = parser.parse_args(arguments)
@@ -173,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
             {"id": row["id"], "label": row["label"], **{n: [round(x, 4) for x in v] for n, v in s.items()}}
             for row, s in zip(rows, found, strict=True)
         ]
-        options.out.write_text(json.dumps({**result, "solutions": each}, indent=1) + "\n", encoding="utf-8")
+        options.out.write_text(json.dumps({**result, "solutions": each}) + "\n", encoding="utf-8")
     return 0
 
 

@@ -37,6 +37,15 @@ def test_which_solutions(files):
     assert [row["id"] for row in traces.solutions(*files, "gsm8k", 2)] == ["a", "b"]
 
 
+def test_answers_of_solutions_that_end_right(files):
+    """Of a problem that the answers lack, and of several subsets."""
+    rows = [*ROWS, {"id": "g", "subset": "math", "problem": "unknown?", "steps": ["So", "it is 8."], "label": -1, "final_answer_correct": True}]
+    files[0].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert [(row["id"], row["answer"]) for row in traces.solutions(*files, "gsm8k,math", 0)] == [
+        ("a", "3"), ("b", "4"), ("c", "5"), ("d", "3"), ("e", "8"), ("g", "8")
+    ]  # fmt: skip
+
+
 def test_marked_steps_are_segments():
     """A token belongs to the step in which it ends, the blank line to the step before it; a token over a border to the step behind."""
     texts, marked = ["ab\n\ncd", "e\n\nf\n\ng"], [["ab", "cd"], ["e", "f", "g"]]
@@ -82,8 +91,22 @@ def test_what_the_mask_leaves_out_counts_nowhere(files, model, monkeypatch):
     monkeypatch.setattr(traces, "answer_copies", all_of_it)
     chosen = config.load(None, [f"policy.path={model}", f"problems.path={files[1]}", "policy.device=cpu"])
     found = traces.read(chosen, traces.solutions(*files, "gsm8k", 0))
-    assert len(spelled) == 3 and all(len(form) == 1 for forms in spelled for form in forms[:1]), "each answer is one byte"
-    assert all(v == 0 for s in found for name in ("phi", "hindsight") for v in s[name]) and all(v < 0 for s in found for v in s["surprisal"])
+    assert [bytes(forms[0]).decode() for forms in spelled[:3]] == ["3", "4", "5"] and [len(forms[0]) for forms in spelled[3:]] == [1, 0, 1]
+    assert all(v == 0 for s in found for name in ("phi", "hindsight", "contrast") for v in s[name]) and all(
+        v < 0 for s in found for v in s["surprisal"]
+    )
+
+
+def test_the_contrast_is_with_the_answer_that_a_wrong_solution_gives(files, model, monkeypatch):
+    monkeypatch.setattr(traces, "answer_copies", lambda responses, spellings: torch.ones(sum(map(len, responses)), dtype=torch.bool))
+    chosen = config.load(None, [f"policy.path={model}", f"problems.path={files[1]}", "policy.device=cpu"])
+    rows = traces.solutions(*files, "gsm8k", 0)
+    found = traces.read(chosen, rows)
+    given = traces.read(chosen, [{**row, "answer": answer} for row, answer in zip(rows, ("4", "4", "6"), strict=True)])
+    for row, mine, other in zip(rows, found, given, strict=True):
+        wanted = np.array(mine["hindsight"]) - (np.array(other["hindsight"]) if row["label"] >= 0 else 0)
+        np.testing.assert_allclose(mine["contrast"], wanted, atol=1e-6)
+        assert (mine["contrast"] == mine["hindsight"]) == (row["label"] < 0)
 
 
 def test_the_whole_of_it(files, model, tmp_path, capsys):
@@ -99,6 +122,7 @@ def test_the_whole_of_it(files, model, tmp_path, capsys):
     assert found["over"]["hindsight"]["chance"][0] == pytest.approx(
         found["first_error"]["hindsight"][0] - found["first_error"]["chance"][0], abs=1e-3
     )
+    assert "hindsight" in found["over"]["contrast"] and "hindsight" not in found["over"]["phi"]
     with pytest.raises(SystemExit):
         traces.main([model, *map(str, files), "--subset", "math"])
     assert "of subset 'math' with and without a wrong step" in capsys.readouterr().err
