@@ -1,6 +1,6 @@
 """Does hindsight find where a real solution went wrong? A language model reads solutions whose first wrong step people have marked (ProcessBench).
 
-    python -m benchmarks.attribution_traces MODEL STEPS ANSWERS [KEY=VALUE ...] [--subset gsm8k] [--most N] [--out FILE]
+    python -m benchmarks.attribution_traces MODEL STEPS ANSWERS [KEY=VALUE ...] [--subset gsm8k] [--wrong] [--most N] [--out FILE]
 
 MODEL is a folder with a causal language model and its tokenizer, STEPS ProcessBench's JSON lines (subset, problem, steps, label: the first wrong
 step, -1: none), ANSWERS JSON lines with `problem` and `answer`. Where that has none of a problem, the answer is that of a solution of STEPS that
@@ -54,8 +54,8 @@ def answer_given(row: dict, extract: str = "auto") -> str:
     return extract_answer("\n\n".join(row["steps"]), extract) or ""
 
 
-def solutions(steps: Path, answers: Path, subset: str, most: int) -> list[dict]:
-    """ProcessBench's rows that have a known answer, wrong ones and right ones by turns, so that the first `most` hold both."""
+def solutions(steps: Path, answers: Path, subset: str, most: int, wrong_alone: bool = False) -> list[dict]:
+    """ProcessBench's rows that have a known answer, wrong ones and right ones by turns, so that the first `most` hold both, or the wrong ones alone."""
     rows = list(map(json.loads, steps.read_text(encoding="utf-8").splitlines()))
     known = {row["problem"].strip(): given for row in rows if row.get("final_answer_correct") and (given := answer_given(row))}
     known |= {row["problem"].strip(): row["answer"] for row in map(json.loads, answers.read_text(encoding="utf-8").splitlines())}
@@ -65,7 +65,7 @@ def solutions(steps: Path, answers: Path, subset: str, most: int) -> list[dict]:
         if row["subset"] in subset.split(",") and row["problem"].strip() in known and len(row["steps"]) > 1
     ]
     wrong, right = ([row for row in rows if (row["label"] >= 0) == is_wrong] for is_wrong in (True, False))
-    by_turns = [row for pair in itertools.zip_longest(wrong, right) for row in pair if row is not None]
+    by_turns = [row for pair in itertools.zip_longest(wrong, [] if wrong_alone else right) for row in pair if row is not None]
     return by_turns[: most or None]
 
 
@@ -165,7 +165,9 @@ def summary(rows: list[dict], found: list[dict[str, list[float]]]) -> dict:
             name: {other: interval(np.mean, hits[name] - hits[other]) for other in (*(("hindsight",) if name == "contrast" else ()), *BASELINES)}
             for name in JUDGED
         },
-        "outcome": {name: interval(area, np.array(values)[~is_wrong], np.array(values)[is_wrong]) for name, values in sums.items()},
+        "outcome": {
+            name: interval(area, np.array(values)[~is_wrong], np.array(values)[is_wrong]) for name, values in sums.items() if not is_wrong.all()
+        },
     }  # fmt: skip
 
 
@@ -189,12 +191,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("answers", type=Path)
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--subset", default="gsm8k", help="of ProcessBench, several joined by commas")
+    parser.add_argument("--wrong", action="store_true", help="the wrong solutions alone, a third of the work: nothing of the outcome")
     parser.add_argument("--most", type=int, default=0, help="solutions, wrong ones and right ones by turns; 0: all")
     parser.add_argument("--out", type=Path, help="every figure, and every solution's signals, as JSON")
     options = parser.parse_args(arguments)
-    rows = solutions(options.steps, options.answers, options.subset, options.most)
-    if len({row["label"] >= 0 for row in rows}) < 2:
-        wanted = f"solutions of subset {options.subset!r} with and without a wrong step, whose problems stand in {options.answers}"
+    rows = solutions(options.steps, options.answers, options.subset, options.most, options.wrong)
+    if len({row["label"] >= 0 for row in rows}) < (1 if options.wrong else 2):
+        kinds = "with" if options.wrong else "with and without"
+        wanted = f"solutions of subset {options.subset!r} {kinds} a wrong step, whose problems stand in {options.answers}"
         parser.error(f"wanted {wanted}: found {len(rows)}")
     base = {"policy.path": options.model, "problems.path": str(options.answers)}
     settings = config.load(None, options.settings, ("command line", base))

@@ -122,6 +122,9 @@ def test_the_whole_of_it(files, model, tmp_path, capsys):
     assert found["over"]["hindsight"]["chance"][0] == pytest.approx(
         found["first_error"]["hindsight"][0] - found["first_error"]["chance"][0], abs=1e-3
     )
+    assert traces.main([model, *map(str, files), "policy.device=cpu", "--wrong", "--out", str(out)]) == 0
+    alone = json.loads(out.read_text())
+    assert alone["right"] == 0 and alone["outcome"] == {} and alone["first_error"] == found["first_error"]
     assert "hindsight" in found["over"]["contrast"] and "hindsight" not in found["over"]["phi"]
     with pytest.raises(SystemExit):
         traces.main([model, *map(str, files), "--subset", "math"])
