@@ -55,7 +55,7 @@ def answer_given(row: dict, extract: str = "auto") -> str:
 
 
 def solutions(steps: Path, answers: Path, subset: str, most: int, wrong_alone: bool = False) -> list[dict]:
-    """ProcessBench's rows that have a known answer, wrong ones and right ones by turns, so that the first `most` hold both, or the wrong ones alone."""
+    """ProcessBench's rows that have a known answer: wrong ones and right ones by turns, so that the first `most` hold both, or wrong ones alone."""
     rows = list(map(json.loads, steps.read_text(encoding="utf-8").splitlines()))
     known = {row["problem"].strip(): given for row in rows if row.get("final_answer_correct") and (given := answer_given(row))}
     known |= {row["problem"].strip(): row["answer"] for row in map(json.loads, answers.read_text(encoding="utf-8").splitlines())}
