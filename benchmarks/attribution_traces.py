@@ -11,7 +11,7 @@ the prompt; literal copies of the answers are left out as in training, steps are
     first error   share of wrong solutions whose first wrong step a signal names: the lowest hindsight (sum over the step of l + KL, what training
                   adds to the advantage), the lowest phi (of l), the lowest contrast (hindsight less the same of the answer given: what a hint does
                   to any solution is in both; without a readable other answer it is hindsight), the lowest mean log-prob (surprisal), the highest
-                  mean entropy, the most frequent place among the other solutions (position), always the first; chance is the mean of 1 / steps
+                  mean entropy, the most frequent place in the other half (position), always the first; chance is the mean of 1 / steps
     outcome       area under the curve that tells solutions without an error from those with one, by the same sums over a solution (by hindsight: the
                   evidence), and by the mean over its steps of their log-prob
 
@@ -127,15 +127,16 @@ def read(settings: config.Config, rows: list[dict]) -> list[dict[str, list[float
 def first_errors(rows: list[dict], found: list[dict[str, list[float]]]) -> dict[str, np.ndarray]:
     """Of every wrong solution, whether each signal names its first wrong step (of steps that tie for the lowest each a share), [wrong]."""
     wrong = [(row, signal) for row, signal in zip(rows, found, strict=True) if row["label"] >= 0]
-    places = Counter(row["label"] for row, _ in wrong)
+    # Of the other half: among all others each place has one less where it is right, which of places that are as frequent never takes that one.
+    places = [Counter(row["label"] for row, _ in wrong[1 - half :: 2]) for half in (0, 1)]
     hits: dict[str, list[float]] = {name: [] for name in SIGNALS}
-    for row, signal in wrong:
+    for i, (row, signal) in enumerate(wrong):
         label, count = row["label"], len(row["steps"])
         for name, values in signal.items():
             lowest = [k for k, v in enumerate(values) if v == min(values)]
             hits[name].append((label in lowest) / len(lowest))
-        others = {place: n - (place == label) for place, n in places.items() if place < count}
-        hits["position"].append(float(max(others, key=lambda place: (others[place], -place)) == label))
+        others = {place: n for place, n in places[i % 2].items() if place < count}
+        hits["position"].append(float(max(others, key=lambda place: (others[place], -place), default=0) == label))
         hits["first"].append(float(label == 0))
         hits["chance"].append(1 / count)
     return {name: np.array(values) for name, values in hits.items()}
