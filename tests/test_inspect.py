@@ -146,6 +146,9 @@ WRONG = [
     (["--text", "t.jsonl", "--model", "m", "--step", "3"], 2, r"--step is of a run"),
     (["--text", "t.jsonl", "--model", "m", "chat"], 2, r"with --text wanted settings as key=value, got 'chat'"),
     (["--text", "t.jsonl", "--model", "m", "problems.chatt=true"], 2, r"unknown setting 'problems.chatt'; the nearest is 'problems.chat'"),
+    (["--text", "t.jsonl", "--model", "m", "credit.form=weights"], 2, r"credit.form says nothing about --text, which shows the additive credit"),
+    (["--text", "t.jsonl", "--model", "m", "segmenter.fixed=8"], 2, r"segmenter.fixed says nothing about --text"),
+    (["--text", "t.jsonl", "--model", "m", "credit.gain=1", "segmenter.max_segments=9"], 1, r"no such file: t.jsonl"),
     (["--text", "t.jsonl", "--model", "m"], 1, r"no such file: t.jsonl"),
     (
         ["--text", "bad.jsonl", "--model", "m"],

@@ -151,6 +151,8 @@ def test_segment_prints_reasons(tmp_path, capsys):
         (["digits.jsonl", "--tokenizer", "bytes"], 1, "digits.jsonl, line 1: not valid JSON: Exceeds the limit (4300 digits)"),
         (["huge.jsonl", "--tokenizer", "bytes"], 1, "huge.jsonl, line 1: wanted an outcome in [0, 1], or true or false, got 1000"),
         (["good.jsonl", "--tokenizer", "absent"], 2, "policy.tokenizer: no such file or folder: absent"),
+        (["good.jsonl", "--tokenizer", "bytes", "segmenter.entropy=true"], 2, "segmenter.entropy needs a policy or a run"),
+        (["good.jsonl", "--tokenizer", "bytes", "segmenter.fixed=8"], 2, "segmenter.fixed needs a policy or a run"),
         (["good.jsonl", "--tokenizer", "bytes", "policy.path=x"], 2, "wanted settings of the segmenter as segmenter.NAME=VALUE, got 'policy.path=x'"),
         (["good.jsonl", "--tokenizer", "bytes", "segmenter.max_segments=0"], 2, "segmenter.max_segments must be greater than 0"),
         (["good.jsonl", "--tokenizer", "bytes", "--most", "-1"], 2, "--most must be at least 0, got -1"),

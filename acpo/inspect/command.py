@@ -98,7 +98,7 @@ def _read_traces(options):
 
     from .. import config
     from ..config import ConfigError
-    from .text import inspect_traces
+    from .text import READS, inspect_traces
     from .traces import ANSWER, PROBLEM, read_traces
 
     for word in options.words:
@@ -106,6 +106,9 @@ def _read_traces(options):
             raise ConfigError(f"with --text wanted settings as key=value, got {word!r}")
     layer = {"policy.path": options.model, "problems.path": options.text, "problems.question": PROBLEM, "problems.answer": ANSWER}
     settings = config.load(None, options.words, ("--text", layer))
+    for key in (word.partition("=")[0].strip() for word in options.words):
+        if key == "segmenter.fixed" or not key.startswith(READS):
+            raise ConfigError(f"{key} says nothing about --text, which shows the additive credit of hindsight; wanted settings of {', '.join(READS)}")
     traces = read_traces(options.text, options.most, settings.problems.question, settings.problems.answer)
     logging.disable_progress_bar()
     console = Console(stderr=True)

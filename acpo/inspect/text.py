@@ -47,6 +47,12 @@ NOTES = (
     "{long} of {count} traces are longer than the model reads, and left out",
 )
 
+# What of a run's settings plays a part here (segmenter.fixed does not).
+READS = (
+    "policy.", "problems.", "verify.", "segmenter.", "rollout.temperature", "attribution.mask_answer_copies", "attribution.clamp", "credit.advantage",
+    "credit.gain", "trainer.micro_batch_tokens",
+)  # fmt: skip
+
 
 @dataclass
 class Packed:
@@ -162,7 +168,8 @@ def _judged(traces: list[Trace], problems: list[Problem], settings: Config) -> l
 
 @torch.no_grad()
 def score(batch: Batch, policy: Policy, known: Tensor, hinted: list[list[int]], settings: Config, advance) -> None:
-    """old_logp and entropy of every token, log_ratio and kl of those of traces with an answer, 0 elsewhere."""
+    """Puts old_logp and entropy of every token into the batch, log_ratio and kl of those of traces with an answer (0 elsewhere): [N], nats, at the
+    temperature of the settings. known [B] says which have one, hinted[b] are the prompt's ids with it; advance(n) is told of n traces."""
     nothing = batch.token["ids"].new_zeros(batch.segments.num_tokens, dtype=torch.float32)
     batch.token |= {name: nothing.clone() for name in ("old_logp", "entropy", "log_ratio", "kl")}
     temperature = settings.rollout.temperature
