@@ -96,6 +96,22 @@ def test_what_the_mask_leaves_out_counts_nowhere(files, model, monkeypatch):
     assert all(v < 0 for s in found for v in s["surprisal"])
 
 
+@pytest.mark.parametrize("masked", [0, 1], ids=["right", "given"])
+def test_copies_of_either_answer_are_left_out_of_the_contrast(files, model, monkeypatch, masked):
+    """And of the right one alone out of hindsight."""
+    calls = []
+
+    def all_or_nothing(responses, spellings):
+        calls.append(spellings)
+        return torch.full((sum(map(len, responses)),), len(calls) - 1 != masked)
+
+    monkeypatch.setattr(traces, "answer_copies", all_or_nothing)
+    chosen = config.load(None, [f"policy.path={model}", f"problems.path={files[1]}", "policy.device=cpu"])
+    found = traces.read(chosen, traces.solutions(*files, "gsm8k", 0))
+    assert all(v == 0 for s in found for v in s["contrast"])
+    assert any(v != 0 for s in found for v in s["hindsight"]) == (masked == 1)
+
+
 def test_the_contrast_is_with_the_answer_that_a_wrong_solution_gives(files, model, monkeypatch):
     monkeypatch.setattr(traces, "answer_copies", lambda responses, spellings: torch.ones(sum(map(len, responses)), dtype=torch.bool))
     chosen = config.load(None, [f"policy.path={model}", f"problems.path={files[1]}", "policy.device=cpu"])
