@@ -91,3 +91,10 @@ class Curriculum:
         if state["cells"] != self.cells:
             raise ConfigError("the checkpoint's curriculum is of other problems: the problem set has changed since; give another run_dir")
         self.a, self.b = np.array(state["a"]), np.array(state["b"])
+
+
+def refuse_curriculum(config: CurriculumConfig, where: str, loop: str) -> None:
+    """ValueError for a curriculum in a loop that draws its problems itself: it would do nothing, without a word."""
+    for name, off in (("sampler", "uniform"), ("dynamic_sampling", False)):
+        if (got := getattr(config, name)) != off:
+            raise ValueError(f"{where}: curriculum.{name} must be left out, got {got!r}: {loop} draws the prompts itself")

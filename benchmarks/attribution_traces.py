@@ -192,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("answers", type=Path)
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--subset", default="gsm8k", help="of ProcessBench, several joined by commas")
-    parser.add_argument("--wrong", action="store_true", help="the wrong solutions alone, a third of the work: nothing of the outcome")
+    parser.add_argument("--wrong", action="store_true", help="the wrong solutions alone: nothing of the outcome")
     parser.add_argument("--most", type=int, default=0, help="solutions, wrong ones and right ones by turns; 0: all")
     parser.add_argument("--out", type=Path, help="every figure, and every solution's signals, as JSON")
     options = parser.parse_args(arguments)

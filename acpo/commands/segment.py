@@ -43,8 +43,9 @@ def run(options) -> int:
     others = [word for word in options.words if not word.startswith("segmenter.")]
     if others:
         raise ConfigError(f"wanted settings of the segmenter as segmenter.NAME=VALUE, got {others[0]!r}")
-    if unused := [word for word in options.words if word.startswith(("segmenter.fixed", "segmenter.entropy", "segmenter.forking_share"))]:
-        raise ConfigError(f"{unused[0].partition('=')[0]} needs a policy or a run: a text alone is cut by its rules")
+    unread = {"segmenter.fixed", "segmenter.entropy", "segmenter.forking_share"}
+    if found := [key for key in (word.partition("=")[0].strip() for word in options.words) if key in unread]:
+        raise ConfigError(f"{found[0]} needs a policy or a run: a text alone is cut by its rules")
     # A configuration needs a policy and problems; none of them is read here.
     chosen = config.load(None, options.words, ("FILE", {"policy.from_config": "tiny", "problems.path": options.file})).segmenter
     traces = _traces(options)

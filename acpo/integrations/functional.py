@@ -33,14 +33,6 @@ LOOPS_OWN = {"entropy.controller": "none", "stages.two": False, "curriculum.samp
 SUCCESS_DECAY = 0.9
 
 
-def refuse_curriculum(credit: StepCredit, where: str, loop: str) -> None:
-    """ValueError for settings of the curriculum, in a loop that draws its problems itself: they would do nothing, without a word."""
-    curriculum = credit.settings.curriculum
-    if curriculum.sampler != "uniform" or curriculum.dynamic_sampling:
-        name = "sampler" if curriculum.sampler != "uniform" else "dynamic_sampling"
-        raise ValueError(f"{where}: curriculum.{name} must be left out, got {getattr(curriculum, name)!r}: {loop} draws the prompts itself")
-
-
 @dataclass
 class Credited:
     """What a batch was given, in the caller's order of rows.

@@ -15,7 +15,8 @@ import torch.distributed
 from torch import Tensor
 
 from ..credit import outcome_advantages
-from .functional import StepCredit, checked_outcome, refuse_curriculum
+from ..curriculum import refuse_curriculum
+from .functional import StepCredit, checked_outcome
 
 SETTINGS = {"attribution.source": "tree"}
 LEFT_OUT = "acpo_left_out"
@@ -95,7 +96,7 @@ def make_credit(args) -> StepCredit:
             "--advantage-estimator gspo: one ratio a sequence gives its tokens one gradient, in which the credit of its steps cancels; use grpo, or "
             "acpo: {credit: {form: none}}"
         )
-    refuse_curriculum(credit, "args.acpo", "slime")
+    refuse_curriculum(credit.settings.curriculum, "args.acpo", "slime")
     return credit
 
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import put_text
-from .functional import Credited, StepCredit, refuse_curriculum
+from ..curriculum import refuse_curriculum
+from .functional import Credited, StepCredit
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def make_credit(tokenizer, settings: dict[str, Any] | None, group_size: int, tot
         )
     if credit.settings.stages.two:
         raise ValueError("algorithm.acpo: stages.two changes the clip range in the middle of a run, which verl's workers do not offer")
-    refuse_curriculum(credit, "algorithm.acpo", "verl")
+    refuse_curriculum(credit.settings.curriculum, "algorithm.acpo", "verl")
     return credit
 
 
