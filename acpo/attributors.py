@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from .panel import Panel
 from .policy import Policy
 from .probe import Packed, chosen_boundaries, group_candidates, pack_branches, posterior_evidence, refuse_windows, suffix_of, targets
 from .tree import prefixes_of, sharing
-from .verify.answers import extract_answer, normalise
+from .verify.answers import behind, extract_answer, normalise
 
 
 class Attributors(Panel):
@@ -61,7 +62,7 @@ class Attributors(Panel):
         if name == "head":
             return self._head(batch, outcome, base, acts)
         if name == "probe":
-            return self._probe(batch, acts, answers)
+            return self._probe(batch, outcome, acts, answers)
         prefixes = prefixes_of(batch.token["ids"], segments, settings.keys, self.tokens)
         metrics["attribution/shared"] = sharing(prefixes, segments, self.group_size)
         by_state, before = settings.keys == "numbers", settings.drawn_to == "before"
@@ -77,18 +78,26 @@ class Attributors(Panel):
         self.head.learn(features[use.cpu()], outcome[sequence[use]])
         return Evidence(evidence, None, acts)
 
-    def _probe(self, batch: Batch, acts: Tensor, answers: list[list[int]]) -> Evidence:
-        """Candidates are the right answer and the other answers of the group; a boundary that is not probed takes the value of the one before."""
-        size, segments = self.group_size, batch.segments
-        suffix = self.tokenizer(suffix_of(self.config), add_special_tokens=False)["input_ids"]
-        responses = on_host(batch.responses())
+    def _given(self, responses: list[Tensor], outcome: list[float], right: list[list[int]]) -> list[list[int]]:
+        """The answer that each rollout gives, empty without one. One answer in two spellings is one answer, and the right one is as the problem
+        spells it, also where only the verifier knows that it is."""
+        verify, given = self.config.verify, []
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
-        given = [extract_answer(text, self.config.verify.extract) or "" for text in texts]
-        own: list[list[int]] = []
-        for begin in range(0, len(batch), size):  # one answer in two spellings is one candidate, the right one as the problem spells it
-            spelled = {normalise(self.tokenizer.decode(answers[begin], skip_special_tokens=True)): answers[begin]}
-            for text in given[begin : begin + size]:
-                own.append(spelled.setdefault(normalise(text), self.tokenizer(text, add_special_tokens=False)["input_ids"]))
+        for b, text in enumerate(texts):
+            if b % self.group_size == 0:
+                spelled = {normalise(self.tokenizer.decode(right[b], skip_special_tokens=True)): right[b]}
+            read = behind(text, verify.after)
+            answer = ("" if read is None else extract_answer(read, verify.extract)) or ""
+            ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+            given.append(right[b] if outcome[b] == 1 else spelled.setdefault(normalise(answer), ids))
+        return given
+
+    def _probe(self, batch: Batch, outcome: Tensor, acts: Tensor, answers: list[list[int]]) -> Evidence:
+        """Candidates are the right answer and the other answers of the group; a boundary that is not probed takes the value of the one before, and
+        one is not where a candidate behind it would stand beyond the policy's last position."""
+        size, segments, responses = self.group_size, batch.segments, on_host(batch.responses())
+        suffix = self.tokenizer(suffix_of(self.config), add_special_tokens=False)["input_ids"]
+        own = self._given(responses, outcome.tolist(), answers)
         ends, offsets = segments.token_offsets.tolist(), segments.sequence_offsets.tolist()
         evidence, rows = torch.zeros(segments.num_segments, dtype=torch.float64, device=acts.device), torch.zeros_like(acts)
         jobs: list[tuple[int, list[int], list[list[int]], Packed]] = []
@@ -96,16 +105,20 @@ class Attributors(Panel):
             begin = b // size * size
             candidates = group_candidates(answers[b], own[begin : begin + size])
             if acts[b] and len(candidates) > 1:
-                boundaries = chosen_boundaries(offsets[b + 1] - offsets[b])
-                read = [0, *(ends[offsets[b] + k + 1] - ends[offsets[b]] for k in boundaries)]
-                jobs.append((b, boundaries, candidates, pack_branches(batch.prompts[b], response, read, suffix, candidates)))
+                room = math.inf if self.policy.positions is None else self.policy.positions
+                room -= len(batch.prompts[b]) + len(suffix) + max(map(len, candidates))
+                read = {k: ends[offsets[b] + k + 1] - ends[offsets[b]] for k in chosen_boundaries(offsets[b + 1] - offsets[b])}
+                boundaries = [k for k, end in read.items() if end <= room]
+                if boundaries:
+                    packed = pack_branches(batch.prompts[b], response, [0, *(read[k] for k in boundaries)], suffix, candidates)
+                    jobs.append((b, boundaries, candidates, packed))
         jobs.sort(key=lambda job: -len(job[3].ids))
         rows_at_once = max(1, self.config.trainer.micro_batch_tokens // max((len(job[3].ids) for job in jobs), default=1))
         for part in (jobs[i : i + rows_at_once] for i in range(0, len(jobs), rows_at_once)):
-            packed = [job[3] for job in part]
+            rollouts = [job[3] for job in part]
             ids = [targets(job[3], job[2]) for job in part]
-            self.extra_tokens += sum(len(p.ids) for p in packed)
-            found = self.policy.branch_logp(packed, ids, batch.temperature)
+            self.extra_tokens += sum(len(p.ids) for p in rollouts)
+            found = self.policy.branch_logp(rollouts, ids, batch.temperature)
             for (b, boundaries, candidates, _), logp in zip(part, found, strict=True):
                 probed = posterior_evidence(logp.view(-1, len(candidates)))
                 last = torch.tensor([sum(k <= s for k in boundaries) - 1 for s in range(offsets[b + 1] - offsets[b])])

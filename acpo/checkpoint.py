@@ -86,6 +86,28 @@ def put(path: Path, write: Callable[[Path], object]) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
+def put_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """The folder as `write` fills it, whole and on the disk, or as it was: written beside, synced and renamed. OSErrors name the folder."""
+    temporary, before = path.with_name(f".writing-{path.name}"), path.with_name(f".before-{path.name}")
+    try:
+        if before.exists() and not path.exists():  # killed between the two renames
+            os.replace(before, path)
+        for stale in (temporary, before):
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary.mkdir()
+        write(temporary)
+        for file in (*temporary.rglob("*"), temporary):
+            _sync(file)
+        if path.exists():  # a folder cannot be renamed over another: the one of before stands aside meanwhile
+            os.replace(path, before)
+        os.replace(temporary, path)
+        _sync(path.parent)
+        shutil.rmtree(before, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(getattr(error, "errno", None), getattr(error, "strerror", None) or str(error), str(path)) from None
+
+
 def put_text(path: Path, text: str) -> None:
     put(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 

@@ -224,13 +224,11 @@ class Comparer:
         run = Run(settings)
         trainer, failure = Trainer(settings, run), ""
         try:
-            trainer.train()
+            trainer.train(export=job in self.warm_starts)
         except TrainingError as error:
             if job in self.warm_starts or isinstance(error, Interrupted):
                 raise
             failure = str(error)
-        if job in self.warm_starts:
-            state.export(trainer)
         curve = run_record(run.records(), settings.trainer.steps, trainer.policy.device.type == "cpu")
         record = {"key": job.key, "config": configuration.to_dict(settings), "code": code_hash(), "failure": failure, **curve}
         put_text(run.directory / "finished.json", json.dumps(record))

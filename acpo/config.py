@@ -202,7 +202,7 @@ class StagesConfig:
     switch_slope: float = 0.01  # gain of success over switch_window steps below which it does
     switch_window: int = 50  # steps
     switch_share: float = 0.6  # of the steps, at the latest
-    clip_high: float = 0.2  # in stage 2
+    clip_high: float = 0.2  # in stage 2, where it is the lower one of it and loss.clip_high
     confidence: float = 0.3  # omega of the confidence-weighted reward in stage 2
     confidence_form: Literal["brier", "product"] = "brier"  # product: the naive R c, an ablation
 

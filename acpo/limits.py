@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from typing import TYPE_CHECKING
@@ -43,6 +44,9 @@ AT_MOST = {
     "trainer.threads": 1024,  # of very many OpenMP ends the process
     **{f"segmenter.{name}": 2**30 - 1 for name in ("min_tokens", "max_tokens", "max_segments", "target_tokens")},  # what the segmenter takes
 }
+
+# Settings `problems.*` of data; a synthetic task writes its own prompts and hints, and a wish there would be heard by nobody.
+OF_DATA = ("question", "answer", "answer_after", "cell", "template", "hint", "subset", "split", "options")
 
 
 def check(config: Config) -> None:
@@ -105,6 +109,12 @@ def check_run(config: Config) -> None:
     """What our own loop needs besides."""
     if bool(config.problems.task) == bool(config.problems.path):
         raise ConfigError("one of problems.task and problems.path must be given, got " + ("both" if config.problems.task else "neither"))
+    for item in dataclasses.fields(config.problems):
+        value = getattr(config.problems, item.name)
+        if config.problems.task and item.name in OF_DATA and value != item.default:
+            raise ConfigError(
+                f"problems.{item.name} does nothing with problems.task = {config.problems.task!r}: it must be {item.default!r}, got {value!r}"
+            )
     if bool(config.policy.path) == bool(config.policy.from_config):
         raise ConfigError("one of policy.path and policy.from_config must be given, got " + ("both" if config.policy.path else "neither"))
     if config.policy.lora_rank and not config.policy.path:

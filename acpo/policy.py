@@ -115,6 +115,11 @@ class Policy(nn.Module):
         self.model.config.save_pretrained(folder)
         return folder
 
+    @property
+    def positions(self) -> int | None:
+        """How many tokens it reads at most; None where its configuration does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
     def precision(self) -> torch.autocast:
         """The context that the policy computes in. Weights stay float32: a step of 1e-6 is lost in the eight bits of a bfloat16 weight."""
         return torch.autocast(self.device.type, dtype=self.dtype if self.dtype != torch.float32 else None, enabled=self.dtype != torch.float32)

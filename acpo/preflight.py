@@ -159,7 +159,7 @@ def lengths(trainer: Trainer) -> str:
     """Whether the longest prompt and its response fit into the policy and the engine; ConfigError where they do not."""
     config, (longest, name_of_it) = trainer.config, _longest_prompt(trainer)
     needed = longest + config.rollout.max_new_tokens
-    most = getattr(trainer.policy.model.config.get_text_config(), "max_position_embeddings", None)
+    most = trainer.policy.positions
     limit = config.rollout.vllm.max_model_len if config.rollout.engine != "local" else 0
     for name, bound in (("the policy's max_position_embeddings", most), ("rollout.vllm.max_model_len", limit)):
         if bound and needed > bound:

@@ -3,7 +3,9 @@ pieces of one length."""
 
 from __future__ import annotations
 
+import bisect
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,16 +44,18 @@ class ForkThreshold:
         return self.value
 
 
-def answer_starts(responses: list[Tensor], tokenizer) -> Tensor:
-    """The token at which the last line that opens with A begins, -1 without one, [B]. For tokenizers with one character a token: tokens without
-    text (a policy may sample the padding token) are skipped in the count."""
-    read = on_host(responses)
-    texts = tokenizer.batch_decode(read, skip_special_tokens=True)
-    special = set(tokenizer.all_special_ids)
+def pieces_of(ids: list[int], tokens: Sequence[bytes]) -> list[bytes]:
+    """The bytes of each token; tokens are those of each id (`Segmenter.tokens`), ids beyond them no text."""
+    return [tokens[i] if i < len(tokens) else b"" for i in ids]
+
+
+def answer_starts(responses: list[Tensor], tokens: Sequence[bytes]) -> Tensor:
+    """The token at which the last line that opens with A begins, -1 without one, [B]; tokens as in `pieces_of`."""
     starts = []
-    for ids, text in zip(read, texts, strict=True):
-        at = ("\n" + text).rfind("\nA")
-        starts.append([i for i, token in enumerate(ids.tolist()) if token not in special][at] if at >= 0 else -1)
+    for ids in on_host(responses):
+        pieces = pieces_of(ids.tolist(), tokens)
+        at = (b"\n" + b"".join(pieces)).rfind(b"\nA")
+        starts.append(bisect.bisect_right(list(itertools.accumulate(map(len, pieces))), at) if at >= 0 else -1)
     return torch.tensor(starts, device=responses[0].device)
 
 

@@ -142,12 +142,16 @@ def load_newest(trainer: Trainer) -> int:
 
 def export(trainer: Trainer) -> None:
     """The policy and its tokenizer as a folder that policy.path reads, and transformers (the characters of a synthetic task need
-    PreTrainedTokenizerFast: AutoTokenizer would take the tokenizer class of the model type)."""
+    PreTrainedTokenizerFast: AutoTokenizer would take the tokenizer class of the model type). It is written beside and renamed: a kill leaves the one
+    of before."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    folder = trainer.run.directory / "policy"
     shared_out = {name: full(value.detach()) for name, value in trainer.policy.model.named_parameters()} if trainer.ranks.sharded else None
-    if trainer.ranks.leads:
+
+    def write(folder: Path) -> None:
         trainer.policy.save(folder, shared_out)
         trainer.tokenizer.save_pretrained(folder)
+
+    if trainer.ranks.leads:
+        checkpoint.put_folder(trainer.run.directory / "policy", write)

@@ -92,10 +92,14 @@ class Trainer:
 
     # --- the main line ------------------------------------------------------------------------------------------------------------
 
-    def train(self) -> dict[str, float]:
-        """Warm-up, stage 1, stage 2, evaluation; continues from the newest checkpoint of the run. Returns the last evaluation."""
+    def train(self, export: bool = False) -> dict[str, float]:
+        """Warm-up, stage 1, stage 2, evaluation; continues from the newest checkpoint of the run. With export the policy is written at the end, while
+        the run's directory is still this process's alone. Returns the last evaluation."""
         try:
-            return self._train()
+            last = self._train()
+            if export:
+                state.export(self)
+            return last
         except (RolloutError, RankLost) as error:
             self.run.finish()
             stands = checkpoint.newest(self.run.checkpoints)
@@ -276,7 +280,7 @@ class Trainer:
         """Reasoning steps from token ids, the behaviour policy's entropy and, for the synthetic tasks, the place of the answer line."""
         entropy = batch.token["entropy"]
         forks = {"entropy": entropy, "entropy_threshold": self.forks.update(entropy)} if self.config.segmenter.entropy else {}
-        start = answer_starts(batch.responses(), self.tokenizer) if self.config.problems.task else None
+        start = answer_starts(batch.responses(), self.segmenter.tokens) if self.config.problems.task else None
         settings = {"answer_start": start, "scores": reading, **forks}
         packed = batch.token["ids"], batch.segments.cu_seqlens
         segments = self.segmenter(*packed, **settings).to(self.policy.device)
@@ -343,10 +347,12 @@ class Trainer:
 
     def _update(self, batch: Batch) -> dict[str, float]:
         order = self.rng.permutation(len(batch))
-        return update(
+        losses, again = update(
             batch, self.policy, self.optimizer, self.config, order=order, step=self.step_number, stage=self.stages.stage,
             clock=self.clock, guard=self.guard, ranks=self.ranks,
         )  # fmt: skip
+        self.counters["tokens/forward_extra"] += again
+        return losses
 
     def _control(self, entropy: float) -> None:
         """What this step taught the controllers, from every rollout that was sampled: those that dynamic sampling kept are no measure of success."""

@@ -19,8 +19,12 @@ from torch import Tensor
 from acpo_kernels import Segments
 
 from .batch import on_host
+from .segmentation import pieces_of
 
 _NUMBER = re.compile(r"(?:(?<![\w)\]}])-)?\d+(?:\.\d+)?")  # a minus behind a number, a name or a bracket takes away
+
+
+START = 0  # the path of a rollout that has changed nothing yet
 
 
 @dataclass
@@ -34,11 +38,11 @@ class Prefixes:
 
 
 def prefixes_of(ids: Tensor, segments: Segments, keys: str, tokens: Sequence[bytes]) -> Prefixes:
-    """Prefixes of packed ids [N] by the kind of key that the configuration names: "tokens", or "numbers", read from each step's text; tokens are the
-    bytes of each id (`Segmenter.tokens`), ids beyond them no text."""
+    """Prefixes of packed ids [N] by the kind of key that the configuration names: "tokens", or "numbers", read from each step's text; tokens as in
+    `pieces_of`."""
     if keys == "tokens":
         return exact_prefixes(list(ids.split(segments.cu_seqlens.diff().tolist())), segments)
-    pieces = [tokens[i] if i < len(tokens) else b"" for i in ids.tolist()]
+    pieces = pieces_of(ids.tolist(), tokens)
     texts = [b"".join(pieces[a:b]).decode(errors="replace") for a, b in itertools.pairwise(segments.token_offsets.tolist())]
     return canonical_prefixes([texts[a:b] for a, b in itertools.pairwise(segments.sequence_offsets.tolist())])
 
@@ -64,7 +68,7 @@ def _accumulate(steps: list[list[bytes]]) -> Prefixes:
     known: dict[tuple[int, bytes], int] = {}
     out = Prefixes([], [], [])
     for rollout in steps:
-        path, state, count = 0, (0, b""), 0
+        path, state, count = START, (0, b""), 0
         paths, states = [], []
         for step in rollout:
             if step:
@@ -85,8 +89,8 @@ def tree_values(prefixes: Prefixes, rewards: Tensor, group_size: int, kappa: flo
 
     V' is the mean of the others; with by_state it is the same estimate over the rollouts that are in the same STATE however they came there, drawn
     to that mean in turn. Where nobody shares the prefix, V is V'. With before it is not that mean that values are drawn to but the value one boundary
-    earlier: a step that nobody else took says nothing, where otherwise V jumps back to the mean. NaN, an outcome that the verifier left out, counts
-    nowhere.
+    earlier: a step that nobody else took says nothing, where otherwise V jumps back to the mean. Before the first step that changes the state all
+    are where they began, and V is the mean. NaN, an outcome that the verifier left out, counts nowhere.
     """
     outcome = rewards.tolist()
     values = []
@@ -102,7 +106,8 @@ def tree_values(prefixes: Prefixes, rewards: Tensor, group_size: int, kappa: flo
             value = base
             for k in range(len(prefixes.path[b])):
                 value = value if before else base
-                for table, keys in zip(tables, names, strict=True):
+                begun = prefixes.path[b][k] != START
+                for table, keys in zip(tables, names, strict=True) if begun else ():
                     summed, count = table.get(keys[b][k], (0.0, 0))
                     n = count - mine
                     value = (summed - own + kappa * value) / (n + kappa) if n + kappa > 0 else value
@@ -128,7 +133,7 @@ def sharing(prefixes: Prefixes, segments: Segments, group_size: int) -> float:
     shared = total = 0
     for begin in range(0, len(prefixes.path), group_size):
         group = range(begin, begin + group_size)
-        passed = Counter(key for b in group for key in set(prefixes.path[b]))
+        passed = Counter(key for b in group for key in {START, *prefixes.path[b]})
         for b in group:
             inside = [passed[key] > 1 for key, ends in zip(prefixes.path[b], terminal[offsets[b] :], strict=False) if not ends]
             total += len(inside)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from .config import Config
     from .policy import Policy
 
-MEANS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "kl/old", "kl/ref", "ratio/ess")
+MEANS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "kl/old", "kl/ref")
+TINY = float(np.finfo(np.float64).tiny)
 
 
 def update(
@@ -32,18 +33,18 @@ def update(
     clock: Clock,
     guard: Guard,
     ranks: Ranks,
-) -> dict[str, float]:
-    """One optimiser step a minibatch of `order`, rollouts [B] without those that the verifier left out; returns the losses' metrics.
-    A loss's denominator is that of its whole optimiser step, so micro-batches change nothing. An optimiser step whose loss or gradient is not
-    finite is not taken, and counts in no other metric."""
+) -> tuple[dict[str, float], int]:
+    """One optimiser step a minibatch of `order`, rollouts [B] without those that the verifier left out; returns the losses' metrics, and how many
+    tokens were read by forwards that GRPO does not have. A loss's denominator is that of its whole optimiser step, so micro-batches change nothing.
+    An optimiser step whose loss or gradient is not finite is not taken, and counts in no other metric."""
     settings = config.loss
     rate = config.optimizer.learning_rate * min(1.0, step / max(1, config.optimizer.warmup_steps))
     for group in optimizer.param_groups:
         group["lr"] = rate
-    clip = (settings.clip_low, config.stages.clip_high if stage == 2 else settings.clip_high)
+    clip = (settings.clip_low, min(config.stages.clip_high, settings.clip_high) if stage == 2 else settings.clip_high)
     left_out = batch.sequence["left_out"].cpu().numpy()
-    totals = {"loss": 0.0, "grad_norm": 0.0, **dict.fromkeys(MEANS, 0.0), "ratio/max": 1.0, "ratio/min": 1.0, "optimizer/left_out": 0}
-    count, taken = 0.0, 0
+    totals = {"loss": 0.0, "grad_norm": 0.0, **dict.fromkeys((*MEANS, "ratio/ess"), 0.0), "ratio/max": 1.0, "ratio/min": 1.0, "optimizer/left_out": 0}
+    count, taken, again = 0.0, 0, 0
     for minibatch in np.array_split(order, settings.minibatches):
         rows = minibatch[~left_out[minibatch]].tolist()
         if not rows:
@@ -62,27 +63,29 @@ def update(
             totals["ratio/first_off"] = max(sums["ratio/max"] - 1.0, 1.0 - sums["ratio/min"])
         taken += 1
         count += sums["tokens"]
+        again += int(sums["again"])
         for name in MEANS:
             totals[name] += sums[name]
+        totals["ratio/ess"] += sums["ratio"] * sums["ratio"] / max(sums["squared"], TINY)
         for name, best in (("ratio/max", max), ("ratio/min", min)):
             totals[name] = best(totals[name], sums[name])
         totals["loss"] += sums["loss"]
         totals["grad_norm"] += norm
-    for name in MEANS:
+    for name in (*MEANS, "ratio/ess"):
         totals[name] /= max(count, 1.0)
     for name in ("loss", "grad_norm"):
         totals[name] /= max(taken, 1)
-    return {**totals, "learning_rate": rate}
+    return {**totals, "learning_rate": rate}, again
 
 
 def gradients(batch: Batch, rows: list[int], policy: Policy, config: Config, clip: tuple[float, float], ranks: Ranks) -> dict[str, float]:
-    """Adds the gradient of one optimiser step, a micro-batch after the other, by every rank for its share. Returns loss, tokens and sums over tokens,
-    of all ranks together. NotFinite for a loss, on every rank."""
+    """Adds the gradient of one optimiser step, a micro-batch after the other, by every rank for its share. Returns loss, tokens and sums over tokens
+    (of the ratio and its square as well), and the tokens that a further forward read, of all ranks together. NotFinite for a loss, on every rank."""
     settings = config.loss
     corrected = config.rollout.engine != "local" and settings.rollout_cap > 0  # the local engine samples from these very weights
     lengths = batch.segments.cu_seqlens.diff()
     tokens = sum(batch.lengths[b] for b in rows)
-    sums = {"loss": 0.0, "tokens": 0.0, **dict.fromkeys(MEANS, 0.0), "ratio/max": 1.0, "ratio/min": 1.0}
+    sums = {**dict.fromkeys(("loss", "tokens", "ratio", "squared", "again", *MEANS), 0.0), "ratio/max": 1.0, "ratio/min": 1.0}
     for part_rows, counts in ranks.parts(batch, rows, config.trainer.micro_batch_tokens, policy.packed):
         part = batch.select(part_rows)
         if settings.denominator == "tokens":
@@ -104,10 +107,13 @@ def gradients(batch: Batch, rows: list[int], policy: Policy, config: Config, cli
             continue
         sums["loss"] += float(result.loss.detach())
         if "covariant" in part.token:
-            covariance_penalty(part, policy, config, denominator)
-        names = ("tokens", "ratio/max", "ratio/min", *MEANS)
-        share, largest, smallest, *means = torch.stack([result.metrics[name].double() for name in names]).tolist()  # one wait for the device
+            sums["again"] += covariance_penalty(part, policy, config, denominator)
+        names = ("tokens", "ratio/max", "ratio/min", "ratio/mean", "ratio/ess", *MEANS)
+        figures = torch.stack([result.metrics[name].double() for name in names])
+        share, largest, smallest, ratio, ess, *means = figures.tolist()  # one wait for the device
         sums["tokens"] += share
+        sums["ratio"] += share * ratio
+        sums["squared"] += share * ratio * ratio / max(ess, TINY)  # effective sizes of parts are no parts of an effective size
         for name, value in zip(MEANS, means, strict=True):
             sums[name] += share * value
         sums["ratio/max"], sums["ratio/min"] = max(sums["ratio/max"], largest), min(sums["ratio/min"], smallest)
@@ -124,12 +130,13 @@ def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, most: float
     return norm
 
 
-def covariance_penalty(part: Batch, policy: Policy, config: Config, denominator: float | Tensor) -> None:
-    """The gradient of KL-Cov: a KL to the policy that sampled, on the chosen tokens alone; another forward of the few rollouts that hold one."""
+def covariance_penalty(part: Batch, policy: Policy, config: Config, denominator: float | Tensor) -> int:
+    """The gradient of KL-Cov: a KL to the policy that sampled, on the chosen tokens alone; another forward of the few rollouts that hold one. Returns
+    how many tokens that read."""
     sequence = part.segments.sequence_ids()
     rows = torch.unique(sequence[part.token["covariant"]]).tolist()
     if not rows:
-        return
+        return 0
     few = part.select(rows)
     penalty = policy(
         few.prompts, few.responses(), few.token["old_logp"], torch.zeros_like(few.token["advantages"]), few.segments, mask=few.token["covariant"],
@@ -137,3 +144,4 @@ def covariance_penalty(part: Batch, policy: Policy, config: Config, denominator:
         denominator=denominator[rows] if isinstance(denominator, Tensor) else denominator,
     )  # fmt: skip
     penalty.loss.backward()
+    return few.segments.num_tokens + sum(map(len, few.prompts))

@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 
 from acpo import checkpoint
-from acpo.checkpoint import CheckpointError, latest, load_optimizer, optimizer_tensors, put, read, save, seal
+from acpo.checkpoint import CheckpointError, latest, load_optimizer, optimizer_tensors, put, put_folder, read, save, seal
 
 
 def write(directory, label: str, value: float = 1.0, keep: int = 2):
@@ -249,6 +250,39 @@ def test_put_leaves_the_old_or_the_new_and_nothing_else(tmp_path, monkeypatch):
     assert names(tmp_path) == ["config.yaml"] and path.read_text() == "old"
     put(path, lambda p: p.write_text("new"))
     assert names(tmp_path) == ["config.yaml"] and path.read_text() == "new"
+
+
+def test_a_folder_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+    """Broken off while it is written, between the two renames, or behind them: what stands there is whole, or comes back with the next write."""
+
+    def write(text):
+        return lambda folder: [(folder / name).write_text(text) for name in ("a", "b")]
+
+    def broken(folder):
+        (folder / "a").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "policy"
+    put_folder(path, write("one"))
+    with pytest.raises(OSError, match=r"No space left on device: '.*policy'"):
+        put_folder(path, broken)
+    assert {f.name: f.read_text() for f in path.iterdir()} == {"a": "one", "b": "one"} and names(tmp_path) == ["policy"]
+    replace = os.replace
+
+    def killed(source, target):
+        if Path(source).name.startswith(".writing"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            put_folder(path, write("two"))
+    with pytest.raises(OSError):
+        put_folder(path, broken)
+    assert (path / "b").read_text() == "one"
+    put_folder(path, write("three"))
+    assert {f.name: f.read_text() for f in path.iterdir()} == {"a": "three", "b": "three"} and names(tmp_path) == ["policy"]
 
 
 def test_nothing_that_reads_is_an_error_not_a_fresh_start(tmp_path):

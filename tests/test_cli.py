@@ -210,6 +210,17 @@ def test_the_exported_policy_is_the_trained_one(finished_run, warmed):
     assert tokens(text)["input_ids"] == tokenizer()(text)["input_ids"] and tokens.decode(tokens(text)["input_ids"]) == text
 
 
+def test_a_run_is_nobody_elses_until_its_policy_is_written(tmp_path, monkeypatch):
+    from acpo import state
+    from acpo.trainer import Trainer
+
+    seen, train, export = [], Trainer.train, state.export
+    monkeypatch.setattr(Trainer, "train", lambda self, **how: (seen.append(self), train(self, **how))[1])
+    monkeypatch.setattr(state, "export", lambda trainer: (seen.append(trainer.run.locked is not None), export(trainer))[1])
+    assert main(["train", str(write_config(tmp_path)), f"run_dir={tmp_path / 'run'}", "warmup.steps=2", "trainer.steps=1", "eval.samples=0"]) == 0
+    assert seen[1] is True and seen[0].run.locked is None and (tmp_path / "run" / "policy" / "model.safetensors").exists()
+
+
 def test_eval(finished_run, capsys):
     last = records(finished_run)[-1]
     assert main(["eval", str(finished_run), "--samples", "2", "--json"]) == 0

@@ -63,7 +63,7 @@ def test_what_other_trainers_call_it_is_a_setting_here_and_by_that_name_alone():
 
 
 def test_quoted_text_on_the_command_line_is_yaml():
-    assert load(None, [*BASE, r'problems.template="Q:\n{problem}"']).problems.template == "Q:\n{problem}"
+    assert load(None, [*BASE, r'attribution.probe_suffix="\nQ:\t"']).attribution.probe_suffix == "\nQ:\t"
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,8 @@ def test_missing_unreadable_and_empty_file(tmp_path):
             "attribution.reliability must be -1.0 with credit.form = 'ratio', got 0.0",
         ),
         ("attribution.control=shuffled credit.form=branch", "attribution.control must be 'none' with credit.form = 'branch', got 'shuffled'"),
+        ("problems.hint=x{answer}{prompt}", "problems.hint does nothing with problems.task = '.*': it must be '', got 'x{answer}{prompt}'"),
+        ("problems.question=foo", "problems.question does nothing with problems.task = '.*': it must be 'problem', got 'foo'"),
         ("attribution.source=hindsight credit.form=ratio", "credit.mask = 'unchanged' does nothing with credit.form = 'ratio': it must be 'none'"),
         ("attribution.source=none", "credit.form = 'additive' needs an attribution.source, got 'none'"),
         ("attribution.source=tree credit.scope=zero_variance", "credit.scope must be 'own' or 'all' with 'tree' in attribution.source"),

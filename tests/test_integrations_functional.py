@@ -100,7 +100,7 @@ def test_it_is_the_credit_of_our_own_loop(tmp_path, warmed, form):
         found = mine(
             padded(own.token["ids"]), mask, outcome, entropy=padded(own.token["entropy"]), log_ratio=padded(own.token["log_ratio"]),
             kl=padded(own.token["kl"]), logp=padded(own.token["rollout_logp"]), prior=prior, step=step,
-            answer_start=answer_starts(own.responses(), trainer.tokenizer), finished=own.sequence["finished"],
+            answer_start=answer_starts(own.responses(), trainer.segmenter.tokens), finished=own.sequence["finished"],
         )  # fmt: skip
         assert torch.equal(found.advantages[mask], own.token["advantages"]) and (found.advantages[~mask] == 0).all()
         assert torch.equal(found.entropy_weight[mask], own.token["entropy_weight"]) and found.stage == stage

@@ -104,7 +104,9 @@ def test_the_covariance_penalty_draws_its_tokens_back(tmp_path, warmed):
 
     def gradient() -> dict[str, torch.Tensor]:
         trainer.optimizer.zero_grad(set_to_none=True)
-        covariance_penalty(batch, trainer.policy, trainer.config, float(len(chosen)))
+        read = covariance_penalty(batch, trainer.policy, trainer.config, float(len(chosen)))
+        few = torch.unique(batch.segments.sequence_ids()[batch.token["covariant"]]).tolist()
+        assert read == sum(len(batch.prompts[b]) + batch.lengths[b] for b in few), "what it reads more than GRPO"
         return {n: p.grad.clone() for n, p in trainer.policy.named_parameters() if p.grad is not None}
 
     def penalty() -> float:

@@ -63,8 +63,42 @@ def test_one_answer_in_two_spellings_is_one_candidate(tmp_path, warmed, monkeypa
     seen = []
     monkeypatch.setattr(attributors, "group_candidates", lambda right, own: seen.append((right, own)) or group_candidates(right, own))
     right = trainer.prompts.encode("2")
-    trainer.attributors._probe(batch, torch.ones_like(attribution.rows), [right] * len(batch))
+    outcome, every = torch.zeros(len(batch)), torch.ones_like(attribution.rows)
+    trainer.attributors._probe(batch, outcome, every, [right] * len(batch))
     assert len(seen) == len(batch) and all(group_candidates(*one) == [right, trainer.prompts.encode("3")] for one in seen)
+    seen.clear()
+    given = iter(["1/2", "\\frac12", "3", "4"] * (len(batch) // 4))
+    outcome[[i for i in range(len(batch)) if i % 4 < 2]] = 1.0  # what only the verifier knows to be the right answer is no rival of it
+    trainer.attributors._probe(batch, outcome, every, [right] * len(batch))
+    assert all(group_candidates(*one) == [right, trainer.prompts.encode("3"), trainer.prompts.encode("4")] for one in seen)
+    seen.clear()
+    trainer.config.verify.after = "</think>"  # which no rollout has: none gives an answer
+    trainer.attributors._probe(batch, torch.zeros(len(batch)), every, [right] * len(batch))
+    assert all(group_candidates(*one) == [right] for one in seen)
+
+
+def test_no_branch_stands_beyond_the_last_position(tmp_path, warmed, monkeypatch):
+    """Boundaries so near a policy's end that an answer does not fit behind them take the value of the one before; without any nothing is read."""
+    trainer = trainer_of(tmp_path, "attribution.source=probe", "credit.scope=all", "credit.mask=none", "rollout.group_size=4", weights=warmed)
+    batch, *_ = rolled_out(trainer)
+    every, answers = torch.ones(len(batch), dtype=torch.bool), [trainer.prompts.encode("2")] * len(batch)
+    outcome = torch.zeros(len(batch))
+    packed = []
+    read = type(trainer.policy).branch_logp
+    monkeypatch.setattr(type(trainer.policy), "branch_logp", lambda self, found, *a: packed.extend(found) or read(self, found, *a))
+    whole = trainer.attributors._probe(batch, outcome, every, answers)
+    furthest = max(int(p.positions.max()) for p in packed)
+    most = furthest  # one less than what the longest needs
+    monkeypatch.setattr(type(trainer.policy), "positions", property(lambda self: most))
+    packed.clear()
+    fewer = trainer.attributors._probe(batch, outcome, every, answers)
+    assert packed and max(int(p.positions.max()) for p in packed) < most
+    assert not torch.equal(whole.evidence, fewer.evidence) and torch.equal(whole.rows, fewer.rows)
+    same = [b for b in range(len(batch)) if torch.equal(*(e.evidence[slice(*batch.segments.sequence_offsets[b : b + 2])] for e in (whole, fewer)))]
+    assert len(same) > 0, "the shorter ones are read as before"
+    most = 3
+    nothing = trainer.attributors._probe(batch, outcome, every, answers)
+    assert not nothing.rows.any() and not nothing.evidence.any()
 
 
 def test_posterior_by_hand():
@@ -82,7 +116,7 @@ def test_the_probe_in_the_loop(tmp_path, warmed):
     assert attribution.rows.any() and trainer.counters["tokens/forward_extra"] == trainer.attributors.extra_tokens > 0
     problem = {tuple(trainer.prompts.prompt(p.prompt)): p for p in trainer.train_problems}
     answers = [trainer.prompts.encode(problem[tuple(p)].answer) for p in batch.prompts]
-    evidence = trainer.attributors._probe(batch, attribution.rows, answers)
+    evidence = trainer.attributors._probe(batch, torch.zeros(len(batch)), attribution.rows, answers)
     b = int(attribution.rows.nonzero()[0])
     first, last = batch.segments.sequence_offsets[b], batch.segments.sequence_offsets[b + 1] - 1
     right, values = trainer.prompts.encode(problem[tuple(batch.prompts[b])].answer), []

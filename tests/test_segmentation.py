@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from ragged import hierarchies, segments_of
 
 from acpo.policy import byte_tokenizer
-from acpo.segmentation import ForkThreshold, answered, character_ends, fixed_length
+from acpo.segmentation import ForkThreshold, answer_starts, answered, character_ends, fixed_length
+from acpo.synthetic import tokenizer
+from acpo_kernels import Segmenter
 
 
 def test_by_hand():
@@ -52,3 +54,17 @@ def test_where_segments_end_with_a_tokenizer_that_drops_the_space_in_front():
 
     segments = segments_of(((1, 2, 1),), (False,))
     assert character_ends([torch.tensor([0, 1, 2, 0])], segments, ["a b c a"], Words()) == [[1, 5, 7]]
+
+
+def test_where_the_answer_line_begins_whatever_a_character_takes():
+    """In bytes as in characters: a place in the text is none among the tokens, and neither has the padding a text."""
+    for spelled, texts in (
+        (byte_tokenizer(), ["\u00e9\nA5", "\u20ac\u20ac\u20ac\nA5", "A12\nA3", "a3", ""]),
+        (tokenizer(), ["a3\nA5", "A1", "a", ""]),
+    ):
+        ids = [torch.tensor(spelled(text)["input_ids"], dtype=torch.int64) for text in texts]
+        found = answer_starts(ids, Segmenter.from_tokenizer(spelled).tokens).tolist()
+        read = ["" if at < 0 else spelled.decode(one[at:]) for one, at in zip(ids, found, strict=True)]
+        assert read == ["A" + text.rpartition("A")[2] if "A" in text else "" for text in texts], texts
+    padded = torch.tensor([tokenizer().pad_token_id, *tokenizer()("a3\nA5")["input_ids"]])
+    assert answer_starts([padded], Segmenter.from_tokenizer(tokenizer()).tokens).tolist() == [4]

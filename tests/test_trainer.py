@@ -165,7 +165,7 @@ def test_micro_batches_change_no_gradient(tmp_path, warmed, ratio, denominator):
     for gradients, other in found[:-1]:
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, whole[name], rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
-        for key in ("loss", "clip_ratio/low_mean", "kl/ref", "kl/old", "grad_norm"):
+        for key in ("loss", "clip_ratio/low_mean", "kl/ref", "kl/old", "ratio/ess", "grad_norm"):
             assert other[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-6), key
 
 
@@ -262,6 +262,10 @@ def test_the_reference_is_the_policy_of_the_start_and_the_switch_narrows_the_cli
     assert later[0]["entropy/target"] < 0.6 * third["entropy/target"]
     assert trainer.stages.switched_at == 3, "once"
     assert all(torch.equal(start[n], p) for n, p in trainer.reference.named_parameters()), "the reference stays where it was"
+    trainer.config.loss.clip_high = 0.1
+    clips.clear()
+    steps(trainer, 1)
+    assert set(clips) == {((0.2, 0.1), 0.2)}, "no stage widens the clip"
 
 
 @pytest.mark.parametrize("source", ["hindsight,tree", "probe"])

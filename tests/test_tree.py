@@ -68,6 +68,18 @@ def test_a_step_that_nobody_else_took_says_nothing_when_values_are_drawn_to_the_
     assert found.evidence[0].item() == found.evidence[1].item() == found.evidence[2].item() > 0
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_before_the_first_step_that_changes_the_state_all_are_where_they_began(before):
+    """Two open with a step without a number: where they stand behind it, everybody has stood."""
+    found = canonical_prefixes([["Let me see.", "So", "y=1"], ["Well,", "y=1"], ["y=1"], ["y=2"]])
+    rewards = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    offsets = torch.tensor([0, 3, 5, 6, 7])
+    segments = Segments(torch.arange(8), offsets)
+    evidence = tree_evidence(found, rewards, 4, segments, 2.0, True, torch.ones(4, dtype=torch.bool), before=before).evidence
+    assert evidence[[0, 1, 3]].tolist() == [0.0] * 3 and evidence[2] != 0 != evidence[4]
+    assert sharing(found, segments, 4) == 6 / 7, "all but y=2"
+
+
 def test_unbiased_without_shrinkage():
     """Every group of three rollouts of a two-step process, weighed by its probability: where the prefix is shared, the value is V on average."""
     first, success = {b"a": 0.6, b"b": 0.4}, {b"a": 0.3, b"b": 0.8}

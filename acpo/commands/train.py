@@ -22,7 +22,7 @@ def add(verbs) -> None:
 
 
 def run(options) -> int:
-    from .. import config, preflight, report, state
+    from .. import config, preflight, report
     from ..ranks import run_of
     from ..run import Stopped
     from ..trainer import Trainer
@@ -36,8 +36,7 @@ def run(options) -> int:
         preflight.lengths(trainer)
         run_.facts(preflight.summary(trainer))
         with _ends_at_signals(trainer):
-            last = trainer.train()
-            state.export(trainer)
+            last = trainer.train(export=True)
         trainer.ranks.close()
     except Stopped as stopped:
         by = trainer.stopping or "SIGTERM"  # another process of the job may have got it

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..config import Config, ConfigError, VerifyConfig
 from ..limits import VERIFIERS
 from ..problems import Problem
-from .answers import extract_answer, last_boxed, last_boxes, last_number, marked_answer, normalise, same, well_formed
+from .answers import behind, extract_answer, last_boxed, last_boxes, last_number, marked_answer, normalise, same, well_formed
 from .pool import Pool, VerifyError
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Verifier:
             return Verdict(0.0, "malformed")
         if self.kind not in VERIFIERS:
             return response, problem
-        text = self._behind(response)
+        text = behind(response, self.config.after)
         if text is None:
             return Verdict(0.0, "unparseable")
         if self.kind == "reasoning_gym":
@@ -140,11 +140,6 @@ class Verifier:
             return Verdict(0.0, "unparseable")
         return boxed(problem.answer), text if self.config.extract == "text" else text[-TAIL:]
 
-    def _behind(self, response: str) -> str | None:
-        if not self.config.after:
-            return response
-        return response.rsplit(self.config.after, 1)[1] if self.config.after in response else None
-
     def _answer(self, text: str) -> str | None:
         """What is compared: for exact match `extract_answer`; math-verify gets the marked answer, else (None) the text, to find one itself."""
         how = self.config.extract
@@ -155,7 +150,7 @@ class Verifier:
     def answer(self, response: str) -> str | None:
         """The answer of a rollout in its normal form, for a vote: the one that is judged. A callable of the user's judges the whole response: there
         it is what `verify.extract` finds, or all of it."""
-        text = self._behind(response)
+        text = behind(response, self.config.after)
         if text is None:
             return None
         found = self._given(text) if self.kind == "reasoning_gym" else extract_answer(text, self.config.extract)

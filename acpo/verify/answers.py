@@ -76,6 +76,13 @@ def marked_answer(text: str, how: str) -> str | None:
     return text.rsplit("####", 1)[1].strip().split("\n", 1)[0].strip() or None if "####" in text else None
 
 
+def behind(response: str, after: str) -> str | None:
+    """What of a response is read for its answer: all behind the last `after`, where one is wanted; None without it."""
+    if not after:
+        return response
+    return response.rsplit(after, 1)[1] if after in response else None
+
+
 def extract_answer(text: str, how: str) -> str | None:
     """The answer that exact match compares, None where the rollout gives none: the marked one; for "auto" behind #### its last number where that is
     a number with words and else all of it, and without a mark the last number of the text, for "number" always that, for "text" all of it."""
