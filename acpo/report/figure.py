@@ -56,7 +56,7 @@ def picture(groups: list[Group], path: Path, sections: Sections = SECTIONS) -> N
             axis.set_axis_off()
         for axis, panel in zip(axes.flat, panels, strict=False):
             draw(axis, panel, lines(panel, groups), groups)
-            axis.set_title(panel.title, fontsize=10, fontweight="bold", loc="left", pad=24)
+            axis.set_title(panel.title, fontsize=10, fontweight="bold", loc="left", y=1.0, pad=24)
             axis.text(0, 1.09, panel.unit, transform=axis.transAxes, fontsize=8, color=MUTED)
         if len(groups) > 1:
             handles = [pyplot.Line2D([], [], color=colour(g), linewidth=2.5) for g in range(len(groups))]
@@ -103,6 +103,7 @@ def draw(axis, panel: Panel, drawn: list[Line], groups: list[Group]) -> None:
         keys = "\n".join(key for key, _ in panel.series)
         axis.text(0.5, 0.5, f"not in these runs:\n{keys}", ha="center", va="center", color=MUTED, transform=axis.transAxes, linespacing=1.5)
         return
+    axis.set_title("", y=1.0)  # a place of its own, or every tick label is laid out once more to find one
     axis.grid(axis="x" if panel.kind == "bars" else "y")
     axis.tick_params(length=2.5)
     {"lines": _curves, "histogram": _stairs, "bars": _bars}[panel.kind](axis, panel, drawn, groups)
