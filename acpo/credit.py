@@ -11,12 +11,21 @@ from .attribution import Attribution, group_std, zero_variance
 from .config import CreditConfig
 from .tree import branch_differences
 
+ADVANTAGES = "grpo", "rloo", "centred"  # the kinds of credit.advantage
+
 
 def outcome_advantages(rewards: Tensor, group_size: int, kind: str) -> Tensor:
     """A_i of each rollout within its group, [B]: grpo (R - mean)/std, rloo R - mean of the others, centred R - mean.
 
-    A group whose rewards are all equal gives exactly 0, and so does a rollout that the verifier left out (NaN), which no mean or std counts.
+    A group whose rewards are all equal gives exactly 0, and so does a rollout that the verifier left out (NaN), which no mean or std counts. Errors:
+    ValueError for another kind, rewards that are not floating or no whole groups.
     """
+    if kind not in ADVANTAGES:
+        raise ValueError(f"kind must be one of {', '.join(ADVANTAGES)}, got {kind!r}")
+    if not rewards.is_floating_point():
+        raise ValueError(f"rewards must be floating (NaN is a rollout that was left out), got {rewards.dtype}")
+    if group_size < 1 or rewards.ndim != 1 or len(rewards) % group_size:
+        raise ValueError(f"rewards must be [B] with whole groups of group_size = {group_size}, got {tuple(rewards.shape)}")
     groups = rewards.view(-1, group_size)
     centred = groups - groups.nanmean(1, keepdim=True)
     centred = torch.where(groups.isnan() | zero_variance(rewards, group_size).view_as(groups), 0.0, centred)
@@ -34,7 +43,7 @@ def answer_confidence(rollout_logp: Tensor, segments: Segments, mask: Tensor | N
     terminal = segments.is_terminal()
     if mask is not None:  # a span without a written token has mean 0, which would be full confidence
         terminal = terminal & (segment_reduce(mask.to(mean.dtype), segments) > 0)
-    out = torch.zeros(segments.num_sequences, device=mean.device)
+    out = torch.zeros(segments.num_sequences, dtype=mean.dtype, device=mean.device)
     out[segments.segment_sequence_ids()[terminal]] = mean[terminal].exp()
     return out
 

@@ -93,8 +93,8 @@ class Curriculum:
         self.a, self.b = np.array(state["a"]), np.array(state["b"])
 
 
-def refuse_curriculum(config: CurriculumConfig, where: str, loop: str) -> None:
-    """ValueError for a curriculum in a loop that draws its problems itself: it would do nothing, without a word."""
+def refuse_curriculum(config: CurriculumConfig, where: str) -> None:
+    """ValueError for a curriculum in a loop that is not ours and draws its problems itself: it would do nothing, without a word."""
     for name, off in (("sampler", "uniform"), ("dynamic_sampling", False)):
         if (got := getattr(config, name)) != off:
-            raise ValueError(f"{where}: curriculum.{name} must be left out, got {got!r}: {loop} draws the prompts itself")
+            raise ValueError(f"{where}: curriculum.{name} must be left out, got {got!r}: the loop draws the prompts itself")

@@ -89,8 +89,8 @@ class EntropyController:
         return 1.0 + (most - 1.0) * affords * min(max(2.0 - 2.0 * self.running / HEAT_ENTROPY, 0.0), 1.0)
 
     def token_weights(self, segments: Segments, attribution: Attribution | None, mask: Tensor | None = None) -> Tensor | None:
-        """weight g_k a token [N]: g = h_b(Vhat_{k-1}) / log 2 drawn towards 1 by the reliability, 0 on the answer and where mask [N] is False, mean
-        one over the rest. None without a bonus."""
+        """weight g_k a token [N]: g = h_b(Vhat_{k-1}) / log 2 drawn towards 1 by the reliability, 0 on the answer, scaled to mean one over the tokens
+        that the policy wrote (mask [N], None: all), the answer's among them; 0 on the others. None without a bonus."""
         if self.weight == 0.0 or (self.config.controller == "step" and not self.below):
             return None
         gate = torch.ones(segments.num_segments, dtype=torch.float64, device=segments.device)

@@ -83,7 +83,9 @@ CALLED = {
 
 
 def unknown(key: str, known: Collection[str]) -> str:
-    """What is said of a setting that there is not: what it is called here, or what it is nearest to, if there is such a thing."""
+    """What is said of a setting that there is not: a whole section, what it is called here, or what it is nearest to, if there is such a thing."""
+    if any(name.startswith(f"{key}.") for name in known):
+        return f"{key!r} is a section and must hold a mapping of its settings"
     leaf = str(key).rpartition(".")[2]
     if CALLED.get(leaf) in known:
         return f"unknown setting {key!r}; here it is {CALLED[leaf]!r}"

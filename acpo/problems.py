@@ -42,7 +42,11 @@ class Problem:
 
 
 def filled(template: str, **values: str) -> str:
-    """The template with each {name} replaced by its value, whatever stands in the values."""
+    """The template with each {name} replaced by its value, whatever stands in the values. TypeError for one that is no text: of None the policy would
+    read that the answer is nothing."""
+    for name, value in values.items():
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be the text that stands in the prompt, got {value!r}")
     return re.sub("|".join(re.escape(f"{{{name}}}") for name in values), lambda found: values[found[0][1:-1]], template)
 
 

@@ -269,6 +269,8 @@ def test_report_of_a_run_that_is_still_writing(tmp_path, finished_run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["eval"], "a run directory or --model must be given: what is to be evaluated"),
+        (["eval", "problems.task=chain"], "a run directory or --model must be given"),
         (["eval", "absent"], "no such configuration file: absent/config.yaml"),
         (["eval", "no_checkpoint"], "no_checkpoint/checkpoints holds no checkpoint"),
         (["eval", "no_checkpoint", "--samples", "-1"], "eval.samples must be at least 0, got -1"),

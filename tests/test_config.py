@@ -75,7 +75,7 @@ def test_quoted_text_on_the_command_line_is_yaml():
         ("trainer.group_size=4", r"unknown setting 'trainer\.group_size'; the nearest is 'rollout\.group_size'$"),
         ("rolout.num_generations=4", r"unknown setting 'rolout\.num_generations'; here it is 'rollout\.group_size'$"),
         ("zzz.qqq=4", r"unknown setting 'zzz\.qqq'; docs/configuration\.md lists all of them$"),
-        ("rollout=4", "unknown setting 'rollout'"),
+        ("rollout=4", "the command line: 'rollout' is a section and must hold a mapping of its settings$"),
         ("trainer.steps=many", "trainer.steps must be an int, got 'many'"),
         ("trainer.steps=1.5", "trainer.steps must be an int, got 1.5"),
         ("trainer.steps=true", "trainer.steps must be an int, got True"),
@@ -103,6 +103,8 @@ def test_bad_override(override, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("attribution:", r"some.yaml: 'attribution' is a section and must hold a mapping of its settings$"),
+        ("rollout: {vllm: }", r"some.yaml: 'rollout\.vllm' is a section and must hold"),
         ("trainer: {stepz: 3}", r"some.yaml: unknown setting 'trainer.stepz'; the nearest is 'trainer.steps'"),
         ("trainer: {steps: [3]}", r"some.yaml: trainer.steps must be an int, got \[3\]"),
         ("- 1\n- 2", "some.yaml must hold a mapping of settings, got list"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import typing
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from acpo.attribution import Attribution, group_std, leave_one_out, one_of_each,
 from acpo.batch import Batch
 from acpo.config import CreditConfig
 from acpo.credit import (
+    ADVANTAGES,
     answer_confidence,
     assign,
     bounded_ratio,
@@ -72,6 +74,21 @@ def test_groups_do_not_meet():
     assert torch.equal(both, torch.cat([outcome_advantages(one, 3, "rloo"), outcome_advantages(two, 3, "rloo")]))
 
 
+@pytest.mark.parametrize(
+    ("rewards", "size", "kind", "message"),
+    [
+        (torch.tensor([1.0, 0]), 2, "gprpo", "kind must be one of grpo, rloo, centred, got 'gprpo'"),
+        (torch.tensor([1, 0]), 2, "grpo", r"rewards must be floating .*, got torch\.int64"),
+        (torch.tensor([1.0, 0, 1]), 2, "grpo", r"rewards must be \[B\] with whole groups of group_size = 2, got \(3,\)"),
+        (torch.tensor([1.0, 0]), 0, "grpo", r"rewards must be \[B\] with whole groups of group_size = 0, got \(2,\)"),
+    ],
+)
+def test_outcome_advantages_that_cannot_be(rewards, size, kind, message):
+    assert typing.get_args(typing.get_type_hints(CreditConfig)["advantage"]) == ADVANTAGES
+    with pytest.raises(ValueError, match=message):
+        outcome_advantages(rewards, size, kind)
+
+
 # --- confidence ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -87,6 +104,12 @@ def test_confident_rewards_by_hand():
     torch.testing.assert_close(confident_rewards(outcome, confidence, 4, 0.5), torch.tensor([0.995, 0.68, -0.005, -0.32]))
     assert torch.equal(confident_rewards(outcome, confidence, 4, 0.0), outcome)
     assert torch.equal(confident_rewards(outcome, confidence, 2, 0.5), outcome), "groups without both outcomes keep the plain one"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_confidence_of_an_answer_is_of_its_log_probs_dtype(dtype):
+    found = answer_confidence(torch.tensor([-9.0, math.log(0.5), -3.0], dtype=dtype), segments_of(((1, 1), (1,)), (True, False)))
+    torch.testing.assert_close(found, torch.tensor([0.5, 0.0], dtype=dtype))
 
 
 def test_keep_side():

@@ -163,7 +163,7 @@ def test_a_batch_of_the_trimmed_group_alone(folder):
 @pytest.mark.parametrize(("setting", "value"), [("sampler", "thompson"), ("dynamic_sampling", True)])
 def test_a_curriculum_is_refused_where_the_loop_draws_the_prompts(folder, setting, value):
     slime._credit = None
-    with pytest.raises(ValueError, match=rf"args\.acpo: curriculum\.{setting} must be left out, got {value!r}: slime draws"):
+    with pytest.raises(ValueError, match=rf"args\.acpo: curriculum\.{setting} must be left out, got {value!r}: the loop draws"):
         slime.step_credit(arguments(folder, acpo={**ACPO, f"curriculum.{setting}": value}), rollout_data())
 
 
@@ -193,6 +193,37 @@ def test_one_ratio_a_sequence_is_refused_but_without_credit(folder):
 def test_what_cannot_be(folder, change, message):
     with pytest.raises(ValueError, match=message):
         slime.step_credit(arguments(folder, **change), rollout_data())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("loss_masks", [[1]], r"response_lengths must be .*, got 28 beside 1 loss_masks and \d+ tokens for rollout 8$"),
+        ("response_lengths", [-1], r"response_lengths must be .*, got -1 beside 28 loss_masks and \d+ tokens for rollout 8$"),
+        ("tokens", [[3]], r"response_lengths must be .*, got 28 beside 28 loss_masks and 1 tokens for rollout 8$"),
+        ("loss_masks", [[0.5] * 28], "loss_masks must hold True and False, or 1 and 0, got 0.5 for rollout 8"),
+    ],
+)
+def test_samples_whose_lengths_differ(folder, name, value, message):
+    """One token more or less, and every credit behind it would be another token's."""
+    data = rollout_data()
+    data[name] = [*value, *data[name][1:]]
+    with pytest.raises(ValueError, match=message):
+        slime.step_credit(arguments(folder), data)
+    assert slime._credit.batches == 0
+
+
+def test_fields_that_cannot_be(folder):
+    for change, message in (
+        ({"truncated": None}, "rollout_data must hold 'truncated', got None"),
+        ({"rewards": [1.0]}, "rollout_data must hold one entry a sample under each name, got 8 tokens, .*, 1 rewards, 8 sample_indices, 8 truncated"),
+        ({name: [] for name in slime.NEEDED}, "rollout_data must hold samples, got none on any rank"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            slime.step_credit(arguments(folder), {**rollout_data(), **change})
+    slime._credit = None
+    with pytest.raises(TypeError, match=r"args\.acpo must be a mapping of the method's settings, got str"):
+        slime.step_credit(arguments(folder, acpo="tree"), rollout_data())
 
 
 def test_missing_fields_and_rewards_that_are_no_outcome(folder):

@@ -110,8 +110,10 @@ def trainer(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("setting", "value"), [("sampler", "thompson"), ("dynamic_sampling", True)])
 def test_a_curriculum_is_refused_where_the_loop_draws_the_prompts(setting, value):
-    with pytest.raises(ValueError, match=rf"algorithm\.acpo: curriculum\.{setting} must be left out, got {value!r}: verl draws"):
+    with pytest.raises(ValueError, match=rf"algorithm\.acpo: curriculum\.{setting} must be left out, got {value!r}: the loop draws"):
         ours.make_credit(TOKENIZER, {**SETTINGS, f"curriculum.{setting}": value}, 4, 10)
+    with pytest.raises(TypeError, match=r"algorithm\.acpo must be a mapping of the method's settings, got str"):
+        ours.make_credit(TOKENIZER, "tree", 4, 10)
 
 
 def test_the_trainer_writes_its_state_first(trainer, caplog):

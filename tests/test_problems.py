@@ -101,6 +101,9 @@ def test_hinted_prompt(tmp_path):
     (problem,) = load(path, hint="[{answer}] {prompt}")
     assert problem.hinted_prompt("9") == "[9] with {answer} in it", "braces of the problem are its own"
     assert Problem("x", "p", "a").hinted_prompt("3") == "The answer is 3.\np"
+    for answer in (None, 4):
+        with pytest.raises(TypeError, match=f"answer must be the text that stands in the prompt, got {answer}"):
+            Problem("x", "p", "a").hinted_prompt(answer)
     assert problem.hinted_prompt("{prompt}") == "[{prompt}] with {answer} in it", "and so are the answer's"
 
 

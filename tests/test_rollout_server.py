@@ -403,7 +403,7 @@ def test_an_interrupt_does_not_wait_for_the_server(fake, policy, tmp_path, monke
     engine.sync()
     fake.misbehave = COMPLETIONS("hang 30")
 
-    def interrupted(_):
+    def interrupted(*_, **__):
         time.sleep(0.3)
         raise KeyboardInterrupt
 
@@ -412,6 +412,19 @@ def test_an_interrupt_does_not_wait_for_the_server(fake, policy, tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         generate(engine)
     assert time.monotonic() - begin < 5
+    engine.close()
+
+
+def test_what_is_no_failure_of_the_server_is_raised_as_it_is(fake, policy, tmp_path):
+    class FullDisk(dict):
+        def __setitem__(self, place, sample):
+            raise OSError(28, "No space left on device")
+
+    engine = engine_on(fake, policy, tmp_path, "rollout.server.concurrency=1")
+    with pytest.raises(OSError, match="No space left on device"):
+        generate(engine, done=FullDisk())
+    assert len(fake.asked("/v1/completions")) < len(PROMPTS), "the others were stopped"
+    assert len(generate(engine)) == len(PROMPTS), "and the engine goes on"
     engine.close()
 
 

@@ -91,6 +91,8 @@ def _evaluated(options):
     if other:  # the problems of the run make room
         path = {"problems.path": options.path} if options.path else {}
         layers.append(("--path", {"problems.task": "", "warmup.steps": 0, "eval.max_problems": 0, **path}))
+    if not (runs or options.model or any(t.startswith("policy.") for t in overrides)):
+        raise ConfigError("a run directory or --model must be given: what is to be evaluated")
     layers.append(("--samples", {"eval.samples": options.samples}))
     settings = config.load(Path(runs[0]) / "config.yaml" if runs else None, overrides, *layers)
     made = settings.problems.task or settings.problems.path.startswith("reasoning_gym:")

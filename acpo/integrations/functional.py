@@ -7,30 +7,35 @@ the same numbers; results are on the device of `ids`.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from acpo_kernels import Segments, pack, unpack
+from acpo_kernels import Segments
 
 from .. import credit
 from ..attribution import Attribution, Evidence, answer_copies, entropy_evidence, hindsight_evidence, tree_evidence, zero_variance
 from ..config import method_settings
+from ..curriculum import refuse_curriculum
 from ..entropy import EntropyController
 from ..panel import Panel
 from ..problems import HINT, filled
 from ..segmentation import ForkThreshold, segmenter_of
 from ..stages import Stages
 from ..tree import prefixes_of, sharing
+from . import arguments
+from .arguments import ROUNDING, Packed
 
 # What the loop itself has to do for it stays off until it is asked for.
 LOOPS_OWN = {"entropy.controller": "none", "stages.two": False, "curriculum.sampler": "uniform"}
 SUCCESS_DECAY = 0.9
+TAUGHT = ("panel", "forks", "entropy", "stages", "success", "batches")  # what a batch changes
 
 
 @dataclass
@@ -69,9 +74,8 @@ class StepCredit:
     ):
         if not isinstance(group_size, int) or group_size < 2:
             raise ValueError(f"group_size must be an integer of at least 2, the rollouts of one prompt, got {group_size!r}")
-        if not isinstance(settings, (Mapping, NoneType)):
-            raise TypeError(f"{where} must be a mapping of the method's settings, got {type(settings).__name__}")
-        self.settings = config = method_settings({**LOOPS_OWN, **(settings or {})}, where)
+        self.settings = config = method_settings(arguments.layered(LOOPS_OWN, settings, where), where)
+        refuse_curriculum(config.curriculum, where)
         names = config.attribution.sources
         for name in ("probe", "head"):
             if name in names:
@@ -80,18 +84,19 @@ class StepCredit:
             raise ValueError(f"{where}: entropy.covariance = 'always' is our own loop's; wanted 'fallback' or 'never', which both leave it off here")
         if config.segmenter.fixed or config.attribution.control != "none" or config.credit.mask == "filler":
             raise ValueError(f"{where}: segmenter.fixed, attribution.control and credit.mask = 'filler' are experiments of our own loop")
-        if total_steps is None and (config.stages.two or config.entropy.controller in ("target", "step")):
-            raise ValueError(f"{where}: total_steps must be given with stages.two or entropy.controller = {config.entropy.controller!r}")
-        if total_steps is not None and (not isinstance(total_steps, int) or total_steps < 1):
-            raise ValueError(f"total_steps must be an integer of at least 1, got {total_steps!r}")
+        paced = ["stages.two = True"] * config.stages.two
+        paced += [f"entropy.controller = {config.entropy.controller!r}"] * (config.entropy.controller in ("target", "step"))
+        if total_steps is None and paced:
+            raise ValueError(f"{where}: total_steps, how long training goes on, must be given with {' and '.join(paced)}")
         self.tokenizer, self.group_size = tokenizer, group_size
         self.segmenter = segmenter_of(tokenizer, config.segmenter, vocab_size)
         self.panel = Panel(config.attribution, config.credit, group_size)
         self.forks = ForkThreshold(config.segmenter.forking_share)
         self.entropy = EntropyController(config.entropy)
-        self.stages = Stages(config.stages, total_steps or 0)
+        self.stages = Stages(config.stages, 0 if total_steps is None else arguments.whole("total_steps", total_steps))
         self.success: float | None = None  # running mean outcome: what is known of a problem that nobody kept a record of
         self.batches = 0
+        self.fresh = self.state()
 
     # --- what the loop has to bring -----------------------------------------------------------------------------------------------
 
@@ -114,7 +119,7 @@ class StepCredit:
 
     @total_steps.setter
     def total_steps(self, steps: int) -> None:
-        self.stages.total_steps = steps
+        self.stages.total_steps = arguments.whole("total_steps", steps)
 
     @property
     def needs_entropy(self) -> bool:
@@ -132,8 +137,8 @@ class StepCredit:
 
     def looks(self, outcome: Tensor, *, groups: Sequence[Hashable] | None = None) -> Tensor:
         """Which rollouts [B] the next batch's hindsight stream is wanted for: log_ratio and kl of the others are not read."""
-        order = self._order(groups, _count(outcome))
-        judged = _outcome(outcome, order)
+        order = self._order(groups, arguments.count(outcome))
+        judged = arguments.outcomes(arguments.rows("outcome", outcome, order), order)
         out = torch.empty(len(order), dtype=torch.bool)
         out[order] = self.panel.looks("hindsight", judged)
         return out.to(outcome.device)
@@ -177,36 +182,41 @@ class StepCredit:
             of it (default: none was). In stage 2 logp are the log-probs of the policy that sampled, and normalise
             makes advantages [B] of rewards [B] where the loop gives its own.
         Errors
-            ValueError or TypeError that names the argument.
+            ValueError or TypeError that names the argument. A call that fails has taught nothing.
         """
-        order = self._order(groups, _count(outcome))
-        judged = _outcome(outcome, order)
-        batch = _Packed(ids, mask, written, order)
+        step = None if step is None else arguments.whole("step", step)
+        order = self._order(groups, arguments.count(outcome))
+        judged = arguments.outcomes(arguments.rows("outcome", outcome, order), order)
+        batch = Packed(ids, mask, written, order, self.segmenter.vocab_size)
         values = {"entropy": entropy, "log_ratio": log_ratio, "kl": kl, "logp": logp}
         tokens = {name: batch.pack(name, value) for name, value in values.items() if value is not None}
         self._check(tokens, batch.written, advantages, normalise, answers, len(order))
         stage, config, size = self.stage, self.settings, self.group_size
-        known = torch.full_like(judged, 0.5 if self.success is None else self.success) if prior is None else _rows("prior", prior, order)
-        if not bool(((known >= 0) & (known <= 1)).all()):
-            raise ValueError(f"prior must lie in [0, 1], got {known.tolist()}")
-        ended = None if finished is None else _rows("finished", finished, order).bool()
-        own = credit.outcome_advantages(judged, size, config.credit.advantage) if advantages is None else _finite("advantages", advantages, order)
-        segments = self._segments(batch, tokens.get("entropy"), None if answer_start is None else _rows("answer_start", answer_start, order))
+        known = torch.full_like(judged, 0.5 if self.success is None else self.success)
+        known = known if prior is None else arguments.probabilities("prior", prior, order)
+        ended = None if finished is None else arguments.truth("finished", arguments.rows("finished", finished, order), order)
+        starts = None if answer_start is None else arguments.answer_starts(answer_start, order, batch.lengths)
+        if advantages is None:
+            own = credit.outcome_advantages(judged, size, config.credit.advantage)
+        else:
+            own = arguments.finite("advantages", advantages, order)
         metrics: dict[str, float] = {}
-        evidence = self._evidence(batch, tokens, segments, judged, answers, order, metrics)
-        attribution, reliabilities = self.panel.attribute(evidence, judged, known, segments, ended)
-        if stage == 2 and config.stages.confidence > 0:
-            own = self._confident(own, judged, tokens["logp"], segments, batch.written, normalise, order, metrics)
-        counts = credit.group_weights(judged, attribution, size, config.credit)
-        assigned, weights = credit.assign(
-            own, judged, attribution, segments, size, config.credit, ids=batch.ids, log_ratio=tokens.get("log_ratio"), entropy=tokens.get("entropy"),
-            mask=batch.written, counts=counts,
-        )  # fmt: skip
-        own = own * counts.to(own.dtype)
-        bonus = self.entropy.token_weights(segments, attribution, batch.written)
-        metrics |= {f"acpo/{name.removeprefix('attribution/')}": value for name, value in reliabilities.items()}
-        metrics |= self._figures(batch, segments, attribution, judged, assigned - own[segments.sequence_ids()], weights)
-        self._learn(judged[~judged.isnan()], tokens.get("entropy"), batch.written, step, metrics)
+        with self._whole_or_not_at_all():
+            segments = self._segments(batch, tokens.get("entropy"), starts)
+            evidence = self._evidence(batch, tokens, segments, judged, answers, order, metrics)
+            attribution, reliabilities = self.panel.attribute(evidence, judged, known, segments, ended)
+            if stage == 2 and config.stages.confidence > 0:
+                own = self._confident(own, judged, tokens["logp"], segments, batch.written, normalise, order, metrics)
+            counts = credit.group_weights(judged, attribution, size, config.credit)
+            assigned, weights = credit.assign(
+                own, judged, attribution, segments, size, config.credit, ids=batch.ids, log_ratio=tokens.get("log_ratio"),
+                entropy=tokens.get("entropy"), mask=batch.written, counts=counts,
+            )  # fmt: skip
+            own = own * counts.to(own.dtype)
+            bonus = self.entropy.token_weights(segments, attribution, batch.written)
+            metrics |= {f"acpo/{name.removeprefix('attribution/')}": value for name, value in reliabilities.items()}
+            metrics |= self._figures(batch, segments, attribution, judged, assigned - own[segments.sequence_ids()], weights)
+            self._learn(judged[~judged.isnan()], tokens.get("entropy"), batch.written, step, metrics)
         first = segments.sequence_offsets[:-1][segments.sequence_ids()]
         weight = None if bonus is None else batch.unpack(bonus)
         return Credited(batch.unpack(assigned), weight, batch.unpack(segments.segment_ids() - first, fill=-1), stage, metrics)
@@ -218,7 +228,10 @@ class StepCredit:
             if count % size:
                 raise ValueError(f"outcome must hold whole groups of {size} neighbours, or groups must be given, got {count} rollouts")
             return torch.arange(count)
-        names = groups.tolist() if hasattr(groups, "tolist") else list(groups)
+        names = groups.tolist() if hasattr(groups, "tolist") else groups
+        if not isinstance(names, Iterable):
+            raise TypeError(f"groups must be a sequence with the name of each rollout's prompt, got {type(groups).__name__}")
+        names = list(names)
         if not all(isinstance(name, Hashable) for name in names):
             raise TypeError("groups must hold a hashable name a rollout: a string, a number, a tuple")
         if len(names) != count:
@@ -234,12 +247,13 @@ class StepCredit:
     def _check(self, tokens: dict[str, Tensor], written: Tensor, advantages, normalise, answers, count: int) -> None:
         source = self.settings.attribution.source
         # It would stay in the fork threshold, and make a rollout one that has no outcome. A log-prob may be -inf: of a confidence of 0.
-        for name, wanted, wrong in (("entropy", "finite", lambda x: ~x.isfinite()), ("logp", "a number", torch.isnan)):
+        for name, wanted, got, wrong in (
+            ("entropy", "finite", "NaN or inf", lambda x: ~x.isfinite()),
+            ("logp", "at most 0", "NaN or more", lambda x: ~(x <= ROUNDING)),
+        ):
             missing = int(wrong(tokens[name][written]).sum()) if name in tokens else 0
             if missing:
-                raise ValueError(
-                    f"{name} must be {wanted} at every token that the policy wrote, got NaN{' or inf' * (name == 'entropy')} at {missing}"
-                )
+                raise ValueError(f"{name} must be {wanted} at every token that the policy wrote, got {got} at {missing}")
         if self.needs_hindsight and not {"log_ratio", "kl"} <= tokens.keys():
             raise ValueError(f"log_ratio and kl must be given with attribution.source = {source!r} ('tree' alone needs neither), got None")
         if self.needs_hindsight and self.settings.attribution.mask_answer_copies and answers is None:
@@ -256,16 +270,26 @@ class StepCredit:
         if self.needs_logp and advantages is not None and normalise is None:
             raise ValueError("normalise must be given beside advantages in stage 2 with stages.confidence > 0, got None")
 
-    def _segments(self, batch: _Packed, entropy: Tensor | None, answer_start: Tensor | None) -> Segments:
+    @contextlib.contextmanager
+    def _whole_or_not_at_all(self) -> Iterator[None]:
+        """What fails half way, and be it in the loop's own `normalise`, leaves what it found."""
+        before = copy.deepcopy({name: getattr(self, name) for name in TAUGHT})
+        try:
+            yield
+        except BaseException:
+            vars(self).update(before)
+            raise
+
+    def _segments(self, batch: Packed, entropy: Tensor | None, answer_start: Tensor | None) -> Segments:
         forks: dict[str, Any] = {}
         if self.settings.segmenter.entropy and entropy is not None:
             seen = torch.where(batch.written, entropy, 0.0)  # what a tool wrote was not uncertain
             threshold = self.forks.update(entropy[batch.written])
             forks = {} if threshold is None else {"entropy": seen, "entropy_threshold": threshold}
-        return self.segmenter(batch.ids, batch.cu_seqlens, answer_start=None if answer_start is None else answer_start.long(), **forks)
+        return self.segmenter(batch.ids, batch.cu_seqlens, answer_start=answer_start, **forks)
 
     def _evidence(
-        self, batch: _Packed, tokens, segments: Segments, outcome: Tensor, answers, order: Tensor, metrics
+        self, batch: Packed, tokens, segments: Segments, outcome: Tensor, answers, order: Tensor, metrics
     ) -> Callable[[str, Tensor], Evidence]:
         settings, size = self.settings.attribution, self.group_size
 
@@ -298,7 +322,7 @@ class StepCredit:
     ) -> Tensor:
         """Advantages of the confidence-weighted rewards of stage 2, on the side of the plain ones."""
         settings, size = self.settings.stages, self.group_size
-        confidence = credit.answer_confidence(logp, segments, written)
+        confidence = credit.answer_confidence(logp.clamp(max=0.0), segments, written)
         metrics["acpo/confidence"] = float(confidence.mean())
         rewards = credit.confident_rewards(outcome, confidence, size, settings.confidence, settings.confidence_form)
         if normalise is None:
@@ -306,7 +330,7 @@ class StepCredit:
         else:
             back = torch.empty_like(rewards)
             back[order] = rewards
-            weighted = _finite("the result of normalise", normalise(back), order)
+            weighted = arguments.finite("the result of normalise", normalise(back), order)
         return credit.keep_side(weighted, plain)
 
     def _learn(self, outcome: Tensor, entropy: Tensor | None, written: Tensor, step: int | None, metrics: dict[str, float]) -> None:
@@ -324,7 +348,7 @@ class StepCredit:
             self.stages.update(step, success)
 
     def _figures(
-        self, batch: _Packed, segments: Segments, attribution: Attribution | None, outcome: Tensor, shaping: Tensor, weights: Tensor
+        self, batch: Packed, segments: Segments, attribution: Attribution | None, outcome: Tensor, shaping: Tensor, weights: Tensor
     ) -> dict[str, float]:
         count = max(1, segments.num_sequences)
         out = {
@@ -350,91 +374,19 @@ class StepCredit:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from what `state` gave; ValueError for anything else."""
-        names = self.state().keys()
-        if not isinstance(state, Mapping) or not names <= state.keys():
-            held = sorted(state) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"state must be what StepCredit.state() gave, with {', '.join(names)}, got {held}")
-        if state["panel"].keys() != self.panel.by_name.keys():
-            wanted, got = ", ".join(self.panel.by_name) or "none", ", ".join(state["panel"]) or "none"
+        if not isinstance(state, Mapping) or state.keys() != self.fresh.keys():
+            held = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"state must be what StepCredit.state() gave, with {', '.join(self.fresh)}, got {held}")
+        panel = state["panel"]
+        if isinstance(panel, Mapping) and panel.keys() != self.panel.by_name.keys():
+            wanted, got = ", ".join(self.panel.by_name) or "none", ", ".join(map(str, panel)) or "none"
             raise ValueError(f"state must be of attribution.source = {wanted!r}, got one of {got!r}")
-        self.panel.load(state["panel"])
-        self.forks.value, self.success, self.batches = state["forks"], state["success"], state["batches"]
-        self.entropy.load(state["entropy"])
-        self.stages.load(state["stages"])
-
-
-class _Packed:
-    """The batch's real tokens, packed on the host in the order of groups."""
-
-    def __init__(self, ids: Tensor, mask: Tensor, written: Tensor | None, order: Tensor):
-        _tensor("ids", ids)
-        if ids.ndim != 2 or ids.shape[0] != len(order):
-            raise ValueError(f"ids must be [B,T] with B = {len(order)}, the length of outcome, got {tuple(ids.shape)}")
-        self.device, self.shape, self.order = ids.device, ids.shape, order
-        self.mask = self._host("mask", mask).bool()
-        self.ids = pack(self._host("ids", ids), self.mask)
-        inside = torch.ones_like(self.mask) if written is None else self._host("written", written).bool()
-        self.written = pack(inside, self.mask)
-        self.lengths = self.mask.sum(1)
-        self.cu_seqlens = torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0))
-
-    def _host(self, name: str, values: Tensor) -> Tensor:
-        _tensor(name, values)
-        if tuple(values.shape) != tuple(self.shape):
-            raise ValueError(f"{name} must be [B,T] = {tuple(self.shape)} as ids, got {tuple(values.shape)}")
-        return values.detach().cpu()[self.order]
-
-    def pack(self, name: str, values: Tensor) -> Tensor:
-        return pack(self._host(name, values).float(), self.mask)
-
-    def unpack(self, values: Tensor, fill: float = 0) -> Tensor:
-        out = torch.empty(self.shape, dtype=values.dtype)
-        out[self.order] = unpack(values, self.mask, fill)
-        return out.to(self.device)
-
-    def responses(self) -> list[Tensor]:
-        return list(self.ids.split(self.lengths.tolist()))
-
-
-def _outcome(outcome: Tensor, order: Tensor) -> Tensor:
-    """Outcomes [B] in order, NaN where there is none."""
-    return checked_outcome(_rows("outcome", outcome, order), order)
-
-
-def checked_outcome(rows: Tensor, order: Tensor | None = None) -> Tensor:
-    """rows [B] as they are, ValueError for an outcome that is none; order [B] are the caller's numbers of them."""
-    wrong = (rows < 0) | (rows > 1)
-    if wrong.any():
-        at = int(wrong.nonzero()[0])
-        name = at if order is None else int(order[at])
-        raise ValueError(f"outcome must lie in [0, 1], or be NaN where there is none, got {float(rows[at])} for rollout {name}")
-    return rows
-
-
-def _count(outcome: Tensor) -> int:
-    _tensor("outcome", outcome)
-    if outcome.ndim != 1:
-        raise ValueError(f"outcome must be [B], got {tuple(outcome.shape)}")
-    return len(outcome)
-
-
-def _tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-
-
-def _rows(name: str, values: Tensor, order: Tensor) -> Tensor:
-    _tensor(name, values)
-    if tuple(values.shape) != (len(order),):
-        raise ValueError(f"{name} must be [B] = ({len(order)},), got {tuple(values.shape)}")
-    return values.detach().cpu()[order].float()
-
-
-def _finite(name: str, values: Tensor, order: Tensor) -> Tensor:
-    rows = _rows(name, values, order)
-    if wrong := int((~rows.isfinite()).sum()):
-        raise ValueError(f"{name} must be finite, got NaN or infinity for {wrong} of {len(rows)} rollouts")
-    return rows
+        arguments.same_kinds("state", state, self.fresh)
+        with self._whole_or_not_at_all():
+            self.panel.load(panel)
+            self.forks.value, self.success, self.batches = state["forks"], state["success"], state["batches"]
+            self.entropy.load(state["entropy"])
+            self.stages.load(state["stages"])
 
 
 def hinted_prompt(prompt: str | list[dict], answer: str, hint: str = HINT) -> str | list[dict]:

@@ -15,8 +15,8 @@ import torch.distributed
 from torch import Tensor
 
 from ..credit import outcome_advantages
-from ..curriculum import refuse_curriculum
-from .functional import StepCredit, checked_outcome
+from .arguments import layered, outcomes, truth
+from .functional import StepCredit
 
 SETTINGS = {"attribution.source": "tree"}
 LEFT_OUT = "acpo_left_out"
@@ -36,11 +36,7 @@ def step_credit(args, rollout_data: dict[str, Any]) -> None:
     _check(args, rollout_data)
     if _credit is None:
         _credit = make_credit(args)
-    lengths = [int(n) for n in rollout_data["response_lengths"]]
-    responses = [_tensor(tokens, torch.int64)[len(tokens) - n :] for tokens, n in zip(rollout_data["tokens"], lengths, strict=True)]
-    written = [_tensor(mask, torch.bool) for mask in rollout_data["loss_masks"]]
-    finished = [not cut for cut in rollout_data["truncated"]]
-    own = list(zip(map(int, rollout_data["sample_indices"]), responses, written, map(float, rollout_data["rewards"]), finished, strict=True))
+    own = _samples(rollout_data)
     everyone, first = _gathered(own)
     everyones, left_out = _advantages(_credit, everyone, args.n_samples_per_prompt)
     here, device = slice(first, first + len(own)), _device(rollout_data)
@@ -49,14 +45,34 @@ def step_credit(args, rollout_data: dict[str, Any]) -> None:
     rollout_data[LEFT_OUT] = [float(value) for value in left_out[here]]  # slime logs the mean of every list in it, as rollout/acpo_left_out
 
 
+def _samples(rollout_data: dict[str, Any]) -> list[tuple]:
+    """(index, response, loss mask, reward, whether it ended by itself) of each of this rank's samples."""
+    counts = {name: len(rollout_data[name]) for name in NEEDED}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"rollout_data must hold one entry a sample under each name, got {', '.join(f'{n} {name}' for name, n in counts.items())}")
+    samples = []
+    for tokens, length, mask, reward, index, cut in zip(*(rollout_data[name] for name in NEEDED), strict=True):
+        n, name = int(length), int(index)
+        written = truth("loss_masks", _tensor(mask, torch.float32).reshape(1, -1), torch.tensor([name])).flatten()
+        if not 0 <= n <= len(tokens) or len(written) != n:
+            raise ValueError(
+                f"rollout_data: response_lengths must be the number of a sample's loss_masks, and of the last of its tokens, got {n} beside "
+                f"{len(written)} loss_masks and {len(tokens)} tokens for rollout {name}"
+            )
+        samples.append((name, _tensor(tokens, torch.int64)[len(tokens) - n :], written, float(reward), not cut))
+    return samples
+
+
 def _advantages(credit: StepCredit, samples: list[tuple], size: int) -> tuple[list[Tensor], list[bool]]:
     """Token advantages of each sample, and which of them have no whole group.
 
     slime trims the batch to a multiple of its global batch size, which cuts one group at most: what is left of it gets the advantages of its
     outcomes. Several incomplete groups are none of its doing, and the credit refuses them.
     """
+    if not samples:
+        raise ValueError("rollout_data must hold samples, got none on any rank")
     index, ids, masks, rewards, ended = zip(*samples, strict=True)
-    groups, outcome = [i // size for i in index], torch.tensor(rewards)
+    groups, outcome = [i // size for i in index], outcomes(torch.tensor(rewards), torch.tensor(index))
     short = [name for name, count in Counter(groups).items() if count < size]
     left_out = [len(short) == 1 and name == short[0] for name in groups]
     rows = [b for b, out in enumerate(left_out) if not out]
@@ -72,7 +88,7 @@ def _advantages(credit: StepCredit, samples: list[tuple], size: int) -> tuple[li
             advantages[b] = value[: len(ids[b])]
     rest = [b for b, out in enumerate(left_out) if out]
     if rest:
-        plain = outcome_advantages(checked_outcome(outcome[rest]), len(rest), credit.settings.credit.advantage)
+        plain = outcome_advantages(outcome[rest], len(rest), credit.settings.credit.advantage)
         for value, b in zip(plain, rest, strict=True):
             advantages[b] = torch.where(masks[b], value, 0.0)
     return advantages, left_out
@@ -82,7 +98,7 @@ def make_credit(args) -> StepCredit:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.hf_checkpoint, trust_remote_code=True)
-    settings = {**SETTINGS, **dict(getattr(args, "acpo", None) or {})}
+    settings = layered(SETTINGS, getattr(args, "acpo", None), "args.acpo")
     credit = StepCredit(
         tokenizer, group_size=args.n_samples_per_prompt, vocab_size=getattr(args, "vocab_size", None), settings=settings, where="args.acpo"
     )
@@ -96,7 +112,6 @@ def make_credit(args) -> StepCredit:
             "--advantage-estimator gspo: one ratio a sequence gives its tokens one gradient, in which the credit of its steps cancels; use grpo, or "
             "acpo: {credit: {form: none}}"
         )
-    refuse_curriculum(credit.settings.curriculum, "args.acpo", "slime")
     return credit
 
 
@@ -109,7 +124,8 @@ def _check(args, rollout_data: dict[str, Any]) -> None:
         )
     for name in NEEDED:
         if rollout_data.get(name) is None:
-            raise ValueError(f"rollout_data must hold {name!r}, got {', '.join(map(repr, rollout_data))}")
+            got = "None" if name in rollout_data else ", ".join(map(repr, rollout_data)) or "nothing"
+            raise ValueError(f"rollout_data must hold {name!r}, got {got}")
 
 
 def _gathered(own: list[tuple]) -> tuple[list[tuple], int]:

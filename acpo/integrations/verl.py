@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import put_text
-from ..curriculum import refuse_curriculum
+from .arguments import layered
 from .functional import Credited, StepCredit
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def check_version(version: str) -> None:
 
 def make_credit(tokenizer, settings: dict[str, Any] | None, group_size: int, total_steps: int, vocab_size: int | None = None) -> StepCredit:
     credit = StepCredit(
-        tokenizer, group_size=group_size, vocab_size=vocab_size, settings={**SETTINGS, **(settings or {})}, total_steps=total_steps,
+        tokenizer, group_size=group_size, vocab_size=vocab_size, settings=layered(SETTINGS, settings, "algorithm.acpo"), total_steps=total_steps,
         where="algorithm.acpo",
     )  # fmt: skip
     if credit.needs_hindsight:
@@ -49,7 +49,6 @@ def make_credit(tokenizer, settings: dict[str, Any] | None, group_size: int, tot
         )
     if credit.settings.stages.two:
         raise ValueError("algorithm.acpo: stages.two changes the clip range in the middle of a run, which verl's workers do not offer")
-    refuse_curriculum(credit.settings.curriculum, "algorithm.acpo", "verl")
     return credit
 
 

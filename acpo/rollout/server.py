@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import MutableMapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +147,9 @@ class ServerEngine:
 
         pool = ThreadPoolExecutor(self.settings.concurrency, thread_name_prefix="rollout")
         try:
-            wait([pool.submit(one, i) for i in missing])
-        except BaseException:  # an interrupt does not wait for the server
+            for asked in wait([pool.submit(one, i) for i in missing], return_when=FIRST_EXCEPTION).done:
+                asked.result()  # what is no failure of the server, a full disk, is raised as it is
+        except BaseException:  # and does not wait for the server, nor does an interrupt
             self.stop.set()
             self.client.hang_up()
             raise

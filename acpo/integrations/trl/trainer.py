@@ -65,8 +65,9 @@ class ACPOTrainer(GRPOTrainer):
             train_dataset = self._acpo_numbered(train_dataset, args)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **options)
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        settings = {**args.method_layer(), "curriculum.sampler": "uniform"}  # the curriculum is this trainer's
         self._acpo = StepCredit(
-            self._tokenizer, group_size=self.num_generations, vocab_size=base.config.get_text_config().vocab_size, settings=args.method_layer(),
+            self._tokenizer, group_size=self.num_generations, vocab_size=base.config.get_text_config().vocab_size, settings=settings,
             total_steps=max(1, args.max_steps), where="ACPOConfig",
         )  # fmt: skip
         self._acpo_check(base, train_dataset, options)

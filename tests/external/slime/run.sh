@@ -4,4 +4,4 @@
 set -euo pipefail
 . "$(dirname "$0")/../environment.sh"
 pip install -q -c constraints.txt -e '.[test]'
-python -m pytest tests/test_integrations_slime.py tests/test_integrations_functional.py
+python -m pytest tests/test_integrations_slime.py tests/test_integrations_functional.py tests/test_integrations_arguments.py
