@@ -118,7 +118,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.dtypes = inputs[0].dtype, None if inputs[9] is None else inputs[9].dtype
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[2], output[3], inputs[0], inputs[9])
+    ctx.save_for_backward(output[2], output[3], output[0])
 
 
 def _backward(ctx, grad_loss, *_):
@@ -131,10 +131,6 @@ def _backward(ctx, grad_loss, *_):
     return tuple(grads)
 
 
-def _through(ctx) -> Tensor | None:
-    return next((x for x in ctx.saved_tensors[2:] if x is not None and x.requires_grad), None)
-
-
 _op = define(
     "policy_loss(Tensor logp, Tensor? old_logp, Tensor advantages, Tensor token_offsets, Tensor sequence_offsets, Tensor? mask, float clip_low,"
     " float clip_high, str ratio, Tensor? entropy, float? entropy_weight, Tensor? entropy_weights, Tensor? ref_logp, float kl_weight,"
@@ -143,5 +139,5 @@ _op = define(
     cuda=triton("policy_loss"),
     fake=_fake,
     setup_context=_setup_context,
-    backward=once_differentiable(_backward, _through),
+    backward=once_differentiable(_backward, lambda ctx: ctx.saved_tensors[2]),
 )

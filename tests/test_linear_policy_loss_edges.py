@@ -110,7 +110,8 @@ def test_second_derivatives_raise_and_a_graph_may_be_walked_twice():
         assert torch.equal(2 * x, z)
     for objective in (loss.square(), loss):
         grads = torch.autograd.grad(objective, (hidden, weight), create_graph=True)
-        assert_no_second_derivative(grads, hidden)
+        for leaf in (hidden, weight):
+            assert_no_second_derivative(grads, leaf)
     with pytest.raises(RuntimeError, match="no derivative: second derivatives"):
         torch.autograd.grad(weight.sum() + grads[0].square().sum(), weight)
     frozen = linear_policy_loss(hidden, weight.detach(), values["ids"], values["old_logp"], values["advantages"], segments).loss
