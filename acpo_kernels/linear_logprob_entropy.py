@@ -37,7 +37,7 @@ def linear_logprob_entropy(
         Nats. mask=False or ids == -100: both outputs 0, gradient 0. N = 0 gives empty results. A row that holds NaN gives NaN there alone.
     Errors
         TypeError for what is no tensor, number or process group; ValueError for shapes, dtypes or devices that do not fit, ids outside [0, V)
-        (CPU), a number for temperature outside [1e-36, 1e36] (a tensor is the caller's promise), a softcap outside [1e-36, 1e30], and for impl
+        (CPU), a temperature outside [1e-36, 1e36] (a number; a tensor is the caller's promise), a softcap outside [1e-36, 1e30], and for impl
         with a group.
     Group
         group (a torch.distributed process group): weight [V_r,H] and bias [V_r] are this rank's slice of the vocabulary, the slices in the order

@@ -48,11 +48,12 @@ def policy_loss(
     Units
         Nats. old_logp=None is on-policy: old = sg[logp]. Masked tokens add nothing and get gradient 0. An empty call returns 0.
         Metrics over unmasked tokens: `tokens`; `clip_ratio/low_mean`, `clip_ratio/high_mean` (shares clipped); `ratio/mean|min|max`;
-        `ratio/ess` (effective sample size as a share); `kl/old`, `kl/ref` (k3 estimates); `entropy`.
+        `ratio/ess` (effective sample size as a share); `kl/old`, `kl/ref` (k3 estimates); `entropy`. Without any unmasked token they are 0, but
+        for `ratio/min` = inf and `ratio/max` = -inf.
     Errors
         TypeError for what is no tensor, number or Segments; ValueError for shapes or devices that do not match segments, an unknown
         ratio, clip[0] outside [0, 1], clip[1] negative, kl_weight < 0, kl_weight > 0 without ref_logp, entropy_weight
-        without entropy, rollout_cap <= 0, denominator <= 0.
+        without entropy, rollout_cap <= 0, denominator outside [1e-36, 1e36] (a number; a tensor is the caller's promise).
     Source
         DAPO (arXiv 2503.14476) eq. 8-12, GSPO (arXiv 2507.18071) eq. 13-14, k3 with importance correction (DeepSeek-V3.2 eq. 7).
     """
@@ -99,7 +100,8 @@ def check_arguments(segments, clip, ratio, kl_weight, rollout_cap, entropy_weigh
     if entropy_weight is not None:
         check.tensor_or_number("entropy_weight", entropy_weight, ((n,),), device)
     if denominator is not None:
-        check.tensor_or_number("denominator", denominator, ((), (segments.num_sequences,), (n,)), device, above=0)
+        low, high = check.DIVISORS
+        check.tensor_or_number("denominator", denominator, ((), (segments.num_sequences,), (n,)), device, above=0, low=low, high=high)
     return float(clip[0]), float(clip[1])
 
 

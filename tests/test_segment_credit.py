@@ -422,6 +422,8 @@ def test_compiles_in_one_graph(form):
         ({"reliability": math.nan}, "reliability must be finite"),
         ({"reliability": torch.ones(2)}, r"reliability must be a number, 0-d or \[B\] = \(1,\), got \(2,\)"),
         ({"scale": 0.0}, "scale must be greater than 0"),
+        ({"scale": 1e-37}, "scale must be at least 1e-36"),  # float32 has no inverse of it
+        ({"scale": 1e37}, r"scale must be at most 1e\+36"),
         ({"scale": torch.ones(1)}, "scale must have 0 dimensions"),
         ({"impl": "triton"}, "impl must be one of None, 'reference'"),
     ],
