@@ -36,8 +36,9 @@ def policy_loss(
         r_t  = sg[s_t] exp(logp_t - sg[logp_t]),   s_t = exp(mean log-ratio over the token, its segment or its sequence)
         rho_t = exp(logp_t - old_t),  d_t = ref_logp_t - logp_t,  c_t = min(exp(old_t - rollout_logp_t), rollout_cap), no gradient
 
-    Log-ratios are clamped to +-20 before they are averaged. ratio="token" is GRPO's, "sequence" GSPO-token's (each token keeps its own
-    advantage), "segment" the same over a reasoning step, with clip divided by sqrt(n_k): the noise of a mean of n_k tokens.
+    Log-ratios are clamped to +-20 before they are averaged; that of two log-probs of -inf is 0. ratio="token" is GRPO's, "sequence"
+    GSPO-token's (each token keeps its own advantage), "segment" the same over a reasoning step, with clip divided by sqrt(n_k): the noise of
+    a mean of n_k tokens.
 
     Shapes
         logp, old_logp, advantages, mask, entropy, ref_logp, rollout_logp [N]; entropy_weight a number or [N]; denominator a number, 0-d,
