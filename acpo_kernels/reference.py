@@ -216,16 +216,14 @@ def policy_loss(
     denominator: float | Tensor | None = None,
 ) -> PolicyLoss:
     dtype, device = working_dtype(logp.dtype), logp.device
-    old_logp, advantages, entropy_weight, ref_logp, rollout_logp, denominator = (
-        x.detach() if isinstance(x, Tensor) else x for x in (old_logp, advantages, entropy_weight, ref_logp, rollout_logp, denominator)
-    )  # constants, also where the caller's own need a gradient
     mask = torch.ones(logp.shape, dtype=torch.bool, device=device) if mask is None else mask
 
     def unmasked(values: Tensor) -> Tensor:
         return torch.where(mask, values.to(dtype), 0.0)
 
-    logp, advantages = unmasked(logp), unmasked(advantages)
-    old = logp.detach() if old_logp is None else unmasked(old_logp)
+    # All but logp and entropy are constants, also where the caller's own need a gradient.
+    logp, advantages = unmasked(logp), unmasked(advantages).detach()
+    old = logp.detach() if old_logp is None else unmasked(old_logp).detach()
     count = mask.to(dtype)
     low: float | Tensor
     high: float | Tensor
@@ -249,24 +247,24 @@ def policy_loss(
     clipped = _clamp(r.detach(), 1.0 - low, 1.0 + high) * advantages
     surrogate = torch.where(r * advantages <= clipped, r * advantages, clipped)  # the minimum; its gradient is whole on a border of the clip
     if rollout_logp is not None:  # truncated importance sampling against the engine that sampled
-        drift = difference(old, unmasked(rollout_logp)).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        drift = difference(old, unmasked(rollout_logp).detach()).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         surrogate = surrogate * torch.exp(drift).clamp(max=min(rollout_cap, _FAR))
     per_token = -surrogate
     k3 = None
     if ref_logp is not None:
         # k3 times the ratio: an unbiased estimate of KL(policy || reference), and its gradient one of the KL's gradient
-        delta = difference(unmasked(ref_logp), logp).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        delta = difference(unmasked(ref_logp).detach(), logp).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         k3 = torch.expm1(delta) - delta
         per_token = per_token + kl_weight * token_ratio * k3
     if entropy is not None and entropy_weight is not None:
-        weight = unmasked(entropy_weight) if isinstance(entropy_weight, Tensor) else entropy_weight
+        weight = unmasked(entropy_weight).detach() if isinstance(entropy_weight, Tensor) else entropy_weight
         per_token = per_token - weight * unmasked(entropy)
 
     tokens = count.sum()
     if denominator is None:
         denominator = tokens.clamp(min=1.0)
     elif isinstance(denominator, Tensor):
-        denominator = denominator.to(dtype)
+        denominator = denominator.detach().to(dtype)
         if denominator.ndim == 1 and denominator.shape[0] != logp.shape[0]:
             denominator = denominator[segments.sequence_ids()]
     loss = torch.where(mask, per_token / denominator, 0.0).sum()
