@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from fractions import Fraction
+from numbers import Real
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ BOOL = (torch.bool,)
 # 1 / softcap. The sums of a divergence carry 2^64 besides (csrc/row_sums.h): up to 1,800 / temperature they stay below 2^128.
 COLDEST, COLDEST_DIVERGENCE, HOTTEST = 1e-36, 1e-16, 1e36
 SOFTCAPS = (1e-36, 1e30)  # 1e-38 of it is lost where a device takes the smallest float32 for 0
+DIVISORS = (1e-36, 1e36)  # of a loss or a score: the inverse is a float32 as well
 
 
 def _short(dtypes: Iterable[torch.dtype]) -> str:
@@ -56,9 +59,14 @@ def is_vector(value: object, length: int, device: torch.device, dtypes: tuple[to
     )
 
 
-def number(name: str, value: object, *, low: float | None = None, above: float | None = None, high: float | None = None) -> None:
+def _is_number(value: object) -> bool:
+    """One of numpy's too; no fraction, of which torch knows nothing."""
+    return isinstance(value, Real) and not isinstance(value, (bool, Fraction))
+
+
+def number(name: str, value: Any, *, low: float | None = None, above: float | None = None, high: float | None = None) -> None:
     """value is a finite number inside [low, high], and above a bound."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not _is_number(value):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if value != value or value in (float("inf"), float("-inf")):
         raise ValueError(f"{name} must be finite, got {value}")
@@ -72,7 +80,9 @@ def number(name: str, value: object, *, low: float | None = None, above: float |
         raise ValueError(f"{name} must be at most {high}, got {value}")
 
 
-def tensor_or_number(name: str, value, shapes: tuple, device, *, above: float | None = None) -> None:
+def tensor_or_number(
+    name: str, value, shapes: tuple, device, *, low: float | None = None, above: float | None = None, high: float | None = None
+) -> None:
     """value is None, a number, or a floating tensor of one of shapes (its values are the caller's promise)."""
     if isinstance(value, Tensor):
         tensor(name, value, FLOAT, device=device)
@@ -80,7 +90,7 @@ def tensor_or_number(name: str, value, shapes: tuple, device, *, above: float | 
             wanted = " or ".join(str(s) for s in dict.fromkeys(shapes))
             raise ValueError(f"{name} must be a number or have shape {wanted}, got {tuple(value.shape)}")
     elif value is not None:
-        number(name, value, above=above)
+        number(name, value, low=low, above=above, high=high)
 
 
 def choice(name: str, value: object, choices: tuple) -> None:

@@ -54,10 +54,10 @@ def define(
 
 
 def once_differentiable(backward: Callable, through: Callable) -> Callable:
-    """The backward of an operation that has no second derivative: backward(ctx, *grads) gives a gradient an argument; through(ctx) a tensor that
-    they depend on.
+    """The backward of an operation that has no second derivative: backward(ctx, *grads) gives a gradient an argument; through(ctx) its saved result,
+    whose history is every argument that needs a gradient.
 
-    Under create_graph every gradient hangs on that tensor by an operation without a derivative, so that whoever differentiates it is told. torch's
+    Under create_graph every gradient hangs on that result by an operation without a derivative, so that whoever differentiates it is told. torch's
     own decorator of this name looks at the incoming gradient alone: that of a loss is a constant, and second derivatives would be 0 without a word.
     """
 
@@ -67,7 +67,7 @@ def once_differentiable(backward: Callable, through: Callable) -> Callable:
         if not torch.is_grad_enabled():
             return found
         seen = through(ctx)
-        return tuple(g if g is None or seen is None else _first_derivative(g, seen) for g in found)
+        return tuple(g if g is None else _first_derivative(g, seen) for g in found)
 
     return run
 

@@ -208,7 +208,7 @@ def policy_loss(
     dtype, limit = metrics.dtype, reference.LOG_RATIO_LIMIT
     keep = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
     lp, old, a = (torch.where(keep, x.to(dtype), 0.0) for x in (logp, logp if old_logp is None else old_logp, advantages))
-    log_ratio = (lp - old).clamp(-limit, limit)
+    log_ratio = reference.difference(lp, old).clamp(-limit, limit)
     token_ratio = r = torch.exp(log_ratio)
     low, high = clip_low, clip_high
     if ratio != "token":
@@ -220,10 +220,10 @@ def policy_loss(
     # Clipped only where the clipped surrogate IS the smaller: a NaN stays one.
     grad = torch.where(reference._clamp(r, 1.0 - low, 1.0 + high) * a < r * a, 0.0, -r * a)
     if rollout_logp is not None:
-        drift = (old - torch.where(keep, rollout_logp.to(dtype), 0.0)).clamp(-limit, limit)
+        drift = reference.difference(old, torch.where(keep, rollout_logp.to(dtype), 0.0)).clamp(-limit, limit)
         grad = grad * torch.exp(drift).clamp(max=min(rollout_cap, reference._FAR))
     if ref_logp is not None:
-        delta = torch.where(keep, ref_logp.to(dtype), 0.0) - lp
+        delta = reference.difference(torch.where(keep, ref_logp.to(dtype), 0.0), lp)
         clamped = delta.clamp(-limit, limit)
         step = torch.where(delta.abs() <= limit, torch.expm1(clamped), 0.0)
         grad = grad + kl_weight * token_ratio * (torch.expm1(clamped) - clamped - step)

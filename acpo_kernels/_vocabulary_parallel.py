@@ -28,12 +28,9 @@ class VocabularyParallel(torch.autograd.Function):
         from .linear_logprob_entropy import _op
 
         ctx.set_materialize_grads(False)
-        sizes = _gathered(torch.tensor([weight.shape[0]], device=ids.device), group).flatten()
+        sizes = _gathered(torch.full((1,), weight.shape[0], device=ids.device), group).flatten()
         active, begin = reference.active_rows(ids, mask), sizes[: dist.get_rank(group)].sum()
-        if ids.device.type == "cpu" and bool((active & ((ids < 0) | (ids >= sizes.sum()))).any()):
-            raise ValueError(
-                f"ids must lie in [0, {int(sizes.sum())}), the vocabulary of the whole group, or be -100; got {_outside(ids, active, sizes)}"
-            )
+        _check_ids(ids, active, sizes)
         here = active & (ids >= begin) & (ids < begin + weight.shape[0])
         local = torch.where(here, ids - begin, torch.where(active, 0, reference.IGNORED))
         logp, *rest = _op(hidden, weight, local, bias, temperature, temperatures, softcap, mask)
@@ -47,8 +44,8 @@ class VocabularyParallel(torch.autograd.Function):
         w = log_w.exp()
         logp = torch.where(owns > 0, logps + log_w, 0.0).sum(0)
         entropy = (w * entropies - torch.where(w > 0, w * log_w, 0.0)).sum(0)
-        nobody = torch.where(owns.sum(0) > 0, 0.0, torch.nan)  # CUDA: an id outside the vocabulary
-        logsumexp = lambdas.gather(0, top).squeeze(0) + torch.log1p(beside)
+        nobody = torch.where(active & (owns.sum(0) == 0), torch.nan, 0.0)  # CUDA: an id outside the vocabulary
+        logsumexp = lambdas.gather(0, top).squeeze(0) + torch.log1p(beside) + nobody  # and with it the gradient
         ctx.save_for_backward(hidden, weight, bias, local, temperatures, mask, here, entropy, maximum, logsumexp)
         ctx.temperature, ctx.softcap, ctx.group = temperature, softcap, group
         return torch.where(active, logp + nobody, 0.0), torch.where(active, entropy + nobody, 0.0)
@@ -84,5 +81,10 @@ def _gathered(value: Tensor, group) -> Tensor:
     return torch.stack(out)
 
 
-def _outside(ids: Tensor, active: Tensor, sizes: Tensor) -> int:
-    return int(ids[active & ((ids < 0) | (ids >= sizes.sum()))][0])
+def _check_ids(ids: Tensor, active: Tensor, sizes: Tensor) -> None:
+    """On the host alone: on a GPU nothing is read back."""
+    if ids.device.type != "cpu":
+        return
+    outside = active & ((ids < 0) | (ids >= sizes.sum()))
+    if bool(outside.any()):
+        raise ValueError(f"ids must lie in [0, {int(sizes.sum())}), the vocabulary of the whole group, or be -100; got {int(ids[outside][0])}")

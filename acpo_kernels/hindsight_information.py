@@ -40,7 +40,7 @@ def hindsight_information(
         a target that is -inf in both streams has log_ratio NaN.
     Errors
         TypeError for what is no tensor or number; ValueError for shapes, dtypes or devices that do not fit, ids outside [0, V) (CPU), a
-        temperature outside [1e-16, 1e36].
+        temperature outside [1e-16, 1e36] (a number; a tensor is the caller's promise).
     Source
         Section 3 of docs/method.md; the centring E[log_ratio] = -kl is the definition of KL.
     """

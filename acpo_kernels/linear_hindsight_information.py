@@ -36,7 +36,7 @@ def linear_hindsight_information(
         As `hindsight_information`.
     Errors
         TypeError for what is no tensor or number; ValueError for shapes, dtypes or devices that do not fit, ids outside [0, V) (CPU), a
-        temperature outside [1e-16, 1e36], a softcap outside [1e-36, 1e30].
+        temperature outside [1e-16, 1e36] (a number; a tensor is the caller's promise), a softcap outside [1e-36, 1e30].
     Source
         As `hindsight_information`.
     """

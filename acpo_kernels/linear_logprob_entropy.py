@@ -36,8 +36,9 @@ def linear_logprob_entropy(
     Units
         Nats. mask=False or ids == -100: both outputs 0, gradient 0. N = 0 gives empty results. A row that holds NaN gives NaN there alone.
     Errors
-        TypeError for what is no tensor or number; ValueError for shapes, dtypes or devices that do not fit, ids outside [0, V) (CPU), a
-        temperature outside [1e-36, 1e36], a softcap outside [1e-36, 1e30], and for impl with a group.
+        TypeError for what is no tensor, number or process group; ValueError for shapes, dtypes or devices that do not fit, ids outside [0, V)
+        (CPU), a temperature outside [1e-36, 1e36] (a number; a tensor is the caller's promise), a softcap outside [1e-36, 1e30], and for impl
+        with a group.
     Group
         group (a torch.distributed process group): weight [V_r,H] and bias [V_r] are this rank's slice of the vocabulary, the slices in the order
         of the ranks; hidden, ids (of the whole vocabulary) and the gradients that come in are the same on every rank, and so are logp, entropy
@@ -50,6 +51,8 @@ def linear_logprob_entropy(
     check.implementation(impl)
     if group is not None and impl is not None:
         raise ValueError(f"impl = {impl!r} holds the whole vocabulary: it must be None with a group")
+    if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed process group, got {type(group).__name__}")
     check.tensor("hidden", hidden, check.FLOAT, ndim=2)
     check.tensor("weight", weight, check.FLOAT, ndim=2)
     hidden, weight, bias = check.autocast(hidden, weight, bias)

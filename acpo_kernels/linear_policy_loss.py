@@ -133,7 +133,7 @@ def _setup_context(ctx, inputs, output):
     again = output[4].dtype != reference.working_dtype(inputs[0].dtype)  # held rounded
     tensors = [x for x in inputs if isinstance(x, Tensor)] if again else []
     ctx.rest = [None if isinstance(x, Tensor) else (x,) for x in inputs] if again else None
-    ctx.save_for_backward(*output[4:], inputs[1], inputs[3], *tensors)
+    ctx.save_for_backward(*output[4:], output[0], *tensors)
 
 
 def _backward(ctx, grad_loss, *_):
@@ -141,7 +141,7 @@ def _backward(ctx, grad_loss, *_):
     if grad_loss is not None:
         *held, bias = ctx.saved_tensors[:3]
         if ctx.rest is not None and not _is_one(grad_loss):
-            tensors = iter(ctx.saved_tensors[5:])
+            tensors = iter(ctx.saved_tensors[4:])
             inputs = [next(tensors) if value is None else value[0] for value in ctx.rest]
             *held, bias = _scaled_op(grad_loss, *held, bias, *inputs)
             grad_loss = torch.ones_like(grad_loss)
@@ -149,13 +149,6 @@ def _backward(ctx, grad_loss, *_):
             if need:
                 grads[at] = _scaled(grad, grad_loss, dtype)
     return tuple(grads)
-
-
-def _through(ctx) -> Tensor:
-    """weight or bias; a frozen head's loss depends on the hidden states alone, which are not held: then on a leaf of nobody's, which raises as well
-    where gradients of all leaves are asked for."""
-    held = [x for x in ctx.saved_tensors[3:5] if x is not None and x.requires_grad]
-    return held[0] if held else ctx.saved_tensors[0].new_empty(0, dtype=torch.float32).requires_grad_()
 
 
 def _is_one(grad_loss: Tensor) -> bool:
@@ -205,7 +198,7 @@ _op = define(
     cuda=_forward_cuda,
     fake=_fake,
     setup_context=_setup_context,
-    backward=once_differentiable(_backward, _through),
+    backward=once_differentiable(_backward, lambda ctx: ctx.saved_tensors[3]),
 )
 _scaled_op = define(
     f"linear_policy_loss_scaled(Tensor by, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, {_INPUTS}) -> (Tensor, Tensor, Tensor)",

@@ -49,9 +49,10 @@ def logprob_entropy(
         impl="reference", the values are the same and the logits are left alone.
     Errors
         TypeError for what is not a tensor or a number; ValueError for another dtype, shape or device, for V = 0, for a
-        temperature outside [1e-36, 1e36], and on CPU for an active id outside [0, V). On CUDA nothing is read back:
-        such a row is NaN. With inplace_backward, ValueError for logits that are a leaf or a view of one (its grad would be the logits
-        themselves), whose rows overlap, or whose layout would be copied; RuntimeError for a second backward or a backward with create_graph.
+        temperature outside [1e-36, 1e36] (a number; a tensor is the caller's promise), and on CPU for an active id outside [0, V). On CUDA
+        nothing is read back: such a row is NaN. With inplace_backward, ValueError for logits that are a leaf or a view of one (its grad would
+        be the logits themselves), whose rows overlap, or whose layout would be copied; RuntimeError for a second backward or a backward with
+        create_graph.
     Source
         logp = -softplus(logsumexp_{j != ids} z_j - z_ids) and its gradient (1 - p by expm1) are the log-sum-exp of
         Blanchard, Higham, Higham (2021), "Accurately computing the log-sum-exp and softmax functions", eq. 3.5; dentropy/dz_j

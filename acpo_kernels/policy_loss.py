@@ -36,8 +36,9 @@ def policy_loss(
         r_t  = sg[s_t] exp(logp_t - sg[logp_t]),   s_t = exp(mean log-ratio over the token, its segment or its sequence)
         rho_t = exp(logp_t - old_t),  d_t = ref_logp_t - logp_t,  c_t = min(exp(old_t - rollout_logp_t), rollout_cap), no gradient
 
-    Log-ratios are clamped to +-20 before they are averaged. ratio="token" is GRPO's, "sequence" GSPO-token's (each token keeps its own
-    advantage), "segment" the same over a reasoning step, with clip divided by sqrt(n_k): the noise of a mean of n_k tokens.
+    Log-ratios are clamped to +-20 before they are averaged; that of two log-probs of -inf is 0. ratio="token" is GRPO's, "sequence"
+    GSPO-token's (each token keeps its own advantage), "segment" the same over a reasoning step, with clip divided by sqrt(n_k): the noise of
+    a mean of n_k tokens.
 
     Shapes
         logp, old_logp, advantages, mask, entropy, ref_logp, rollout_logp [N]; entropy_weight a number or [N]; denominator a number, 0-d,
@@ -48,11 +49,12 @@ def policy_loss(
     Units
         Nats. old_logp=None is on-policy: old = sg[logp]. Masked tokens add nothing and get gradient 0. An empty call returns 0.
         Metrics over unmasked tokens: `tokens`; `clip_ratio/low_mean`, `clip_ratio/high_mean` (shares clipped); `ratio/mean|min|max`;
-        `ratio/ess` (effective sample size as a share); `kl/old`, `kl/ref` (k3 estimates); `entropy`.
+        `ratio/ess` (effective sample size as a share); `kl/old`, `kl/ref` (k3 estimates); `entropy`. Without any unmasked token they are 0, but
+        for `ratio/min` = inf and `ratio/max` = -inf.
     Errors
         TypeError for what is no tensor, number or Segments; ValueError for shapes or devices that do not match segments, an unknown
         ratio, clip[0] outside [0, 1], clip[1] negative, kl_weight < 0, kl_weight > 0 without ref_logp, entropy_weight
-        without entropy, rollout_cap <= 0, denominator <= 0.
+        without entropy, rollout_cap <= 0, denominator outside [1e-36, 1e36] (a number; a tensor is the caller's promise).
     Source
         DAPO (arXiv 2503.14476) eq. 8-12, GSPO (arXiv 2507.18071) eq. 13-14, k3 with importance correction (DeepSeek-V3.2 eq. 7).
     """
@@ -99,7 +101,8 @@ def check_arguments(segments, clip, ratio, kl_weight, rollout_cap, entropy_weigh
     if entropy_weight is not None:
         check.tensor_or_number("entropy_weight", entropy_weight, ((n,),), device)
     if denominator is not None:
-        check.tensor_or_number("denominator", denominator, ((), (segments.num_sequences,), (n,)), device, above=0)
+        low, high = check.DIVISORS
+        check.tensor_or_number("denominator", denominator, ((), (segments.num_sequences,), (n,)), device, above=0, low=low, high=high)
     return float(clip[0]), float(clip[1])
 
 
@@ -118,7 +121,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.dtypes = inputs[0].dtype, None if inputs[9] is None else inputs[9].dtype
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[2], output[3], inputs[0], inputs[9])
+    ctx.save_for_backward(output[2], output[3], output[0])
 
 
 def _backward(ctx, grad_loss, *_):
@@ -131,10 +134,6 @@ def _backward(ctx, grad_loss, *_):
     return tuple(grads)
 
 
-def _through(ctx) -> Tensor | None:
-    return next((x for x in ctx.saved_tensors[2:] if x is not None and x.requires_grad), None)
-
-
 _op = define(
     "policy_loss(Tensor logp, Tensor? old_logp, Tensor advantages, Tensor token_offsets, Tensor sequence_offsets, Tensor? mask, float clip_low,"
     " float clip_high, str ratio, Tensor? entropy, float? entropy_weight, Tensor? entropy_weights, Tensor? ref_logp, float kl_weight,"
@@ -143,5 +142,5 @@ _op = define(
     cuda=triton("policy_loss"),
     fake=_fake,
     setup_context=_setup_context,
-    backward=once_differentiable(_backward, _through),
+    backward=once_differentiable(_backward, lambda ctx: ctx.saved_tensors[2]),
 )

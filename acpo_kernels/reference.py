@@ -35,7 +35,7 @@ def _log_softmax_parts(logits: Tensor, active: Tensor, temperature: float | Tens
     RELATIVE to itself, and so are -softplus(logsumexp_{j != t} z_j - z_t) = d_t - l and the entropy.
     """
     if isinstance(temperature, Tensor):
-        temperature = torch.where(active, temperature, 1.0).to(working_dtype(logits.dtype)).unsqueeze(-1)
+        temperature = torch.where(active, temperature.detach(), 1.0).to(working_dtype(logits.dtype)).unsqueeze(-1)
     z = torch.where(active.unsqueeze(-1), logits.to(working_dtype(logits.dtype)), 0.0) / temperature
     top = z.argmax(-1, keepdim=True)
     d = z - z.gather(-1, top)
@@ -221,16 +221,20 @@ def policy_loss(
     def unmasked(values: Tensor) -> Tensor:
         return torch.where(mask, values.to(dtype), 0.0)
 
-    logp, advantages = unmasked(logp), unmasked(advantages)
-    old = logp.detach() if old_logp is None else unmasked(old_logp)
+    # All but logp and entropy are constants, also where the caller's own need a gradient.
+    logp, advantages = unmasked(logp), unmasked(advantages).detach()
+    old = logp.detach() if old_logp is None else unmasked(old_logp).detach()
     count = mask.to(dtype)
     low: float | Tensor
     high: float | Tensor
     low, high = clip
 
     # Ratio: r_t = sg[s] exp(logp_t - sg[logp_t]), s = exp(mean of the clamped log-ratio over the token, segment or sequence)
-    log_ratio = (logp.detach() - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    through = torch.exp(logp - logp.detach())
+    log_ratio = difference(logp.detach(), old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    finite = logp.clone()
+    with torch.no_grad():  # -inf changes the value alone, which is subtracted again: the gradient is that of any other
+        finite.masked_fill_(finite == -math.inf, 0.0)
+    through = torch.exp(finite - finite.detach())
     s = torch.exp(log_ratio)
     token_ratio = s * through
     if ratio != "token":
@@ -243,24 +247,24 @@ def policy_loss(
     clipped = _clamp(r.detach(), 1.0 - low, 1.0 + high) * advantages
     surrogate = torch.where(r * advantages <= clipped, r * advantages, clipped)  # the minimum; its gradient is whole on a border of the clip
     if rollout_logp is not None:  # truncated importance sampling against the engine that sampled
-        drift = (old - unmasked(rollout_logp)).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        drift = difference(old, unmasked(rollout_logp).detach()).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         surrogate = surrogate * torch.exp(drift).clamp(max=min(rollout_cap, _FAR))
     per_token = -surrogate
     k3 = None
     if ref_logp is not None:
         # k3 times the ratio: an unbiased estimate of KL(policy || reference), and its gradient one of the KL's gradient
-        delta = (unmasked(ref_logp) - logp).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        delta = difference(unmasked(ref_logp).detach(), logp).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         k3 = torch.expm1(delta) - delta
         per_token = per_token + kl_weight * token_ratio * k3
     if entropy is not None and entropy_weight is not None:
-        weight = unmasked(entropy_weight) if isinstance(entropy_weight, Tensor) else entropy_weight
+        weight = unmasked(entropy_weight).detach() if isinstance(entropy_weight, Tensor) else entropy_weight
         per_token = per_token - weight * unmasked(entropy)
 
     tokens = count.sum()
     if denominator is None:
         denominator = tokens.clamp(min=1.0)
     elif isinstance(denominator, Tensor):
-        denominator = denominator.to(dtype)
+        denominator = denominator.detach().to(dtype)
         if denominator.ndim == 1 and denominator.shape[0] != logp.shape[0]:
             denominator = denominator[segments.sequence_ids()]
     loss = torch.where(mask, per_token / denominator, 0.0).sum()
@@ -282,6 +286,11 @@ def policy_loss(
             "entropy": torch.zeros_like(tokens) if entropy is None else unmasked(entropy).sum() / safe,
         }
     return PolicyLoss(loss, metrics)
+
+
+def difference(a: Tensor, b: Tensor) -> Tensor:
+    """a - b of log-probs; two impossible tokens, of -inf both, are as likely as each other."""
+    return torch.where(a.isinf() & (a == b), 0.0, a - b)
 
 
 def _clamp(r: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def segment_credit(
     Errors
         TypeError for what is no tensor, number or Segments; ValueError for shapes and devices that do not match segments, an unknown
         form or terminal, bound outside [0, 1),
-        gain < 0, reliability outside [0, 1] (a number; a tensor is the caller's promise), scale <= 0.
+        gain < 0, reliability outside [0, 1] or scale outside [1e-36, 1e36] (numbers; a tensor is the caller's promise).
     Source
         Section 4 of docs/method.md: our reading of ACPO's factorized reward (arXiv 2510.08899).
     """
@@ -116,7 +116,7 @@ def _check(scores, segments: Segments, advantages, mask, form, bound, gain, reli
     if isinstance(scale, Tensor):
         check.tensor("scale", scale, check.FLOAT, ndim=0, device=segments.device)
     elif scale is not None:
-        check.number("scale", scale, above=0)
+        check.number("scale", scale, above=0, low=check.DIVISORS[0], high=check.DIVISORS[1])
 
 
 def _constant(value):

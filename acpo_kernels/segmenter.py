@@ -52,6 +52,7 @@ _ANSWERS = (
 _MARKER, _HEAD, _ABBREVIATION, _ANSWER, _BOXED, _THINK_OPEN, _THINK_CLOSE, _ALOUD = (1 << i for i in range(8))
 _RULES = ("length", "lead", "sentence", "marker", "line", "step", "paragraph", "think", "entropy", "answer", "end", "score")
 _MAX_SCORE = 64.0
+_MAX_THREADS = 1024  # of very many OpenMP ends the process
 
 
 class Reading(NamedTuple):
@@ -134,11 +135,13 @@ class Segmenter:
             raise ValueError(f"max_tokens must be at least min_tokens = {min_tokens}, got {max_tokens}")
         if threads is not None:
             _integers(threads=threads)
+            if threads > _MAX_THREADS:
+                raise ValueError(f"threads must be at most {_MAX_THREADS}, got {threads}")
         if not (boundary_scores is None or isinstance(boundary_scores, Mapping)):
             raise TypeError(f"boundary_scores must be a mapping from rules to scores, got {type(boundary_scores).__name__}")
         weights = dict(BOUNDARY_SCORES)
         for name, value in (boundary_scores or {}).items():
-            check.choice("boundary_scores", name, tuple(BOUNDARY_SCORES))
+            check.choice("a key of boundary_scores", name, tuple(BOUNDARY_SCORES))
             check.number(f"boundary_scores[{name!r}]", value, low=0, high=_MAX_SCORE)
             weights[name] = float(value)
         self.tokens, self.vocab_size, self.threads = tokens, vocab_size, threads

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from numbers import Number, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +25,9 @@ class Segments:
         Offsets count packed tokens and segments. terminal[b] says that the last segment of sequence b is its final-answer
         span; None says that no sequence has one.
     Errors
-        ValueError for offsets that do not start at 0, decrease, or do not end at num_tokens and S, and for a negative num_tokens; TypeError for
-        one that is no integer. On a CUDA device the values are not read back: they are the caller's promise, and num_tokens is read once, here,
-        unless it is given.
+        ValueError for offsets that do not start at 0, decrease, or do not end at num_tokens and S, for a negative num_tokens, and for none with
+        meta tensors; TypeError for one that is no integer. On a CUDA device the values are not read back: they are the caller's promise,
+        and num_tokens is read once, here, unless it is given.
     Source
         The variable-length convention of flash-attention (`cu_seqlens`), one level deeper.
     """
@@ -44,6 +47,8 @@ class Segments:
         if terminal is not None:
             check.tensor("terminal", terminal, check.BOOL, shape=(self.num_sequences,), device=token_offsets.device)
         self.terminal = terminal
+        if num_tokens is None and token_offsets.is_meta:
+            raise ValueError("num_tokens must be given with token_offsets that hold no values, got a meta tensor and None")
         self.num_tokens = int(self.token_offsets[-1]) if num_tokens is None else _count(num_tokens)
         if token_offsets.device.type == "cpu":
             _check_offsets("token_offsets", self.token_offsets, self.num_tokens, "num_tokens")
@@ -62,22 +67,21 @@ class Segments:
         """The segments of a padded batch: packed tokens are the True positions of mask [B,T], row by row (as in `pack`).
 
         boundaries [B,T] is True at the LAST token of a segment; the last token of a sequence always ends one. None makes
-        each sequence one segment. A boundary at a padded position is ignored. Reads the number of tokens back once.
+        each sequence one segment. A boundary at a padded position is ignored. Waits for the device twice: for the numbers of segments and of
+        tokens.
         """
         check.tensor("mask", mask, check.BOOL, ndim=2)
         if mask.is_meta:
             raise ValueError("mask must hold values, for the number of tokens is read from it, got a meta tensor")
         if boundaries is not None:
             check.tensor("boundaries", boundaries, check.BOOL, shape=tuple(mask.shape), device=mask.device)
-        lengths = mask.sum(1)
-        cu_seqlens = torch.zeros(mask.shape[0] + 1, dtype=torch.int64, device=mask.device)
-        torch.cumsum(lengths, 0, out=cu_seqlens[1:])
-        num_tokens = int(cu_seqlens[-1])
-        ends = torch.zeros(num_tokens, dtype=torch.bool, device=mask.device) if boundaries is None else boundaries[mask]
-        ends[cu_seqlens[1:][lengths > 0] - 1] = True
-        token_offsets = torch.nn.functional.pad(ends.nonzero().squeeze(1) + 1, (1, 0))
-        counts = torch.nn.functional.pad(torch.cumsum(ends, 0), (1, 0))
-        return cls(token_offsets, counts[cu_seqlens], terminal=terminal, num_tokens=num_tokens)
+        ends = mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # the last token of each sequence
+        if boundaries is not None:
+            ends = ends | (boundaries & mask)
+        tokens = mask.flatten().cumsum(0)  # up to and with each position
+        token_offsets = torch.nn.functional.pad(tokens[ends.flatten()], (1, 0))
+        sequence_offsets = torch.nn.functional.pad(ends.sum(1).cumsum(0), (1, 0))
+        return cls(token_offsets, sequence_offsets, terminal=terminal, num_tokens=int(token_offsets[-1]))
 
     @property
     def cu_seqlens(self) -> Tensor:
@@ -135,6 +139,8 @@ def _ids(lengths: Tensor, total: int) -> Tensor:
 
 def _count(num_tokens: object) -> int:
     """A host integer; those of numpy and of torch serve as well."""
+    if isinstance(num_tokens, bool) or (isinstance(num_tokens, Tensor) and num_tokens.dtype == torch.bool):
+        raise TypeError(f"num_tokens must be an integer, got {num_tokens!r}")
     try:
         count = num_tokens if isinstance(num_tokens, int) else operator.index(num_tokens)  # type: ignore[arg-type]
     except TypeError:
@@ -177,19 +183,36 @@ def pack(values: Tensor, mask: Tensor) -> Tensor:
     return values[mask]
 
 
+def _check_fill(fill: Any, dtype: torch.dtype) -> None:
+    number, real = isinstance(fill, Number), isinstance(fill, Real)
+    if not number:
+        raise TypeError(f"fill must be a number, got {type(fill).__name__}")
+    if dtype.is_complex or not real:
+        held = dtype.is_complex
+    elif dtype.is_floating_point:
+        held = fill != fill or abs(fill) == math.inf or abs(fill) <= torch.finfo(dtype).max
+    else:
+        low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+        held = low <= fill <= high and fill == int(fill)
+    if not held:
+        raise ValueError(f"fill must be a number that the dtype of values holds, {str(dtype).removeprefix('torch.')}, got {fill}")
+
+
 def unpack(values: Tensor, mask: Tensor, fill: float = 0) -> Tensor:
     """The inverse of `pack`: values[N,...], mask[B,T] -> [B,T,...] with `fill` where mask is False.
 
     Shapes, Dtypes, Units, Source
         As in `pack`. Differentiable in values.
     Errors
-        TypeError for what is no tensor; ValueError when mask is not bool [B,T] or, on the CPU outside of torch.compile, does not hold N
-        times True (elsewhere that is the caller's promise).
+        TypeError for what is no tensor, and for a fill that is no number; ValueError for one that the dtype of values does not hold (a floating one
+        may round it), and when mask is not bool [B,T] or, on the CPU outside of torch.compile, does not hold N times True (elsewhere that
+        is the caller's promise).
     """
     check.tensor("mask", mask, check.BOOL, ndim=2)
     check.tensor("values", values, None, device=mask.device)
     if values.ndim < 1:
         raise ValueError("values must be [N,...], got a 0-d tensor")
+    _check_fill(fill, values.dtype)
     readable = mask.device.type == "cpu" and not torch.compiler.is_compiling()  # the sum of a traced mask is not known
     if readable and int(mask.sum()) != values.shape[0]:
         raise ValueError(f"mask must hold N = {values.shape[0]} times True, got {int(mask.sum())}")

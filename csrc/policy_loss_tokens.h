@@ -1,5 +1,5 @@
 // A block of tokens, over vectors of double as wide as POLICY_LOSS_BYTES says (the compiler's vector extension). Of token t:
-//   d = clamp(logp - old), r = its own exp(d) or its group's ratio, c = min(exp(clamp(old - rollout)), cap)
+//   d = clamp(logp - old), 0 where both are -inf, r = its own exp(d) or its group's ratio, c = min(exp(clamp(old - rollout)), cap)
 //   l = -c min(r A, clip(r) A) + kl exp(d) k3(clamp(ref - logp)) - w H              k3(x) = exp(x) - 1 - x
 //   dl/dlogp = -c r A [not clipped] + kl exp(d) (k3 - expm1(clamp(ref - logp)) [not clamped]),   dl/dH = -w
 // all over the denominator. exp, expm1 and k3 come from one polynomial without cancellation.
@@ -42,6 +42,7 @@ inline vec clamp(vec x, vec low, vec high) {  // a NaN stays
   return choose(x > high, high, x);
 }
 inline vec limited(vec x) { return clamp(x, set(-LIMIT), set(LIMIT)); }
+inline vec difference(vec a, vec b) { return choose(a == b, vec{}, a - b); }  // 0 of two that are -inf; a NaN stays
 inline vec smaller(vec x, vec best) { return choose((x < best) | (x != x), x, best); }  // a NaN stays
 inline vec larger(vec x, vec best) { return choose((x > best) | (x != x), x, best); }
 
@@ -127,7 +128,7 @@ void block_loss(const PolicyLoss& of, int64_t begin, int64_t n, const double* gr
   for (int64_t i = 0; i < block.padded; i += W) {
     const mask kept = load(block.kept + i);
     const vec lp = load(logp + i), a = load(advantages + i), before = of.old_logp ? load(old + i) : lp, over = load(denominator + i);
-    const vec d = limited(lp - before);
+    const vec d = limited(difference(lp, before));
     const Exp own = exp_of(d);
     // exp(-d) - 1 + d, which for a small d is (d^2 - k3(d) + d k3(d)) / exp(d): nothing cancels
     const vec inverse = 1.0 / own.exp;
@@ -143,14 +144,14 @@ void block_loss(const PolicyLoss& of, int64_t begin, int64_t n, const double* gr
     const mask clipped = bounded < free;  // the minimum; on a border of the clip the gradient is whole, and a NaN stays
     vec surrogate = choose(clipped, bounded, free), grad = choose(clipped, zero, -free);
     if (of.rollout_logp) {
-      const vec drift = exp_of(limited(before - load(rollout + i))).exp, cap = set(of.rollout_cap);
+      const vec drift = exp_of(limited(difference(before, load(rollout + i)))).exp, cap = set(of.rollout_cap);
       const vec c = choose(drift > cap, cap, drift);
       surrogate = surrogate * c;
       grad = grad * c;
     }
     vec l = -surrogate;
     if (of.ref_logp) {
-      const vec delta = load(ref + i) - lp;
+      const vec delta = difference(load(ref + i), lp);
       const Exp e = exp_of(limited(delta));
       const mask inside = (delta >= -LIMIT) & (delta <= LIMIT);
       const vec k3 = own.exp * e.k3;
@@ -211,7 +212,7 @@ double tokens_log_ratios(const PolicyLoss& of, int64_t begin, int64_t end, int64
     block.load(of.logp, begin, logp);
     block.load(of.old_logp, begin, old);
     for (int64_t i = 0; i < block.padded; i += W) {
-      sum += limited(load(logp + i) - load(old + i));  // 0 where a token does not count
+      sum += limited(difference(load(logp + i), load(old + i)));  // 0 where a token does not count
       tokens += load(block.kept + i);
     }
   }

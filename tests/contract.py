@@ -39,6 +39,8 @@ def assert_no_second_derivative(grads, leaf: Tensor) -> None:
         for total in (grad.sum(), leaf.sum() + grad.square().sum()):
             with pytest.raises(RuntimeError, match="no derivative: second derivatives"):
                 total.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="no derivative: second derivatives"):  # and not None without a word
+            torch.autograd.grad(grad.sum(), leaf, allow_unused=True, retain_graph=True)
 
 
 def assert_within_budget(actual: Tensor, single: Tensor, exact: Tensor, name: str = "result", **options) -> None:

@@ -247,6 +247,26 @@ def test_a_slice_of_the_vocabulary_without_the_targets(by_entropy, dtype):
         assert_within_budget(x, y.detach(), z.detach(), name, factor=4.0, gradient_dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("by_entropy", [0.0, 1e-3])
+def test_a_slice_without_the_targets_multiplies_few_residues(by_entropy, dtype, monkeypatch):
+    """What counts is the size of the gradient, that of the log-prob's: flat rows have no entry near it, and no block is flagged."""
+    flagged, kernel = [], linear_gradients._hidden_gradient_kernel
+
+    class Seen:
+        def __getitem__(self, grid):
+            return lambda *args, **keywords: (flagged.append(args[2].clone()), kernel[grid](*args, **keywords))
+
+    monkeypatch.setattr(linear_gradients, "_hidden_gradient_kernel", Seen())
+    rows, vocab = 128, 2048
+    hidden, weight, ids, _ = inputs(rows, vocab, 16, dtype, scale=1e-3)
+    _, entropy, *rest = kernels.forward(hidden, weight, ids, None, 1.0, None, None, None)
+    away = torch.full((rows,), by_entropy or _vocabulary_parallel.LEAST[torch.float32])
+    head = (hidden, weight, torch.zeros_like(ids), None, 1.0, None, None, None)
+    linear_gradients.backward(*head, torch.zeros(rows), away, (entropy + 1.0 / away, *rest), (True, False, False))
+    assert [flags.shape[0] for flags in flagged] == [rows // 64 * vocab // 64] and not flagged[0].any()
+
+
 @pytest.mark.parametrize("temperature", [1e-6, 1e-18, 1e-20, 1e-30, 1e-36, 1e30])
 def test_temperatures_whose_square_is_no_float(temperature):
     """One below 1e-19: with the chosen token the most likely one all gradients are 0, and none is NaN."""

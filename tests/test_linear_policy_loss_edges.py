@@ -99,6 +99,23 @@ def test_autocast():
         assert torch.equal(x, y.float()), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("old", [None, -1.0, -math.inf])
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_a_target_of_minus_infinity(impl, old, dtype):
+    segments = segments_of([[3]])
+    values = inputs(segments, dtype=dtype)
+    ids, bias = torch.tensor([0, 1, 2]), torch.zeros_like(values["bias"])
+    bias[1] = -math.inf
+    hidden, weight = values["hidden"].requires_grad_(), values["weight"].requires_grad_()
+    old_logp = None if old is None else torch.tensor([-1.0, old, -1.0])
+    loss, _, logp, _ = linear_policy_loss(hidden, weight, ids, old_logp, torch.ones(3), segments, bias=bias, impl=impl)
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    assert logp.tolist()[1] == -math.inf and loss.isfinite() and all(g.isfinite().all() for g in grads)
+    if old != -1.0:  # its ratio is 1, not exp(-20)
+        assert grads[0][1].any()
+
+
 def test_second_derivatives_raise_and_a_graph_may_be_walked_twice():
     segments = segments_of([[3]])
     values = inputs(segments, dtype=torch.float32)
@@ -110,7 +127,8 @@ def test_second_derivatives_raise_and_a_graph_may_be_walked_twice():
         assert torch.equal(2 * x, z)
     for objective in (loss.square(), loss):
         grads = torch.autograd.grad(objective, (hidden, weight), create_graph=True)
-        assert_no_second_derivative(grads, hidden)
+        for leaf in (hidden, weight):
+            assert_no_second_derivative(grads, leaf)
     with pytest.raises(RuntimeError, match="no derivative: second derivatives"):
         torch.autograd.grad(weight.sum() + grads[0].square().sum(), weight)
     frozen = linear_policy_loss(hidden, weight.detach(), values["ids"], values["old_logp"], values["advantages"], segments).loss

@@ -236,3 +236,11 @@ def test_without_the_extension(monkeypatch):
         assert_within_budget(a.detach(), s, e, gradient_dtype=torch.float32)
     with pytest.raises(ValueError, match="got 60 at index 0"):
         logprob_entropy(logits, torch.full((4,), 60))
+
+
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_temperature_gets_no_gradient(impl):
+    logits, temperature = torch.randn(2, 5, requires_grad=True), torch.ones(2, requires_grad=True)
+    logp, entropy = logprob_entropy(logits, torch.tensor([1, 2]), temperature=temperature, impl=impl)
+    found = torch.autograd.grad((logp + entropy).sum(), (logits, temperature), allow_unused=True)
+    assert found[0].any() and found[1] is None

@@ -342,6 +342,8 @@ def test_compiles_in_one_graph(ratio, backend):
         ({"denominator": 0.0}, "denominator must be greater than 0"),
         ({"denominator": -3}, "denominator must be greater than 0"),
         ({"denominator": math.nan}, "denominator must be finite"),
+        ({"denominator": 1e-37}, "denominator must be at least 1e-36"),  # float32 has no inverse of it
+        ({"denominator": 1e37}, r"denominator must be at most 1e\+36"),
         ({"denominator": torch.ones(3)}, r"denominator must be a number or have shape \(\) or \(2,\) or \(5,\), got \(3,\)"),
         ({"denominator": torch.ones(2, dtype=torch.int64)}, "denominator must have dtype"),
         ({"impl": "triton"}, "impl must be one of None, 'reference'"),

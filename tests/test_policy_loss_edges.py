@@ -80,6 +80,48 @@ def test_a_ratio_on_the_border_of_the_clip_is_not_clipped(advantage, impl):
     assert forward_backward(values, segments, impl, clip=(0.0, 0.0))[1]["logp"].tolist() == [-advantage]
 
 
+INF = math.inf
+IMPOSSIBLE = {  # the first of two tokens: logp, old_logp, ref_logp, rollout_logp
+    "old is finite": (-INF, -1.0, -2.0, -1.0), "old too": (-INF, -INF, -2.0, -1.0), "on-policy": (-INF, None, -2.0, -1.0),
+    "reference and rollout too": (-INF, -INF, -INF, -INF), "old alone": (-1.0, -INF, -2.0, -INF),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_impossible_tokens(ratio, name, dtype, device):
+    """Loss and gradient are finite, and the oracle's, the gradient of an impossible token that of a ratio like any other."""
+    segments = segments_of([[2]], device=device)
+    names = ("logp", "old_logp", "ref_logp", "rollout_logp")
+    values = {n: None if x is None else torch.tensor([x, -0.5], dtype=dtype, device=device) for n, x in zip(names, IMPOSSIBLE[name], strict=True)}
+    values["advantages"] = torch.tensor([-1.0, 2.0], dtype=dtype, device=device)
+    found, wanted = (forward_backward(values, segments, impl, ratio=ratio, kl_weight=0.1, denominator=4.0) for impl in (None, "reference"))
+    assert wanted[0].isfinite() and wanted[1]["logp"].isfinite().all()
+    torch.testing.assert_close(found[0], wanted[0])
+    torch.testing.assert_close(found[1]["logp"], wanted[1]["logp"])
+    torch.testing.assert_close(found[2], wanted[2])
+    if name == "on-policy":
+        _, grads, _ = forward_backward(values | {"ref_logp": None, "rollout_logp": None}, segments, None, ratio=ratio, denominator=4.0)
+        assert grads["logp"].tolist() == pytest.approx([1.0 / 4.0, -2.0 / 4.0])  # its ratio is 1
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_what_is_no_log_prob_of_the_policy_is_a_constant(impl):
+    """Also where the caller's own tensor needs a gradient: the log-prob itself as its old one, its reference's, its rollout's."""
+    segments = segments_of([[2, 1]])
+    logp, weight = (-torch.rand(3, dtype=torch.float64)).requires_grad_(), torch.rand(3, dtype=torch.float64).requires_grad_()
+    arguments = dict(entropy=weight.detach(), kl_weight=0.3, ref_logp=logp, rollout_logp=logp, entropy_weight=weight, denominator=weight)
+    given = (logp, logp, weight, segments)
+    loss = policy_loss(*given, **arguments, impl=impl).loss
+    constants = {n: x.detach() if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
+    wanted = policy_loss(logp, logp.detach(), weight.detach(), segments, **constants).loss
+    found = torch.autograd.grad(loss, (logp, weight), allow_unused=True)
+    assert found[1] is None
+    torch.testing.assert_close(found[0], torch.autograd.grad(wanted, logp)[0])
+    assert found[0].abs().min() > 0
+
+
 def test_mixed_dtypes_give_the_working_dtype_of_logp():
     segments = segments_of([[2], [1]])
     values = inputs(segments, torch.float64) | {"logp": -torch.rand(3)}

@@ -331,6 +331,16 @@ def test_scores_that_are_not_finite_count_as_0(form, impl):
         assert torch.equal(result.weights, zeroed.weights)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_tiny_scale_in_a_tensor(form):
+    """One whose inverse is no float32 clips all scores, as a number of 1e-36 does."""
+    segments, scores, advantages = segments_of([[2, 1, 1]]), torch.tensor([1.0, -2.0, 0.0]), torch.tensor([0.5])
+    wanted = segment_credit(scores, segments, advantages, form=form, scale=1e-36)
+    for scale in (torch.tensor(1e-37), torch.tensor(1e-40)):
+        for x, y in zip(segment_credit(scores, segments, advantages, form=form, scale=scale), wanted, strict=True):
+            assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("form", FORMS)
 def test_empty_calls_and_masked_rollouts(form, impl, device):
@@ -422,6 +432,8 @@ def test_compiles_in_one_graph(form):
         ({"reliability": math.nan}, "reliability must be finite"),
         ({"reliability": torch.ones(2)}, r"reliability must be a number, 0-d or \[B\] = \(1,\), got \(2,\)"),
         ({"scale": 0.0}, "scale must be greater than 0"),
+        ({"scale": 1e-37}, "scale must be at least 1e-36"),  # float32 has no inverse of it
+        ({"scale": 1e37}, r"scale must be at most 1e\+36"),
         ({"scale": torch.ones(1)}, "scale must have 0 dimensions"),
         ({"impl": "triton"}, "impl must be one of None, 'reference'"),
     ],

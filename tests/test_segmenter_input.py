@@ -113,7 +113,9 @@ def test_bad_tokenizers(tmp_path):
         ({"markers": "Wait"}, "markers must be a sequence of strings"),
         ({"markers": ("",)}, "markers must be a sequence of strings that are not empty"),
         ({"aloud": "Hmm"}, "aloud must be a sequence of strings"),
-        ({"boundary_scores": {"lines": 1}}, "boundary_scores must be one of .*, got 'lines'"),
+        ({"boundary_scores": {"lines": 1}}, "a key of boundary_scores must be one of 'lead', .*, got 'lines'"),
+        ({"threads": 1025}, "threads must be at most 1024, got 1025"),
+        ({"threads": 100_000}, "threads must be at most 1024, got 100000"),
         ({"boundary_scores": {"line": 100}}, r"boundary_scores\['line'\] must be at most 64"),
     ],
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ragged import LENGTHS, TERMINAL, hierarchies, segments_of, sequences, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from acpo_kernels import Segments, pack, segment_reduce, unpack
+from acpo_kernels import segments as segments_module
 
 # 1. Oracle: a hand-written example
 
@@ -216,10 +219,68 @@ def test_bad_segments(arguments, keywords, message):
 def test_bad_types():
     with pytest.raises(TypeError, match=r"token_offsets must be a torch\.Tensor, got list"):
         Segments([0, 1], offsets(0, 1))
-    for count in (3.0, "3", [3], torch.tensor(3.0)):  # a float would be cut, and on CUDA nobody would see it
+    for count in (3.0, "3", [3], torch.tensor(3.0), True, np.True_, torch.tensor(True)):  # a float would be cut, and on CUDA nobody would see it
         with pytest.raises(TypeError, match="num_tokens must be an integer, got"):
             Segments(offsets(0, 3), offsets(0, 1), num_tokens=count)
     assert Segments(offsets(0, 3), offsets(0, 1), num_tokens=torch.tensor(3)).num_tokens == 3
+
+
+def test_meta_offsets_want_the_number_of_tokens():
+    token_offsets, sequence_offsets = (torch.zeros(2, dtype=torch.int64, device="meta") for _ in range(2))
+    with pytest.raises(ValueError, match="num_tokens must be given with token_offsets that hold no values, got a meta tensor and None"):
+        Segments(token_offsets, sequence_offsets)
+    assert Segments(token_offsets, sequence_offsets, num_tokens=3).num_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fill"),
+    [
+        (torch.int64, 0.5), (torch.int64, float("nan")), (torch.int32, float("inf")), (torch.int64, 2**63), (torch.uint8, -1), (torch.int8, 128),
+        (torch.bool, 2), (torch.float16, 1e5), (torch.bfloat16, -1e39), (torch.float32, 10**400), (torch.float32, 1j),
+    ],
+)  # fmt: skip
+def test_a_fill_that_the_dtype_does_not_hold(dtype, fill):
+    with pytest.raises(ValueError, match=f"fill must be a number that the dtype of values holds, {str(dtype)[6:]}, got"):
+        unpack(torch.zeros(1, dtype=dtype), torch.tensor([[True, False]]), fill=fill)
+
+
+def test_a_fill_that_is_held_or_rounded():
+    mask = torch.tensor([[True, False]])
+    for dtype, fill in (
+        (torch.int64, -(2**63)),
+        (torch.uint8, 255.0),
+        (torch.bool, True),
+        (torch.float16, float("-inf")),
+        (torch.int32, np.int64(-7)),
+    ):
+        assert unpack(torch.zeros(1, dtype=dtype), mask, fill=fill)[0, 1].item() == fill
+    assert unpack(torch.zeros(1, dtype=torch.bfloat16), mask, fill=0.1)[0, 1] == torch.tensor(0.1, dtype=torch.bfloat16)
+    assert unpack(torch.zeros(1), mask, fill=float("nan"))[0, 1].isnan()
+    with pytest.raises(TypeError, match="fill must be a number, got str"):
+        unpack(torch.zeros(1), mask, fill="0")
+
+
+class Waits(TorchDispatchMode):
+    """Counts what waits for a GPU: numbers that are read, and indices of as many elements as a mask has True."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, tensors = function.overloadpacket.__name__, [x for x in args[1] if x is not None] if len(args) > 1 and isinstance(args[1], list) else []
+        by_mask = name in ("index", "index_put_") and any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in tensors)
+        self.count += name in ("_local_scalar_dense", "nonzero") or by_mask
+        return function(*args, **(kwargs or {}))
+
+
+def test_how_often_from_padded_waits(monkeypatch):
+    monkeypatch.setattr(segments_module, "_check_offsets", lambda *_: None)  # not on a GPU
+    mask = torch.rand(3, 5) < 0.6
+    for boundaries in (None, torch.rand(3, 5) < 0.3):
+        with Waits() as waits:
+            Segments.from_padded(mask, boundaries)
+        assert waits.count == 2
 
 
 def test_bad_padded():

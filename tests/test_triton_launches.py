@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -171,14 +172,21 @@ def test_counters_of_arrivals(monkeypatch):
     ragged = importlib.import_module("acpo_kernels._triton.ragged")
     for name in ("_ARRIVALS", "_CAPTURED"):
         monkeypatch.setattr(ragged, name, {})
-    on_cpu = torch.zeros(1)
+    on_cpu, zeros, threads = torch.zeros(1), torch.zeros, []
 
     class OnCuda:
         device, is_cuda = on_cpu.device, True
 
+    def recorded(*args, **keywords):
+        threads.append(threading.get_ident())
+        return zeros(*args, **keywords)
+
+    monkeypatch.setattr(torch, "zeros", recorded)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert ragged.arrivals(3, OnCuda()).tolist() == [0, 0, 0] and not ragged._CAPTURED  # nothing ran before the capture
+    assert threads == [threading.get_ident()]  # the graph's own
     first = ragged.arrivals(1, on_cpu)
+    assert len(threads) == 3 and threading.get_ident() not in threads[1:]  # what is kept: not where a warm-up hands out the memory of graphs
     assert first is ragged.arrivals(1024, on_cpu) and not first.any() and ragged.arrivals(1025, on_cpu).shape[0] >= 1025
     captured = [ragged.arrivals(number, OnCuda()) for number in (1, 5, 2)]
     assert [(x.data_ptr() - captured[0].data_ptr()) // 4 for x in captured] == [0, 4, 12] and all(x.data_ptr() % 16 == 0 for x in captured)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from acpo_kernels import linear_logprob_entropy
+from acpo_kernels import _vocabulary_parallel, linear_logprob_entropy
 
 N, H, V, CUT = 24, 48, 301, 130  # slices of different lengths
 CASES = {
@@ -109,3 +109,42 @@ def test_two_slices_are_the_whole(both, name):
 @pytest.mark.slow
 def test_an_id_outside_the_whole_vocabulary(both):
     assert all(rank["error"] == f"ids must lie in [0, {V}), the vocabulary of the whole group, or be -100; got {V}" for rank in both)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_where_ids_are_not_read_back_one_outside_is_nan_forward_and_backward(alone, dtype, monkeypatch):
+    case = arguments(dtype)
+    clean = run(case, slice(0, V), alone)
+    case["ids"] = case["ids"].clone()
+    case["ids"][2] = V
+    monkeypatch.setattr(_vocabulary_parallel, "_check_ids", lambda *arguments: None)  # as on CUDA
+    broken = run(case, slice(0, V), alone)
+    others = torch.arange(N) != 2
+    for name in ("logp", "entropy", "hidden"):
+        assert broken[name][2].isnan().all() and torch.equal(broken[name][others], clean[name][others]), name
+    assert broken["weight"].isnan().any()
+
+
+def test_nothing_is_copied_to_the_device(alone, monkeypatch):
+    """A tensor from the host's numbers waits for the copy, and no CUDA graph can be captured over it."""
+
+    def refused(*arguments, **keywords):
+        raise AssertionError("torch.tensor")
+
+    monkeypatch.setattr(torch, "tensor", refused)
+    hidden, weight, ids = torch.randn(3, 4), torch.randn(5, 4), torch.arange(3)
+    found, wanted = linear_logprob_entropy(hidden, weight, ids, group=alone), linear_logprob_entropy(hidden, weight, ids)
+    torch.testing.assert_close(found.logp, wanted.logp)
+
+
+def test_what_is_no_group():
+    for group in ("x", 0, object()):
+        with pytest.raises(TypeError, match=f"group must be a torch.distributed process group, got {type(group).__name__}"):
+            linear_logprob_entropy(torch.zeros(1, 2), torch.zeros(3, 2), torch.zeros(1, dtype=torch.int64), group=group)

@@ -114,7 +114,8 @@ def _gradient_of(
     out = rows.to(tl.int64)[:, None] * WIDTH + (local + tl.arange(0, BLOCK_V))[None, :]
     tl.store(gradient_ptr + out, high)
     if RESIDUE:
-        enough = KEEP * scale * (tl.abs(g_logp) + tl.abs(g_entropy))
+        far = tl.where(tl.abs(entropy) > 16.0, tl.abs(entropy), 1.0)  # no entropy of a row's own, but as in _scales_kernel
+        enough = KEEP * scale * (tl.abs(g_logp) + tl.abs(g_entropy) * far)
         flags = (m // FLAG + tl.arange(0, BLOCK_M // FLAG))[:, None] * (WIDTH // FLAG) + (local // FLAG + tl.arange(0, BLOCK_V // FLAG))[None, :]
         some = tl.max((tl.max(tl.abs(g), 1) > enough).to(tl.int32), 0) > 0
         if some or BLOCK_V < 2 * FLAG:  # the weight's product takes blocks in pairs: a half tile is always written

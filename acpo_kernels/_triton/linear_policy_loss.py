@@ -29,7 +29,7 @@ from .._linear_loss import in_one_sweep
 from ..reference import active_rows
 from . import linear_gradients, linear_logprob_entropy
 from .linear_tiles import ROW_BLOCK, Head, Rows, aligned_width, counted_rows
-from .policy_loss import _denominator, _limited, _token_loss
+from .policy_loss import _denominator, _difference, _limited, _token_loss
 from .ragged import _exp_wide, _reciprocal, _unit_begin, bisections, compact, device
 
 WORKSPACE = 2**31  # bytes
@@ -77,7 +77,7 @@ def _row_gradients_kernel(
         lp = tl.load(logp_ptr + token, mask=kept, other=0.0)
         old = tl.load(old_logp_ptr + token, mask=kept, other=0.0).to(tl.float32) if HAS_OLD else lp
         a = tl.load(advantages_ptr + token, mask=kept, other=0.0).to(tl.float32)
-        ratio = _exp_wide(_limited(lp - old))
+        ratio = _exp_wide(_limited(_difference(lp, old)))
         _, grad, weight, _, _, _, _ = _token_loss(
             token, kept, lp, old, a, ratio, ratio, low, high, ref_logp_ptr, kl_weight, rollout_logp_ptr, rollout_cap, entropy_ptr,
             entropy_weight, entropy_weights_ptr, HAS_REF, HAS_ROLLOUT, True, HAS_WEIGHTS,

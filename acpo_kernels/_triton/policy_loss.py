@@ -55,6 +55,12 @@ def _limited(x):
 
 
 @triton.jit
+def _difference(x, y):
+    """0 of two that are -inf; a NaN stays."""
+    return tl.where(x == y, 0.0, x - y)
+
+
+@triton.jit
 def _kept(token, inside, mask_ptr, HAS_MASK: tl.constexpr):
     if HAS_MASK:
         inside = inside & (tl.load(mask_ptr + token, mask=inside, other=0) != 0)
@@ -94,7 +100,7 @@ def _log_ratios(token, inside, logp_ptr, old_logp_ptr, mask_ptr, GROUPS: tl.cons
     if GROUPS:
         lp = tl.load(logp_ptr + token, mask=kept, other=0.0).to(tl.float32)
         old = tl.load(old_logp_ptr + token, mask=kept, other=0.0).to(tl.float32) if HAS_OLD else lp  # a NaN stays
-        log_ratio = tl.where(kept, _limited(lp - old), 0.0)
+        log_ratio = tl.where(kept, _limited(_difference(lp, old)), 0.0)
     return tl.sum(log_ratio.to(tl.float64), axis=1), tl.sum(kept.to(tl.int32), axis=1)
 
 
@@ -116,13 +122,13 @@ def _token_loss(
     loss = -tl.where(beyond, clipped.to(tl.float64), wide * a)
     grad = -tl.where(beyond, 0.0, r * a)  # a NaN stays one
     if HAS_ROLLOUT:
-        drift = _exp_wide(_limited(old - tl.load(rollout_logp_ptr + token, mask=kept, other=0.0).to(tl.float32)))
+        drift = _exp_wide(_limited(_difference(old, tl.load(rollout_logp_ptr + token, mask=kept, other=0.0).to(tl.float32))))
         drift = tl.where(drift > rollout_cap, rollout_cap, drift)
         loss *= drift
         grad *= drift.to(tl.float32)
     kl = tl.zeros_like(lp)
     if HAS_REF:
-        delta = tl.load(ref_logp_ptr + token, mask=kept, other=0.0).to(tl.float32) - lp
+        delta = _difference(tl.load(ref_logp_ptr + token, mask=kept, other=0.0).to(tl.float32), lp)
         limited = _limited(delta)
         k3 = _exp_minus_1_minus(limited)
         kl = token_ratio * k3
@@ -167,7 +173,7 @@ def _policy_loss_kernel(
     lp = tl.load(logp_ptr + token, mask=kept, other=0.0).to(tl.float32)
     old = tl.load(old_logp_ptr + token, mask=kept, other=0.0).to(tl.float32) if HAS_OLD else lp
     a = tl.load(advantages_ptr + token, mask=kept, other=0.0).to(tl.float32)
-    log_ratio = _limited(lp - old)
+    log_ratio = _limited(_difference(lp, old))
     wide_token_ratio = _exp_wide(log_ratio)
     wide = wide_token_ratio
     if GROUPS:

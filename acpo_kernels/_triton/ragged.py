@@ -13,6 +13,7 @@ every program must know of tokens that others read, it reads itself, out of L2, 
 from __future__ import annotations
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -138,20 +139,33 @@ def arrivals(number: int, tensor: Tensor) -> Tensor:
     """Counters that hold 0, and 0 again when a kernel is done with them: zeroed once for a device and a stream, whose kernels follow one
     another. A CUDA graph may run beside any stream: each call in it gets counters that nobody else has, out of 65,536 zeroed beforehand,
     or, where nothing ran before the capture or those are spent, some that the graph itself zeroes."""
-    new = lambda size: torch.zeros(size, dtype=torch.int32, device=tensor.device)  # noqa: E731
     if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
         held, taken = _CAPTURED.get(tensor.device, (None, 0))
         end = taken + triton.cdiv(number, 4) * 4  # whole 16 bytes: what is aligned is not compiled again
         if held is None or end > held.shape[0]:
-            return new(number)
+            return torch.zeros(number, dtype=torch.int32, device=tensor.device)
         _CAPTURED[tensor.device] = held, end
         return held[taken:end]
     key = tensor.device, torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
     held = _ARRIVALS.get(key)
     if held is None or held.shape[0] < number:
-        held = _ARRIVALS[key] = new(max(1024, triton.next_power_of_2(number)))
-        _CAPTURED.setdefault(tensor.device, (new(2**16), 0))
+        held = _ARRIVALS[key] = _kept_zeros(max(1024, triton.next_power_of_2(number)), tensor.device)
+        if tensor.device not in _CAPTURED:
+            _CAPTURED[tensor.device] = _kept_zeros(2**16, tensor.device), 0
     return held
+
+
+def _kept_zeros(size: int, device: torch.device) -> Tensor:
+    """Zeros of the current stream that outlive the call. torch.compile(mode="reduce-overhead") runs a call before it captures it, and meanwhile
+    gives its thread memory of the graphs alone, where it takes what stays allocated for a leak: another thread has everyone's."""
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def zeros() -> Tensor:
+        with torch.cuda.stream(stream):  # whose kernels then follow the zeros
+            return torch.zeros(size, dtype=torch.int32, device=device)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(zeros).result()
 
 
 def device(tensor: Tensor):

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .. import _torch
-from .ragged import LAUNCH, REDUNDANT, TILES, _chunk, _inverse_root, _reciprocal, bisections, compact, device, slots
+from .ragged import LAUNCH, REDUNDANT, TILES, TINY, _chunk, _inverse_root, _reciprocal, bisections, compact, device, slots
 
 INF = tl.constexpr(float("inf"))
 STAT_ROWS, STAT_COLUMNS = 16, 64  # sequences of a program and segments of one at a time: K_max = 64 segments a rollout
@@ -104,7 +104,8 @@ def _segment_credit_kernel(
         rho = tl.load(reliabilities_ptr + sequence).to(tl.float64)
     per_scale = _reciprocal(scale)
     if SCALE == "tensor":
-        per_scale = _reciprocal(tl.load(scales_ptr))
+        scale = tl.load(scales_ptr).to(tl.float64)
+        per_scale = _reciprocal(tl.where(scale < TINY, TINY, scale))  # whose inverse is a float32 as well: all but the smallest scores are clipped
     elif SCALE == "partials":
         total = tl.zeros([BLOCK], tl.float64)
         count = tl.zeros([BLOCK], tl.float64)
