@@ -1,6 +1,6 @@
 """Error against float64 of every implementation and of every peer that runs on this machine: python -m benchmarks.accuracy
 
-Two tables in Markdown, and benchmarks/results/accuracy.json. An error is the worst row's |x - x64| over that row's |x64| (a gradient: over
+Two tables in Markdown, and benchmarks/results/cpu/accuracy.json. An error is the worst row's |x - x64| over that row's |x64| (a gradient: over
 the row's largest |x64|; dW: over the largest of all), with x64 in float64 from the SAME inputs; NaN is written NaN. So 1 means that a
 confident token's log-prob or gradient was lost altogether. Triton kernels, ours and the peers', run in the interpreter, each lot in a
 process of its own, because TRITON_INTERPRET=1 must be set before a kernel is decorated.
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from acpo_kernels import _cpu, linear_logprob_entropy, reference
 
-from . import peers
+from . import outputs, peers
 from .common import V, from_tests
 
 N = 8
@@ -348,7 +348,7 @@ def spawn(worker: str) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.split("\n\n")[0])
     parser.add_argument("--worker", choices=["compiled", *WORKERS], help="only this process's errors, as JSON")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "accuracy.json")
+    parser.add_argument("--out", type=outputs.file, default=str(Path(__file__).parent / "results" / "cpu" / "accuracy.json"))
     options = parser.parse_args(arguments)
     if options.worker:
         print(json.dumps(errors(options.worker)))
@@ -363,7 +363,6 @@ def main(arguments: list[str] | None = None) -> int:
 
     from .conftest import environment
 
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     clean = json.loads(json.dumps(whole), parse_constant=lambda c: "NaN")  # JSON has no NaN
     options.out.write_text(json.dumps({"acpo": environment(), "behind": behind, **clean}, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -51,6 +51,8 @@ from acpo.run import Run
 from acpo.trainer import Trainer
 from acpo_kernels import segment_reduce
 
+from . import outputs
+
 SOURCES = ("hindsight", "tree", "probe", "head")
 JUDGED = ("hindsight", "hindsight phi", "tree", "probe", "head")
 BASELINES = ("surprisal", "entropy", "position", "first", "random")
@@ -411,18 +413,23 @@ def seeds_of(text: str) -> list[int]:
     return seeds
 
 
+def overrides(parser: argparse.ArgumentParser, words: list[str]) -> dict:
+    """The settings of KEY=VALUE words."""
+    if wrong := [word for word in words if "=" not in word]:
+        parser.error(f"{wrong[0]} is no KEY=VALUE")
+    return {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in words)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="a comparison, such as configs/compare/multiplication.yaml")
     parser.add_argument("settings", nargs="*", help="KEY=VALUE, other settings than the comparison's, such as attribution.drawn_to=before")
     parser.add_argument("--seeds", type=seeds_of, default="0-5", help="at least two: 0-5, or 0,1,2 (default 0-5)")
     parser.add_argument("--dir", type=Path, help="where the warm starts lie, or shall (default runs/attribution/NAME)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/attribution"))
+    parser.add_argument("--out", type=outputs.folder, default="benchmarks/results/attribution")
     parser.add_argument("--batches", type=int, default=16, help="of 64 rollouts, a seed; the first quarter only calibrates")
     options = parser.parse_args()
-    if wrong := [text for text in options.settings if "=" not in text]:
-        parser.error(f"{wrong[0]} is no KEY=VALUE")
-    more = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in options.settings)}
+    more = overrides(parser, options.settings)
     policies = warm_starts(options.config, options.seeds, options.dir or Path("runs/attribution") / options.config.stem)
     found = {str(seed): of_seed(options.config, policy, seed, more, options.batches) for seed, policy in policies.items()}
     tables = [seed["table"] for seed in found.values()]
@@ -430,7 +437,6 @@ def main() -> None:
         "task": options.config.stem, "command": shlex.join(["python", "-m", "benchmarks.attribution_quality", *sys.argv[1:]]), "settings": more,
         "table": summary(tables), "differences": differences(tables), "seeds": found,
     }  # fmt: skip
-    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{options.config.stem}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     draw(results, options.out / f"{options.config.stem}.png")
     show(results)

@@ -43,6 +43,8 @@ from acpo.prompts import Prompts
 from acpo.verify.answers import extract_answer, normalise
 from acpo_kernels import Segments, segment_reduce
 
+from . import outputs
+
 BASELINES = ("surprisal", "entropy", "position", "first", "chance")
 JUDGED = ("hindsight", "phi", "contrast")
 SIGNALS = (*JUDGED, *BASELINES)
@@ -194,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--subset", default="gsm8k", help="of ProcessBench, several joined by commas")
     parser.add_argument("--wrong", action="store_true", help="the wrong solutions alone: nothing of the outcome")
     parser.add_argument("--most", type=int, default=0, help="solutions, wrong ones and right ones by turns; 0: all")
-    parser.add_argument("--out", type=Path, help="every figure, and every solution's signals, as JSON")
+    parser.add_argument("--out", type=outputs.file, help="every figure, and every solution's signals, as JSON")
     options = parser.parse_args(arguments)
     rows = solutions(options.steps, options.answers, options.subset, options.most, options.wrong)
     if len({row["label"] >= 0 for row in rows}) < (1 if options.wrong else 2):

@@ -1,7 +1,7 @@
 """`linear_logprob_entropy` beside the bare matrix products, TRL's chunked head, Liger, cut-cross-entropy, verl, eager and torch.compile.
 
-FLOP: forward 2 N H V, backward 6 N H V (the logits again, then dHidden and dW). Shares: with a share u of unmasked rows and a share a
-of rows whose gradient is not zero, (2 u + 6 a) N H V are needed; a frozen weight needs 2 + 4 of them. All these variants of ours are timed
+FLOP: forward 2 N H V, backward 6 N H V (the logits again, then dHidden and dW), 4 where the logits are kept. Shares: with a share u of unmasked rows
+and a share a of rows whose gradient is not zero, (2 u + 6 a) N H V are needed; a frozen weight needs 2 + 4. All these variants of ours are timed
 in one process, in turn; at 1,024 rows alone (--shapes large, size2), where reading the weight and writing its gradient, which cost
 the same for any share, no longer count.
 
@@ -28,6 +28,8 @@ SHAPES = {
     ("large", "cuda"): [(8192, h, V) for h in (896, 1536, 2048, 4096)],
 }  # fmt: skip
 ONE_OUTPUT = {"cut-cross-entropy"}
+# N H V, forward + backward: logits that are kept are not made again; how many tiles are skipped depends on what is in them: not known
+MULTIPLIED = {"eager": 6, "torch.compile": 6, "cut-cross-entropy": 0}
 SHARES = [(1.0, 0.25), (0.25, 0.25)]  # of unmasked rows, and of rows whose gradient is not zero (clipped, no advantage)
 ALONE = 1024  # rows from which on the CPU times ours and its shares alone: the others take many seconds a call
 FALLBACKS = ("Liger", "cut-cross-entropy")  # their kernels need a GPU; what they run here is torch in chunks, at seconds a call
@@ -131,12 +133,15 @@ def case(n, h, v, dtype, mode, device, temperature: float = 1.0, slow_peers: boo
             name = f"u={unmasked:g} a={active:g}"
             some = torch.where(mask, ids, reference.IGNORED), {key: torch.where(flows, g, 0.0) for key, g in incoming.items()}
             variants[name] = some
-            providers[f"ours, {name}"] = Provider(call(ours, *some), f"{100 * (2 * unmasked + 6 * active) / 8:.2f} % of the FLOP", name)
+            needed = 2 * unmasked + 6 * active
+            providers[f"ours, {name}"] = Provider(call(ours, *some), f"{100 * needed / 8:.2f} % of the FLOP", name, round(needed * n * h * v))
         if not alone:
-            providers["ours, frozen weight"] = Provider(call(ours, leaves=("hidden",)), "75 % of the FLOP")
+            providers["ours, frozen weight"] = Provider(call(ours, leaves=("hidden",)), "75 % of the FLOP", flop=6 * n * h * v)
         if device.type == "cpu" and not alone:
             ceilings["matrix products, frozen weight"] = bare_products(hidden, weight, backward, frozen=True)
-    providers |= {name: Provider(call(f), *(("log-prob alone", "logp") if name in ONE_OUTPUT else ())) for name, f in found.items()}
+    for name, f in found.items():
+        flop = MULTIPLIED[name] * n * h * v if backward and name in MULTIPLIED else None
+        providers[name] = Provider(call(f), *(("log-prob alone", "logp") if name in ONE_OUTPUT else ("", "all")), flop)
 
     def wanted(of: str) -> dict[str, Expected]:
         some, upstream = variants.get(of) or (ids, {"logp": incoming["logp"]})

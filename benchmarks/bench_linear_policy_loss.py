@@ -1,7 +1,8 @@
 """`linear_policy_loss` beside `linear_logprob_entropy` and then `policy_loss`, and beside eager torch, at shares of active rows.
 
 FLOP that are needed: 2 u N H V for the logits of unmasked rows, and 4 a N H V for dHidden and dW of rows whose gradient is not zero
-(outside the clip, with an advantage), where the gradient is formed beside the loss. Rows get advantage 0 until their share is a.
+(outside the clip, with an advantage), where the gradient is formed beside the loss. Rows get advantage 0 until their share is a. The two calls make
+the logits twice, 8 N H V.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ def case(n, h, v, dtype, device, shares: bool = True) -> Case:
         logp, _ = plain.linear_four_lines(x, w, ids)
         return (reference.policy_loss(logp, None, advantages, segments, mask=mask).loss,)
 
-    def provider(function, of: str = "all") -> Provider:
+    def provider(function, of: str = "all", flop: int | None = None) -> Provider:
         call = lambda: gradients(lambda x, w: function(x, w, *variants[of]), {"hidden": hidden, "weight": weight}, incoming)  # noqa: E731
-        return Provider(call, gradients_of=of)
+        return Provider(call, gradients_of=of, flop=flop)
 
     def expected(of: str) -> dict[str, Expected]:
         """On-policy the ratio is 1 whatever logp is: the loss is -sum A / tokens, its gradient with respect to logp -A / tokens."""
@@ -54,10 +55,13 @@ def case(n, h, v, dtype, device, shares: bool = True) -> Case:
         single = reference.policy_loss(torch.zeros(n, device=device), None, some, segments, mask=mask).loss
         return result | {"loss": Expected(upstream.sum(), single, None, 4.0)}
 
-    providers = {"ours": provider(ours)} | {f"ours, {name}": provider(ours, name) for name in variants if name != "all"}
+    providers = {"ours": provider(ours)}
+    for unmasked, active in SHARES if shares else ():
+        name = f"u={unmasked:g} a={active:g}"
+        providers[f"ours, {name}"] = provider(ours, name, round((2 * unmasked + 4 * active) * n * h * v))
     alone = device.type == "cpu" and n >= ALONE
     if not alone:
-        providers |= {"linear_logprob_entropy + policy_loss": provider(two_calls), "eager": provider(eager)}
+        providers |= {"linear_logprob_entropy + policy_loss": provider(two_calls, flop=8 * n * h * v), "eager": provider(eager)}
     ceilings = {} if alone else {"matrix products of 8 N H V": bare_products(hidden, weight, backward=True), "copy": copy_ceiling(weight)}
     if not alone and device.type == "cpu" and dtype == torch.bfloat16:
         ceilings["matrix products, bfloat16"] = products_as_they_are(hidden, weight, backward=True)

@@ -4,7 +4,8 @@ A `Case` is one operation at one shape with the calls that compute it ("ours" am
 checks every call against the reference in float64, then times all of them in turn, round after round, in one process: what disturbs
 the machine disturbs all alike, so ratios mean something where medians would not. A call with a wrong result is never timed.
 
-Bytes are those that an ideal kernel moves (each input read once, each output written once); FLOP those of its matrix products.
+Bytes are those that an ideal kernel moves (each input read once, each output written once); FLOP those of its matrix products. Where a provider
+multiplies more or less than the case says, it has a count of its own.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Provider:
     run: Callable[[], Results]
     note: str = ""
     gradients_of: str = "all"  # "logp": has no entropy, so its gradients are those of the log-prob alone
+    flop: int | None = None  # of its own; None: the case's; 0 where the case's are not: nobody knows, and the row has no rate
 
 
 @dataclass
@@ -175,10 +177,11 @@ def measure(case: Case) -> tuple[list[dict], list[float]]:
     for row in rows:
         if row["provider"] in timed and row["kind"] != "absent":
             ceiling = case.ceilings.get(row["provider"])
+            moved, flop = (ceiling.bytes, ceiling.flop) if ceiling else _work(case, case.providers[row["provider"]])
             row |= {
                 **_times(timed[row["provider"]]), "load": [before, after],
                 "peak_bytes": timed[row["provider"]].peak_bytes if row["provider"] in good else None,
-                **_rates(ceiling or case, quartile(timed[row["provider"]].seconds)),
+                **_rates(moved, flop, quartile(timed[row["provider"]].seconds)),
             }  # fmt: skip
     _relate(rows)
     return rows, timed[next(filter(is_ours, timed))].seconds
@@ -234,10 +237,16 @@ def _common(case: Case) -> dict:
     }  # fmt: skip
 
 
-def _rates(model: Case | Ceiling, seconds: float) -> dict:
+def _work(case: Case, provider: Provider) -> tuple[int, int]:
+    """Bytes and FLOP. Without its FLOP a provider that multiplies has no bytes either: their rate would stand in the column of the others' FLOP."""
+    flop = case.flop if provider.flop is None else provider.flop
+    return (case.bytes if flop or not case.flop else 0), flop
+
+
+def _rates(moved: int, flop: int, seconds: float) -> dict:
     return {
-        "bytes": model.bytes, "flop": model.flop,
-        "gb_s": model.bytes / seconds / 1e9 if model.bytes else None, "gflop_s": model.flop / seconds / 1e9 if model.flop else None,
+        "bytes": moved, "flop": flop,
+        "gb_s": moved / seconds / 1e9 if moved else None, "gflop_s": flop / seconds / 1e9 if flop else None,
     }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ import torch
 
 from acpo.environment import processor
 
-from . import clocks, common, peers
+from . import clocks, common, outputs, peers
 from .report import table
 
 ROWS = pytest.StashKey[list]()
@@ -57,7 +57,9 @@ def pytest_addoption(parser):
         "--providers", default="", metavar="NAMES",
         help="only those whose name begins with one of these, separated by commas, beside ours and the ceilings (default: all)",
     )  # fmt: skip
-    group.addoption("--rows", type=Path, metavar="FILE", help="JSON that is written anew after every case; what it holds of earlier sessions stays")
+    group.addoption(
+        "--rows", type=outputs.file, metavar="FILE", help="JSON that is written anew after every case; what it holds of earlier sessions stays"
+    )
     group.addoption(
         "--rehearse", action="store_true",
         help="call every provider once and time nothing: what Triton and torch.compile compile for it lies in their caches behind that",

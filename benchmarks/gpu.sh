@@ -16,7 +16,7 @@
 # A failing test does not stop the benchmarks: every case holds each provider against float64 before it is timed, and ours stops its case
 # there. The exit status is that of the worst of them. Parts run in processes of their own: a fault on the device ends one of them.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+root=$(cd "$(dirname "$0")/.." && pwd)
 out= only= tests=1 seconds=525 device=cuda shapes=large threads=2 wheels=()
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -31,6 +31,7 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$out" ] || { echo "--out FOLDER is missing" >&2; exit 2; }
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
+cd "$root" || exit 2  # behind the options, whose paths are the caller's
 python=${PYTHON:-python3}
 begin=$SECONDS worst=0
 left() { echo $(( seconds - (SECONDS - begin) )); }
@@ -121,13 +122,13 @@ elif [ "$device" = cpu ]; then  # a dry run: every file, one type, few processes
   part 60 "mixed" benchmarks/bench_step.py
 else
   part 110 "" benchmarks/bench_logprob_entropy.py
-  part 130 "forward+backward and not shares and not temperature" benchmarks/bench_linear_logprob_entropy.py
+  part 130 "forward+backward" benchmarks/bench_linear_logprob_entropy.py
   part 70 "" benchmarks/bench_whole_loss.py
   part 60 "" benchmarks/bench_hindsight_information.py benchmarks/bench_linear_hindsight_information.py
   part 60 "" benchmarks/bench_policy_loss.py benchmarks/bench_segment_credit.py benchmarks/bench_segment_reduce.py
   part 60 "" benchmarks/bench_linear_policy_loss.py
   part 60 "" benchmarks/bench_step.py
-  part 60 "not forward+backward or shares or temperature" benchmarks/bench_linear_logprob_entropy.py
+  part 60 "not forward+backward" benchmarks/bench_linear_logprob_entropy.py
   part 30 "" benchmarks/bench_empty_call.py
 fi
 

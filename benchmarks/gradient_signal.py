@@ -19,16 +19,17 @@ import json
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
-from acpo import credit
+from acpo import comparison, credit
 from acpo.attribution import group_std, zero_variance
 from acpo.batch import Batch
+from acpo.config import ConfigError
 from acpo.trainer import Trainer
 from acpo.update import gradients
 
-from .attribution_quality import trainer_of
+from . import outputs
+from .attribution_quality import overrides, trainer_of
 
 
 def exact_differences(trainer: Trainer, batch: Batch, indices) -> Tensor:
@@ -120,21 +121,23 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--batches", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/gradient_signal"))
+    parser.add_argument("--out", type=outputs.folder, default="runs/gradient_signal")
     chosen = parser.parse_args()
-    common = yaml.safe_load(chosen.comparison.read_text(encoding="utf-8"))["settings"]
+    more = overrides(parser, chosen.settings)
+    try:
+        common = comparison.load(chosen.comparison).settings
+    except ConfigError as error:
+        parser.error(str(error))
     own = {
         "attribution.source": "hindsight,tree", "attribution.reliability": 1.0, "credit.scope": "own", "credit.mask": "unchanged",
-        "rollout.prompts": common["rollout"]["prompts"], "entropy.controller": "none", "loss.kl_weight": 0.0,
-        **{f"segmenter.{key}": value for key, value in common.get("segmenter", {}).items()},
+        "entropy.controller": "none", "loss.kl_weight": 0.0,
+        **{key: value for key, value in common.items() if key == "rollout.prompts" or key.startswith("segmenter.")},
     }  # fmt: skip
-    more = {key: yaml.safe_load(value) for key, value in (text.split("=", 1) for text in chosen.settings)}
     trainer = trainer_of(chosen.comparison, chosen.policy, chosen.seed, {**own, **more})
     try:
         found = table(collect(trainer, chosen.batches))
     finally:
         trainer.close()
-    chosen.out.mkdir(parents=True, exist_ok=True)
     path = chosen.out / f"{chosen.comparison.stem}.json"
     results = {"comparison": chosen.comparison.stem, "settings": more, "seed": chosen.seed, "batches": chosen.batches, "forms": found}
     path.write_text(json.dumps(results, indent=1), encoding="utf-8")

@@ -21,6 +21,8 @@ import numpy as np
 
 from acpo import evidence, exhibit
 
+from . import outputs
+
 RESULTS = Path(__file__).parent / "results" / "method"
 LEAST = {"t2": 0.05, "multiplication": 0.02, "no_attribution": -0.02}  # area over the best baseline, in equal tokens
 ENTROPY = 1.5  # times GRPO's at the end of stage 1
@@ -211,7 +213,7 @@ def main() -> None:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--summary", action="store_true")
     kind.add_argument("--over", metavar="ARM", default="")
-    kind.add_argument("--figure", metavar="PNG", type=Path)
+    kind.add_argument("--figure", metavar="PNG", type=outputs.file)
     kind.add_argument("--clocks", metavar="FILE", type=Path, action="append")
     options = parser.parse_args()
     found = [load(path) for path in options.files]

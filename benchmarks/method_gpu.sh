@@ -9,8 +9,8 @@
 # --dry-run  on the CPU, with the smallest policy, three steps a run and one seed
 # Environment: PYTHON (python3).
 set -uo pipefail
-cd "$(dirname "$0")/.."
-out= seconds=510 jobs=10 config=configs/compare/medium.yaml dry=
+root=$(cd "$(dirname "$0")/.." && pwd)
+out= seconds=510 jobs=10 config=$root/configs/compare/medium.yaml dry=
 while [ $# -gt 0 ]; do
   case "$1" in
     --out) out=$2; shift 2 ;;
@@ -22,7 +22,9 @@ while [ $# -gt 0 ]; do
   esac
 done
 [ -n "$out" ] || { echo "--out FOLDER is missing" >&2; exit 2; }
-mkdir -p "$out" || exit 2
+[ -f "$config" ] || { echo "--config $config: no such file" >&2; exit 2; }
+mkdir -p "$out" && out=$(cd "$out" && pwd) && config=$(cd "$(dirname "$config")" && pwd)/${config##*/} || exit 2
+cd "$root" || exit 2  # behind the options, whose paths are the caller's
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 begin=$SECONDS

@@ -15,6 +15,8 @@ import json
 import sys
 from pathlib import Path
 
+from . import outputs
+
 COLUMNS = (
     "operation", "shape", "dtype", "provider", "lower quartile", "median", "warm", "x ours", "rate", "of ceiling", "peak memory", "error",
     "rounds, spread",
@@ -246,10 +248,9 @@ def draw_curve(axis, case: str, along: str, rows: list[dict]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n\n")[0])
     parser.add_argument("files", nargs="+")
-    parser.add_argument("--out", type=Path, default=None, help="folder of the plots (default: beside the first file)")
+    parser.add_argument("--out", type=outputs.folder, help="folder of the plots (default: beside the first file)")
     options = parser.parse_args(arguments)
     out = options.out or Path(options.files[0]).parent
-    out.mkdir(parents=True, exist_ok=True)
     everything, titles = [], []
     for path in options.files:
         environment, rows = load(path)

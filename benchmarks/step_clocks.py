@@ -23,6 +23,8 @@ from acpo import compare
 from acpo.run import Run
 from acpo.trainer import Trainer
 
+from . import outputs
+
 EVERY = 10  # steps between two points of a clock, as between two evaluations
 
 
@@ -62,7 +64,7 @@ def main() -> None:
     parser.add_argument("comparison", type=Path)
     parser.add_argument("--arms", required=True, type=lambda text: text.split(","))
     parser.add_argument("--seeds", default=[500], type=lambda text: [int(seed) for seed in text.split(",")])
-    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--out", required=True, type=outputs.file)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         comparer = compare.Comparer(options.comparison, folder)

@@ -23,6 +23,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from . import outputs
 from .common import V
 
 N = 8192
@@ -139,7 +140,7 @@ def measure(case: str, lock: Path) -> dict:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.variants", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("out", type=Path, help="the rows, as JSON")
+    parser.add_argument("out", type=outputs.file, help="the rows, as JSON")
     parser.add_argument("cases", nargs="+", metavar="CASE")
     parser.add_argument("--jobs", type=int, default=6, help="cases that compile at a time")
     parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)  # given: measures the one case itself

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from acpo_kernels import Segmenter, Segments, logprob_entropy, reference
-from benchmarks import accuracy, bench_segmenter, clocks, common, peers, report, variants
+from benchmarks import accuracy, bench_linear_logprob_entropy, bench_linear_policy_loss, bench_segmenter, clocks, common, peers, report, variants
 from benchmarks.peers import fetch
 
 ROOT = Path(__file__).parents[1]
@@ -343,6 +343,38 @@ def test_percents_name_every_ceiling():
     ]
     common._relate(rows)
     assert rows[0]["percents"] == {"copy": 50.0, "amax": 25.0} and rows[0]["percent"] == 25.0
+
+
+def test_a_rate_is_of_what_its_provider_multiplies(monkeypatch):
+    """A quarter of the FLOP in a quarter of the time is no more of a ceiling; of FLOP that nobody counted there is no rate at all."""
+    monkeypatch.setattr(clocks, "ROUNDS", 3)
+    providers = {"ours": logprob_entropy, "ours, a quarter": logprob_entropy, "skips": reference.logprob_entropy}
+    case = case_of(providers)
+    case.flop = 800
+    case.providers["ours, a quarter"].flop, case.providers["skips"].flop = 200, 0
+    case.ceilings["products"] = common.Ceiling(lambda: None, flop=600)
+    rows = {row["provider"]: row for row in common.measure(case)[0]}
+    assert {name: row["flop"] for name, row in rows.items()} == {"ours": 800, "ours, a quarter": 200, "skips": 0, "copy": 0, "products": 600}
+    quarter = rows["ours, a quarter"]
+    assert quarter["gflop_s"] == pytest.approx(200 / quarter["seconds"] / 1e9)
+    assert quarter["percent"] == pytest.approx(100 * quarter["gflop_s"] / rows["products"]["gflop_s"])
+    assert rows["skips"]["gb_s"] is None and rows["skips"]["gflop_s"] is None and "percent" not in rows["skips"]
+    (line,) = [line for line in report.table(list(rows.values())).splitlines() if "| skips |" in line]
+    assert [cell.strip() for cell in line.split("|")][9:11] == ["", ""]
+
+
+def test_shares_and_kept_logits_have_flop_of_their_own():
+    n, h, v = 16, 8, 100
+    case = bench_linear_logprob_entropy.case(n, h, v, torch.float32, "forward+backward", CPU)
+    own = {name: p.flop / (n * h * v) for name, p in case.providers.items() if p.flop is not None}
+    assert case.flop == 8 * n * h * v and own.pop("cut-cross-entropy", 0) == 0
+    assert own == {"ours, u=1 a=0.25": 3.5, "ours, u=0.25 a=0.25": 2, "ours, frozen weight": 6, "eager": 6, "torch.compile": 6}
+    forward = bench_linear_logprob_entropy.case(n, h, v, torch.float32, "forward", CPU)
+    assert all(p.flop is None for p in forward.providers.values())
+    loss = bench_linear_policy_loss.case(n, h, v, torch.float32, CPU)
+    own = {name: p.flop / (n * h * v) for name, p in loss.providers.items() if p.flop is not None}
+    assert loss.flop == 6 * n * h * v
+    assert own == {"ours, u=1 a=0.25": 3, "ours, u=0.25 a=0.25": 1.5, "linear_logprob_entropy + policy_loss": 8}
 
 
 # --- peers by path ------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from acpo.batch import Batch
 from acpo.problems import Problem
 from acpo.synthetic import Chain, tokenizer
+from benchmarks import gradient_signal
 from benchmarks.gradient_signal import exact_differences, table
 
 
@@ -44,3 +47,38 @@ def test_exact_differences_of_a_chain_go_to_its_lines_and_not_to_filler():
     assert v1 < v2 == 1.0
     found = exact_differences(trainer, batch, [0])
     torch.testing.assert_close(found, torch.tensor([*one, *two, 0, 0, 0, *one, *[0.0] * 5, 0, 0, 0], dtype=torch.float64))
+
+
+def call(monkeypatch, tmp_path, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["gradient_signal", *words, "--out", str(tmp_path)])
+    gradient_signal.main()
+
+
+def test_settings_may_be_those_of_another_comparison(monkeypatch, tmp_path):
+    class Asked(Exception):
+        pass
+
+    def trainer_of(path, policy, seed, more):
+        raise Asked(more)
+
+    monkeypatch.setattr(gradient_signal, "trainer_of", trainer_of)
+    file = Path(gradient_signal.__file__).parents[1] / "configs" / "compare" / "again" / "t2.yaml"
+    with pytest.raises(Asked) as asked:
+        call(monkeypatch, tmp_path, str(file), "policy", "loss.kl_weight=0.5")
+    (more,) = asked.value.args
+    assert more["rollout.prompts"] == 4 and more["segmenter.target_tokens"] == 4 and more["segmenter.entropy"] is True
+    assert more["loss.kl_weight"] == 0.5 and more["credit.scope"] == "own" and "rollout.group_size" not in more
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        ("seeds: 0-1\narms: {grpo: }\nsettings: {}\n", ["rollout.prompts"], "rollout.prompts is no KEY=VALUE"),
+        ("seeds: 0-1\narms: {grpo: }\n", [], "settings must be given"),
+    ],
+)
+def test_what_is_wrong_with_the_words_or_the_file_is_said(monkeypatch, tmp_path, capsys, text, words, message):
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        call(monkeypatch, tmp_path, str(tmp_path / "own.yaml"), "policy", *words)
+    assert message in capsys.readouterr().err

@@ -1,13 +1,13 @@
 # Sourced by the run.sh beside each test of an integration, with its own arguments: sets `root`, goes there, and activates a virtual environment in the folder
 # given, kept and found again the next time, or in one that is gone with the script.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-cd "$root"
 if [ $# -gt 0 ]; then
-    folder=$1
+    folder=$(mkdir -p "$1" && cd "$1" && pwd) # the caller's, so before we leave
 else
     folder=$(mktemp -d)
     trap 'rm -rf "$folder"' EXIT
 fi
+cd "$root"
 [ -x "$folder/bin/python" ] || python3 -m venv "$folder"
 . "$folder/bin/activate"
 rm -rf "$root"/acpo.egg-info # of an older build: found first from the checkout, it would hide entry points
