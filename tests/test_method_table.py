@@ -109,7 +109,7 @@ def test_what_credit_adds_is_over_the_loop_without_it():
     assert "beside it: over grpo-kl: -0.200 [-0.200, -0.200], 0 of 8 seeds" in lines and not [x for x in lines if "grpo-kl in equal seconds" in x]
 
 
-TABLES = sorted(path for folder in (".", "again", "starts", "larger") for path in (method.RESULTS / folder).glob("*.json"))
+TABLES = sorted(path for folder in (".", "again", "starts", "larger", "short") for path in (method.RESULTS / folder).glob("*.json"))
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
