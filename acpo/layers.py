@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import math
 import reprlib
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +57,8 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def keys(cls: type, prefix: str = "") -> dict[str, Any]:
+@functools.cache  # a class does not change, and evaluating its annotations is what most of loading a configuration would be
+def keys(cls: type, prefix: str = "") -> Mapping[str, Any]:
     """Every setting's dotted name and type, of a dataclass of dataclasses."""
     hints = typing.get_type_hints(cls)
     out: dict[str, Any] = {}
@@ -66,7 +68,7 @@ def keys(cls: type, prefix: str = "") -> dict[str, Any]:
             out.update(keys(kind, f"{prefix}{item.name}."))
         else:
             out[f"{prefix}{item.name}"] = kind
-    return out
+    return types.MappingProxyType(out)
 
 
 # What TRL, verl and transformers call it.
