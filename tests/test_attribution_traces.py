@@ -124,7 +124,8 @@ def test_the_contrast_is_with_the_answer_that_a_wrong_solution_gives(files, mode
         assert (mine["contrast"] == mine["hindsight"]) == (row["label"] < 0)
 
 
-def test_the_whole_of_it(files, model, tmp_path, capsys):
+def test_the_whole_of_it(files, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(traces, "BOOTSTRAP", 200)
     out = tmp_path / "out.json"
     assert traces.main([model, *map(str, files), "policy.device=cpu", "--out", str(out)]) == 0
     said = capsys.readouterr().out
