@@ -17,10 +17,10 @@ PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12], [13, 14]]
 @pytest.fixture(scope="module")
 def policy() -> Policy:
     torch.manual_seed(3)
-    built, _ = build(config.load(None, ["problems.task=chain", "policy.from_config=tiny", "policy.device=cpu"]))
+    tiny, _ = build(config.load(None, ["problems.task=chain", "policy.from_config=tiny", "policy.device=cpu"]))
     with torch.no_grad():  # the initial policy is all but uniform: sharpen it, so that rollouts have likely and unlikely tokens
-        built.model.model.norm.weight.normal_(0.0, 3.2)
-    return built
+        tiny.model.model.norm.weight.normal_(0.0, 3.2)
+    return tiny
 
 
 @pytest.fixture(autouse=True)
@@ -131,15 +131,40 @@ def test_samples_follow_the_distribution():
     assert sample(logits[:3], 0, torch.Generator()).tolist() == [0, 0, 0]
 
 
-# --- the decoder of dense Qwen2 models ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("long", [[3, 4, 5] * 30, [6, 7] * 40], ids=["ragged", "one length"])
+def test_a_long_prompt_is_read_once_for_all_of_its_rollouts(policy, monkeypatch, long, dense):
+    if not dense:
+        monkeypatch.setattr(decode, "dense", lambda _: False)
+    prompts = [long] * 5 + [[8, 9] * 40] * 4 + [long]
+    read, forward = [], type(policy.model).forward
+    monkeypatch.setattr(type(policy.model), "forward", lambda self, input_ids, **k: (read.append(input_ids.shape), forward(self, input_ids, **k))[1])
+    ours = generate(policy, prompts, eos=(1, 2, 3), temperature=1.3)
+    assert read[0] == (2, len(long)), "two prompts, ten rollouts"
+    assert len({tuple(s.ids.tolist()) for s in ours}) == 10, "each goes its own way"
+    monkeypatch.setattr(local, "SHARED", 1000)
+    read.clear()
+    for a, b in zip(ours, generate(policy, prompts, eos=(1, 2, 3), temperature=1.3), strict=True):
+        assert torch.equal(a.ids, b.ids) and a.finished == b.finished
+        torch.testing.assert_close(a.logp, b.logp, rtol=0, atol=1e-5)
+    assert read[0] == (10, len(long))
 
 
-def qwen2(**changes) -> Policy:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+# --- the decoder of dense Qwen2 and Llama models ------------------------------------------------------------------------------------
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
+
+
+def built(family: str = "Qwen2", **changes) -> Policy:
+    import transformers
 
     shape = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 6, "vocab_size": 50}
     torch.manual_seed(1)
-    model = Qwen2ForCausalLM(Qwen2Config(**{**shape, "attn_implementation": "sdpa", "initializer_range": 0.2, **changes}))
+    shape = getattr(transformers, f"{family}Config")(**{**shape, "attn_implementation": "sdpa", "initializer_range": 0.2, **changes})
+    model = getattr(transformers, f"{family}ForCausalLM")(shape)
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim == 1:  # biases and norms as a trained model has them
@@ -150,10 +175,15 @@ def qwen2(**changes) -> Policy:
 @pytest.mark.parametrize("temperature", [1.0, 0.0, 0.7])
 @pytest.mark.parametrize("prompts", [PROMPTS * 4, [[3, 4, 5]] * 17], ids=["ragged", "one length"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 2}, {"num_attention_heads": 1, "num_key_value_heads": 1}]
-)
+    "changes",
+    [
+        {}, {"tie_word_embeddings": True}, {"num_key_value_heads": 2}, {"num_attention_heads": 1, "num_key_value_heads": 1},
+        {"family": "Llama", "num_key_value_heads": 2}, {"family": "Llama", "attention_bias": True, "mlp_bias": True, "head_dim": 12},
+        {"family": "Llama", "rope_parameters": LLAMA3},
+    ],
+)  # fmt: skip
 def test_the_dense_decoder_is_transformers_own_to_the_bit(monkeypatch, changes, prompts, temperature):
-    policy = qwen2(**changes)
+    policy = built(**changes)
     assert decode.dense(policy)
     ours = generate(policy, prompts, eos=(1, 2, 5), new=40, temperature=temperature)
     monkeypatch.setattr(decode, "dense", lambda _: False)
@@ -180,14 +210,16 @@ def shadowed(policy):
 
 @pytest.mark.parametrize("change", [hooked, replaced, shadowed, lambda p: setattr(p, "dtype", torch.bfloat16), lambda p: p.model.double()])
 def test_a_model_that_does_something_else_keeps_its_own_forward(change):
-    policy = qwen2()
+    policy = built()
     change(policy)
     assert not decode.dense(policy)
 
 
 def test_windows_and_other_attention_keep_their_own_forward():
-    assert not decode.dense(qwen2(use_sliding_window=True, sliding_window=4, max_window_layers=1))
-    assert not decode.dense(qwen2(attn_implementation="eager"))
+    assert not decode.dense(built(use_sliding_window=True, sliding_window=4, max_window_layers=1))
+    assert not decode.dense(built(attn_implementation="eager"))
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    assert not decode.dense(built("Llama", rope_parameters=dynamic, max_position_embeddings=16))
 
 
 def test_log_probs_do_not_depend_on_how_many_steps_are_scored_together(policy, monkeypatch):

@@ -1,7 +1,7 @@
 """The next token's logits of every row, from a policy and its key-value cache.
 
-`Decoder` is transformers' own forward. `DenseDecoder` makes the very operations of a Qwen2 forward, on the same weights and in the same order, and
-nothing around them: no module calls, no masks that mask nothing, and keys and values written into room that was taken once, where the
+`Decoder` is transformers' own forward. `DenseDecoder` makes the very operations of a Qwen2 or Llama forward, on the same weights and in the same
+order, and nothing around them: no module calls, no masks that mask nothing, and keys and values written into room that was taken once, where the
 library's cache copies itself at every token. For a small model on a CPU what is around the arithmetic is nine tenths of the time.
 """
 
@@ -22,11 +22,13 @@ def decoder(policy: Policy, ids: Tensor, mask: Tensor, room: int) -> Decoder:
 
 
 def dense(policy: Policy) -> bool:
-    """Whether DenseDecoder stands for the policy's forward: Qwen2 in float32 on a CPU, every layer as transformers built it and without hooks."""
+    """Whether DenseDecoder stands for the policy's forward: Qwen2 or Llama, float32, on a CPU, layers as transformers built them and without hooks."""
     model, config = policy.model, policy.model.config
-    if type(model).__name__ != "Qwen2ForCausalLM" or config._attn_implementation != "sdpa" or config.hidden_act != "silu":
+    if type(model).__name__ not in ("Qwen2ForCausalLM", "LlamaForCausalLM") or config._attn_implementation != "sdpa" or config.hidden_act != "silu":
         return False
-    if any(kind != "full_attention" for kind in config.layer_types) or policy.dtype != torch.float32:
+    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()) or policy.dtype != torch.float32:
+        return False
+    if model.model.rotary_emb.rope_type in ("dynamic", "longrope"):  # their angles depend on how far the text has come
         return False
     if any(p.dtype != torch.float32 or p.device.type != "cpu" or type(p) not in (Tensor, nn.Parameter) for p in model.parameters()):
         return False
@@ -40,7 +42,7 @@ def dense(policy: Policy) -> bool:
 
 
 class Decoder:
-    """Rows [B] of one batch; `step` appends a token to each, `keep` drops the others."""
+    """Rows [B] of one batch; `step` appends a token to each, `keep` takes these rows, each as often as it is named."""
 
     def __init__(self, policy: Policy, ids: Tensor, mask: Tensor, room: int):
         self.policy = policy

@@ -12,13 +12,14 @@ from . import Sample
 from .decode import decoder
 
 UNSCORED = 2**18  # logits that are kept until their log-probs are computed together, 1 MiB: many steps of a small vocabulary, one of a wide one
+SHARED = 64  # tokens of a prompt from which on it is read once for all of its rollouts; reading a shorter one is less than copying what was read
 
 
 class LocalEngine:
     """Samples from the training policy: no second copy of the weights, and behaviour log-probs of those very weights.
 
-    Prompts are padded on the left and sampled together, as many as fit into `batch_tokens`; rows that have ended leave the batch as
-    soon as they are half of it.
+    Prompts are padded on the left and sampled together, as many as fit into `batch_tokens`; a long one that several rollouts share is read
+    once. Rows that have ended leave the batch as soon as they are half of it.
     """
 
     def __init__(self, policy: Policy, eos_ids: list[int], batch_tokens: int):
@@ -46,10 +47,10 @@ class LocalEngine:
         return samples
 
     def _generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float, generator: torch.Generator) -> list[Sample]:
-        device, lengths = self.policy.device, [len(p) for p in prompts]
-        longest = max(lengths)
-        padded = torch.tensor([[self.policy.pad_id] * (longest - len(p)) + p for p in prompts], device=device)
-        mask = torch.arange(longest, device=device) >= longest - torch.tensor(lengths, device=device).unsqueeze(1)
+        device, longest = self.policy.device, max(map(len, prompts))
+        read = [*dict.fromkeys(map(tuple, prompts))] if longest >= SHARED else [*map(tuple, prompts)]
+        padded = torch.tensor([(self.policy.pad_id,) * (longest - len(p)) + p for p in read], device=device)
+        mask = torch.arange(longest, device=device) >= longest - torch.tensor([*map(len, read)], device=device).unsqueeze(1)
         alive = torch.arange(len(prompts), device=device)
         going = torch.ones(len(prompts), dtype=torch.bool, device=device)  # of the alive
         ids = torch.full((max_new_tokens, len(prompts)), self.policy.pad_id, device=device)
@@ -66,6 +67,11 @@ class LocalEngine:
 
         decode = decoder(self.policy, padded, mask, max_new_tokens)
         logits = decode.first
+        if len(read) < len(prompts):
+            place = {prompt: i for i, prompt in enumerate(read)}
+            rows = torch.tensor([place[tuple(p)] for p in prompts], device=device)
+            decode.keep(rows)
+            logits = logits[rows]
         for step in range(max_new_tokens):
             chosen = sample(logits, temperature, generator)
             ids[step].index_copy_(0, alive, chosen)
