@@ -22,7 +22,7 @@ def decoder(policy: Policy, ids: Tensor, mask: Tensor, room: int) -> Decoder:
 
 
 def dense(policy: Policy) -> bool:
-    """Whether DenseDecoder stands for the policy's forward: Qwen2 or Llama, float32, on a CPU, layers as transformers built them and without hooks."""
+    """Whether DenseDecoder stands for the policy's forward: Qwen2 or Llama, float32, on a CPU, layers as transformers built them, no hooks."""
     model, config = policy.model, policy.model.config
     if type(model).__name__ not in ("Qwen2ForCausalLM", "LlamaForCausalLM") or config._attn_implementation != "sdpa" or config.hidden_act != "silu":
         return False

@@ -12,7 +12,8 @@ from . import Sample
 from .decode import decoder
 
 UNSCORED = 2**18  # logits that are kept until their log-probs are computed together, 1 MiB: many steps of a small vocabulary, one of a wide one
-SHARED = 64  # tokens of a prompt from which on it is read once for all of its rollouts; reading a shorter one is less than copying what was read
+# Tokens of a prompt from which on it is read once for all of its rollouts. Below, little is gained, and rollouts stay what they were to the bit.
+SHARED = 64
 
 
 class LocalEngine:
