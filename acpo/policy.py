@@ -192,6 +192,8 @@ def build(config: Config, writes: bool = True) -> tuple[Policy, Any]:
     tokenizer = _tokenizer(config, writes)
     device = _device(settings.device)
     model = _pretrained(settings) if settings.path else _from_config(settings, tokenizer)
+    if device.type == "cpu":
+        _own_memory(model)
     _training_without_dropout(model)
     _generation_that_can_be_saved(model)
     if settings.lora_rank:
@@ -264,6 +266,13 @@ def _pretrained(settings: PolicyConfig) -> nn.Module:
         raise _attention_missing(settings, error) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"policy.path: cannot load {settings.path}: {' '.join(str(error).split())}") from None
+
+
+def _own_memory(model: nn.Module) -> None:
+    """Weights that are their file, mapped, lie where its header ends: off every cache line, so that products read lines twice (a decoded token
+    takes 1.4 times as long). And a file that is cut short would end a run that maps it."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def _attention_missing(settings: PolicyConfig, error: ImportError) -> ConfigError:

@@ -133,6 +133,15 @@ def test_a_saved_policy_is_read_back(tmp_path, policy):
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in half.parameters())
 
 
+def test_weights_are_memory_of_its_own(tmp_path, policy):
+    """Mapped, they would lie off the cache lines, and the file could be cut short under them."""
+    again, _ = build(config.load(None, folder_of(policy.model, tmp_path)))
+    assert all(p.data_ptr() % 64 == 0 for p in again.parameters())
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    for name, value in policy.named_parameters():
+        assert torch.equal(again.get_parameter(name), value)
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     ids, segments = torch.cat(RESPONSES), segments_of(tuple((len(r),) for r in RESPONSES))
     gradients = []
