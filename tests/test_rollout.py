@@ -150,6 +150,17 @@ def test_a_long_prompt_is_read_once_for_all_of_its_rollouts(policy, monkeypatch,
     assert read[0] == (10, len(long))
 
 
+def test_states_of_a_hybrid_model_go_with_their_rows():
+    """Convolutions beside attention: rows that share a prompt, and rows that leave, take what every kind of layer remembers with them."""
+    layers = {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2}
+    policy = built("Lfm2", **layers, num_key_value_heads=2, block_multiple_of=8)
+    prompts = [[3, 4, 5] * 30] * 6 + [[6, 7] * 40] * 6
+    samples = generate(policy, prompts, eos=(1, 2, 5), new=40)
+    assert len({len(s.ids) for s in samples}) > 3, "rows leave the batch"
+    for prompt, found in zip(prompts, samples, strict=True):
+        torch.testing.assert_close(found.logp.double(), rescored(policy, prompt, found.ids, 1.0), rtol=0, atol=1e-4)
+
+
 # --- the decoder of dense Qwen2 and Llama models ------------------------------------------------------------------------------------
 
 

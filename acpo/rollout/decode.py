@@ -66,7 +66,7 @@ class Decoder:
         return self._forward(chosen.unsqueeze(1))
 
     def keep(self, rows: Tensor) -> None:
-        self.cache.batch_select_indices(rows)
+        self.cache.reorder_cache(rows)  # batch_select_indices knows nothing of recurrent states
         if self.mask is not None:
             self.mask, self.positions = self.mask[rows], self.positions[rows]
 
