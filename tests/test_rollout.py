@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from acpo import config
+from acpo.layers import ConfigError
 from acpo.policy import Policy, build
 from acpo.rollout import decode, local
 from acpo.rollout.local import LocalEngine, sample
@@ -159,6 +160,15 @@ def test_states_of_a_hybrid_model_go_with_their_rows():
     assert len({len(s.ids) for s in samples}) > 3, "rows leave the batch"
     for prompt, found in zip(prompts, samples, strict=True):
         torch.testing.assert_close(found.logp.double(), rescored(policy, prompt, found.ids, 1.0), rtol=0, atol=1e-4)
+
+
+def test_a_model_without_such_a_cache_is_refused():
+    import transformers
+
+    torch.manual_seed(0)
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1, vocab_size=50))
+    with pytest.raises(ConfigError, match=r"rollout.engine = 'local' needs a policy whose forward returns past_key_values, and MambaForCausalLM's"):
+        generate(Policy(model, 0), PROMPTS)
 
 
 # --- the decoder of dense Qwen2 and Llama models ------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers import ConfigError
 from ..policy import Policy
 
 
@@ -55,7 +56,10 @@ class Decoder:
         extra = {} if self.mask is None else {"attention_mask": self.mask.long(), "position_ids": self.positions}
         with self.policy.precision():
             out = self.policy.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **extra)
-        self.cache = out.past_key_values
+        self.cache = getattr(out, "past_key_values", None)
+        if self.cache is None:
+            name = type(self.policy.model).__name__
+            raise ConfigError(f"rollout.engine = 'local' needs a policy whose forward returns past_key_values, and {name}'s does not")
         return out.logits[:, -1]
 
     def step(self, chosen: Tensor) -> Tensor:
