@@ -192,7 +192,7 @@ def build(config: Config, writes: bool = True) -> tuple[Policy, Any]:
     tokenizer = _tokenizer(config, writes)
     device = _device(settings.device)
     model = _pretrained(settings) if settings.path else _from_config(settings, tokenizer)
-    if device.type == "cpu":
+    if settings.path and device.type == "cpu":
         _own_memory(model)
     _training_without_dropout(model)
     _generation_that_can_be_saved(model)
@@ -271,8 +271,8 @@ def _pretrained(settings: PolicyConfig) -> nn.Module:
 def _own_memory(model: nn.Module) -> None:
     """Weights that are their file, mapped, lie where its header ends: off every cache line, so that products read lines twice (a decoded token
     takes 1.4 times as long). And a file that is cut short would end a run that maps it."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def _attention_missing(settings: PolicyConfig, error: ImportError) -> ConfigError:

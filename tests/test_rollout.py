@@ -137,7 +137,7 @@ def test_samples_follow_the_distribution():
 def test_a_long_prompt_is_read_once_for_all_of_its_rollouts(policy, monkeypatch, long, dense):
     if not dense:
         monkeypatch.setattr(decode, "dense", lambda _: False)
-    prompts = [long] * 5 + [[8, 9] * 40] * 4 + [long]
+    prompts = [long] * 5 + [[8, 9] * 40] * 4 + [long]  # the other one has 80 tokens
     read, forward = [], type(policy.model).forward
     monkeypatch.setattr(type(policy.model), "forward", lambda self, input_ids, **k: (read.append(input_ids.shape), forward(self, input_ids, **k))[1])
     ours = generate(policy, prompts, eos=(1, 2, 3), temperature=1.3)
@@ -151,11 +151,12 @@ def test_a_long_prompt_is_read_once_for_all_of_its_rollouts(policy, monkeypatch,
     assert read[0] == (10, len(long))
 
 
-def test_states_of_a_hybrid_model_go_with_their_rows():
+@pytest.mark.parametrize("other", [[6, 7] * 40, [6, 7] * 45], ids=["ragged", "one length"])
+def test_states_of_a_hybrid_model_go_with_their_rows(other):
     """Convolutions beside attention: rows that share a prompt, and rows that leave, take what every kind of layer remembers with them."""
     layers = {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2}
     policy = built("Lfm2", **layers, num_key_value_heads=2, block_multiple_of=8)
-    prompts = [[3, 4, 5] * 30] * 6 + [[6, 7] * 40] * 6
+    prompts = [[3, 4, 5] * 30] * 6 + [other] * 6
     samples = generate(policy, prompts, eos=(1, 2, 5), new=40)
     assert len({len(s.ids) for s in samples}) > 3, "rows leave the batch"
     for prompt, found in zip(prompts, samples, strict=True):
